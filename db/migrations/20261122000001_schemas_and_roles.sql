@@ -1,0 +1,84 @@
+-- migrate:up
+-- Refuses a clash of names before anything is made; then the roles and the two schemas.
+
+do $$
+declare
+  v_clashes text;
+begin
+  select string_agg(format('%I.%I', n.nspname, o.name), ', ' order by n.nspname, o.name)
+  into v_clashes
+  from (
+    select c.relnamespace as namespace, c.relname as name from pg_class c
+    union
+    select p.pronamespace, p.proname from pg_proc p
+  ) o
+  join pg_namespace n on n.oid = o.namespace
+  where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
+      'x'
+    ]))
+    or n.nspname = 'api' and o.name = any (array[
+      'x'
+    ]);
+  if v_clashes is not null then
+    raise exception 'keyledger can''t be installed here: this database already has %', v_clashes
+      using hint = 'rename these, or install keyledger in a database of its own; nothing was changed';
+  end if;
+end
+$$;
+
+do $$
+declare
+  v_role text;
+begin
+  foreach v_role in array array['keyledger_owner', 'keyledger_gateway', 'keyledger_operator', 'keyledger_member'] loop
+    if not exists (select from pg_roles where rolname = v_role) then
+      begin
+        execute format('create role %I nologin', v_role);
+      exception
+        -- another database of this cluster was migrated at the same moment
+        when duplicate_object or unique_violation then null;
+      end;
+    end if;
+  end loop;
+
+  -- whoever migrates acts as the owner, so that everything is owned by a role that can't log in
+  begin
+    set local role keyledger_owner;
+    reset role;
+  exception when insufficient_privilege then
+    begin
+      execute format('grant keyledger_owner to %I', current_user);
+    exception when insufficient_privilege then
+      raise exception 'keyledger can''t be installed by %: it is not a member of keyledger_owner', current_user
+        using hint = format('as the role that made it: grant keyledger_owner to %I', current_user);
+    end;
+  end;
+end
+$$;
+
+create schema if not exists data authorization keyledger_owner;
+create schema if not exists api authorization keyledger_owner;
+
+do $$
+declare
+  v_schema text;
+begin
+  -- a schema that was here before stays its owner's
+  foreach v_schema in array array['data', 'api'] loop
+    if not has_schema_privilege('keyledger_owner', v_schema, 'create, usage') then
+      execute format('grant create, usage on schema %I to keyledger_owner with grant option', v_schema);
+    end if;
+  end loop;
+end
+$$;
+
+set local role keyledger_owner;
+
+grant usage on schema api to keyledger_gateway, keyledger_operator, keyledger_member;
+-- functions are granted by name only
+alter default privileges for role keyledger_owner revoke execute on functions from public;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,107 @@
+-- migrate:up
+-- Who: tenants, users, virtual keys, upstream nodes. No money here.
+
+set local role keyledger_owner;
+
+create table data.tenant (
+  id uuid primary key default gen_random_uuid(),
+  name text not null,
+  external_id text unique,
+  currency text not null default 'USD',
+  status text not null default 'active',
+  created_at timestamptz not null default now(),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
+  constraint status_is_known check (status in ('active', 'suspended', 'closed'))
+);
+
+create table data.user_profile (
+  id uuid primary key default gen_random_uuid(),
+  tenant_id uuid references data.tenant,
+  tenant_role text not null default 'member',
+  external_id text unique,
+  display_name text,
+  currency text not null default 'USD',
+  status text not null default 'active',
+  -- the payer is decided here and nowhere else: the tenant if there is one, else the user
+  account_id uuid not null generated always as (coalesce(tenant_id, id)) stored,
+  created_at timestamptz not null default now(),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
+  constraint status_is_known check (status in ('active', 'suspended', 'closed')),
+  constraint tenant_role_is_known check (tenant_role in ('member', 'admin'))
+);
+create index on data.user_profile (tenant_id);
+
+create table data.virtual_key (
+  id uuid primary key default gen_random_uuid(),
+  key_hash bytea not null unique,
+  key_prefix text not null,
+  user_id uuid not null references data.user_profile,
+  name text,
+  status text not null default 'active',
+  expires_at timestamptz,
+  created_at timestamptz not null default now(),
+  revoked_at timestamptz,
+  constraint key_hash_is_sha256 check (octet_length(key_hash) = 32),
+  constraint key_prefix_is_short check (length(key_prefix) <= 12),
+  constraint status_is_known check (status in ('active', 'revoked')),
+  constraint revoked_has_a_time check ((status = 'revoked') = (revoked_at is not null)),
+  constraint expiry_is_a_moment check (isfinite(expires_at))
+);
+create index on data.virtual_key (user_id);
+
+create table data.config_node (
+  id uuid primary key default gen_random_uuid(),
+  name text not null unique,
+  provider text,
+  model text,
+  endpoint text,
+  status text not null default 'active',
+  created_at timestamptz not null default now(),
+  constraint status_is_known check (status in ('active', 'disabled'))
+);
+
+create table data.virtual_key_config_node (
+  virtual_key_id uuid not null references data.virtual_key on delete cascade,
+  config_node_id uuid not null references data.config_node,
+  created_at timestamptz not null default now(),
+  primary key (virtual_key_id, config_node_id)
+);
+create index on data.virtual_key_config_node (config_node_id);
+
+-- the meter's dated price; never updated: a new price is a new row
+create table data.price (
+  id bigint generated always as identity primary key,
+  config_node_id uuid not null references data.config_node,
+  meter text not null,
+  unit_price numeric(28, 10) not null,
+  unit_size integer not null default 1,
+  currency text not null default 'USD',
+  effective_from timestamptz not null default now(),
+  created_at timestamptz not null default now(),
+  unique (config_node_id, meter, currency, effective_from),
+  constraint meter_is_a_name check (meter ~ '^[a-z][a-z0-9_.]{0,62}$'),
+  constraint unit_price_is_an_amount check (unit_price >= 0 and unit_price < 1e12),
+  -- so that any sum of quantity * price / size is exact before its one rounding
+  constraint unit_size_divides_3600000000 check (unit_size > 0 and mod(3600000000, unit_size::bigint) = 0),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
+  constraint effective_from_is_a_moment check (isfinite(effective_from))
+);
+
+alter table data.tenant enable row level security;
+alter table data.user_profile enable row level security;
+alter table data.virtual_key enable row level security;
+alter table data.config_node enable row level security;
+alter table data.virtual_key_config_node enable row level security;
+alter table data.price enable row level security;
+
+comment on table data.tenant is 'A paying organisation.';
+comment on table data.user_profile is 'A user; paid for by the tenant if there is one, else by their own account.';
+comment on table data.virtual_key is 'A caller''s key: its sha-256 and a display prefix, never the key.';
+comment on table data.config_node is 'An upstream instance (a deployment, a channel); prices belong to it.';
+comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
+comment on table data.price is 'Dated unit prices per node, meter and currency; append-only.';
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,64 @@
+-- migrate:up
+-- What was used: the usage log by month, the window of ids it accepts, and the events that could not be charged.
+
+set local role keyledger_owner;
+
+create table data.usage_log (
+  account_id uuid not null,
+  id uuid not null,
+  transaction_seq bigint not null,
+  virtual_key_id uuid not null,
+  user_id uuid not null,
+  config_node_id uuid not null,
+  hold_id uuid,
+  final boolean not null,
+  meters jsonb not null,
+  price_ids bigint[] not null,
+  cost numeric(28, 10) not null,
+  request_id text,
+  metadata jsonb,
+  recorded_at timestamptz not null,
+  primary key (account_id, id),
+  constraint id_is_a_uuidv7
+    check (substr(id::text, 15, 1) = '7' and substr(id::text, 20, 1) in ('8', '9', 'a', 'b')),
+  constraint cost_is_an_amount check (cost >= 0 and cost <> 'NaN')
+) partition by range (id);
+
+-- the ids accepted: [floor, ceiling). Stored, never computed from the clock: a dropped month can't be charged again
+create table data.usage_window (
+  is_the_only_row boolean primary key default true,
+  floor timestamptz not null,
+  ceiling timestamptz not null,
+  constraint one_row check (is_the_only_row),
+  constraint window_is_forward check (ceiling >= floor)
+);
+insert into data.usage_window (floor, ceiling)
+values (date_trunc('month', now(), 'UTC') - interval '1 month', date_trunc('month', now(), 'UTC') - interval '1 month');
+
+-- events kept until they can be charged; id is a digest of the event, so that a retry meets its first try
+create table data.rejected_usage (
+  id uuid primary key,
+  event jsonb not null,
+  usage_id uuid,
+  account_id uuid,
+  code text not null,
+  created_at timestamptz not null default now(),
+  resolved_at timestamptz,
+  resolution text,
+  constraint resolution_is_known check (resolution in ('charged', 'duplicate')),
+  constraint resolved_has_a_time check ((resolution is null) = (resolved_at is null))
+);
+create index rejected_usage_unresolved on data.rejected_usage (usage_id) where resolved_at is null;
+
+alter table data.usage_log enable row level security;
+alter table data.usage_window enable row level security;
+alter table data.rejected_usage enable row level security;
+
+comment on table data.usage_log is 'Each charged event, by month of its id; append-only.';
+comment on table data.usage_window is 'The range of event and hold times accepted.';
+comment on table data.rejected_usage is 'Events that could not be charged yet, kept whole.';
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

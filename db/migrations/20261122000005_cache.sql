@@ -1,0 +1,35 @@
+-- migrate:up
+-- The outbox behind every cache invalidation.
+
+set local role keyledger_owner;
+
+create table data.cache_invalidation (
+  id bigint generated always as identity primary key,
+  xid xid8 not null default pg_current_xact_id(),
+  entity text not null,
+  keys text[] not null,
+  created_at timestamptz not null default now(),
+  constraint entity_is_known check (entity in ('vk', 'price')),
+  constraint keys_are_named check (cardinality(keys) > 0)
+);
+create index on data.cache_invalidation (xid);
+create index on data.cache_invalidation (created_at);
+
+-- the newest transaction whose rows were purged: a cursor that may miss it starts anew
+create table data.cache_horizon (
+  is_the_only_row boolean primary key default true,
+  purged_xid xid8 not null,
+  constraint one_row check (is_the_only_row)
+);
+insert into data.cache_horizon (purged_xid) values ('0');
+
+alter table data.cache_invalidation enable row level security;
+alter table data.cache_horizon enable row level security;
+
+comment on table data.cache_invalidation is 'Cache keys changed by each transaction; the truth behind the wake-up.';
+comment on table data.cache_horizon is 'How far the outbox has been purged.';
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

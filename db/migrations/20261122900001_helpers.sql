@@ -1,0 +1,129 @@
+-- migrate:up
+-- Small tools used by every other file: refusals, reading input, UUIDv7, who is asking.
+
+set local role keyledger_owner;
+
+-- raise a coded refusal: PostgREST answers with the status, pg shows the same fields
+create or replace function data.refuse(
+  status integer,
+  code text,
+  detail text default '',
+  hint text default ''
+)
+returns void
+language plpgsql
+as $$
+begin
+  raise exception using errcode = 'PT' || status, message = code, detail = detail, hint = hint;
+end
+$$;
+
+-- the text as a uuid, null when it isn't one
+create or replace function data.to_uuid(value text)
+returns uuid
+language sql
+immutable parallel safe
+as $$
+  select case when value ~* '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' then value::uuid end
+$$;
+
+-- the id as a UUIDv7, null when it isn't one
+create or replace function data.to_uuidv7(value text)
+returns uuid
+language sql
+immutable parallel safe
+as $$
+  select case
+    when value ~* '^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$' then value::uuid
+  end
+$$;
+
+-- the moment a UUIDv7 carries, to the millisecond
+create or replace function data.uuid_time(id uuid)
+returns timestamptz
+language sql
+immutable parallel safe
+as $$
+  select to_timestamp(('x' || substr(id::text, 1, 8) || substr(id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision)
+$$;
+
+-- the smallest uuid a UUIDv7 of that moment can be: a partition bound
+create or replace function data.uuid_floor(at timestamptz)
+returns uuid
+language sql
+immutable parallel safe
+as $$
+  select rpad(lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0'), 32, '0')::uuid
+$$;
+
+-- money that can be stored without rounding: finite, at most 10 decimals, below a trillion
+create or replace function data.is_amount(value numeric)
+returns boolean
+language sql
+immutable parallel safe
+as $$
+  select coalesce(value > -1e12 and value < 1e12 and scale(trim_scale(value)) <= 10, false)
+$$;
+
+-- the text as such money, null when it isn't a plain decimal
+create or replace function data.to_amount(value text)
+returns numeric
+language sql
+immutable parallel safe
+as $$
+  select case
+    when value ~ '^-?[0-9]{1,12}(\.[0-9]{1,10}0{0,30})?$' then value::numeric(28, 10)
+  end
+$$;
+
+-- refuse an amount that is not positive money
+create or replace function data.require_positive_amount(amount numeric)
+returns void
+language plpgsql
+as $$
+begin
+  if amount is null or not data.is_amount(amount) or amount <= 0 then
+    perform data.refuse(422, 'invalid_amount', 'amount must be above 0, below 1e12, with at most 10 decimals',
+      'send a plain decimal as a string, for example "12.50"');
+  end if;
+end
+$$;
+
+-- the role asking: what `set role` chose (PostgREST does), else the login; a security definer call doesn't hide it
+create or replace view data.caller as
+select
+  case when current_setting('role') = 'none' then session_user::text else current_setting('role') end as role,
+  nullif(current_setting('request.jwt.claims', true), '')::jsonb as claims;
+
+comment on view data.caller is 'Who is asking: role and JWT claims.';
+
+-- who acted, for the ledger
+create or replace function data.actor()
+returns text
+language sql
+stable
+as $$
+  select coalesce(c.claims ->> 'user_id', c.claims ->> 'sub', c.role) from data.caller c
+$$;
+
+-- a UUIDv7 for callers that can't make one
+create or replace function api.new_id()
+returns uuid
+language sql
+volatile
+security definer
+set search_path = ''
+as $$
+  select (
+    substr(lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0'), 1, 12)
+    || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14, 3)
+    || substr(replace(gen_random_uuid()::text, '-', ''), 17, 16)
+  )::uuid
+$$;
+comment on function api.new_id() is 'Makes an id for an event or a hold: a UUIDv7 of now.';
+grant execute on function api.new_id() to keyledger_gateway, keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,114 @@
+-- migrate:up
+-- Identity: parent locks, what never changes, accounts opened with their owners.
+
+set local role keyledger_owner;
+
+-- Every write of a child locks its parents `for share`, from the child up (a plain `update` has locked the row before any
+-- trigger can run, so child first is the one order every statement keeps), nodes last. A parent's change therefore waits for
+-- its newest child, and the statement that evicts the parent's keys sees it.
+
+create or replace function data.lock_key_parents()
+returns trigger
+language plpgsql
+as $$
+declare
+  v_tenant_id uuid;
+begin
+  select u.tenant_id into v_tenant_id from data.user_profile u where u.id = new.user_id for share;
+  perform from data.tenant t where t.id = v_tenant_id for share;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert on data.virtual_key
+  for each row execute function data.lock_key_parents();
+
+create or replace function data.lock_user_parent()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform from data.tenant t where t.id = new.tenant_id for share;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert or update of tenant_id on data.user_profile
+  for each row execute function data.lock_user_parent();
+
+create or replace function data.lock_mount_parents()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform from data.virtual_key k where k.id = new.virtual_key_id for share;
+  perform from data.config_node n where n.id = new.config_node_id for share;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert or update on data.virtual_key_config_node
+  for each row execute function data.lock_mount_parents();
+
+-- what never changes
+create or replace function data.keep_owner_identity()
+returns trigger
+language plpgsql
+as $$
+begin
+  if new.id <> old.id then
+    perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
+  end if;
+  if new.currency <> old.currency then
+    perform data.refuse(409, 'currency_is_fixed', tg_table_name || ' ' || old.id, 'an account keeps the currency it was opened in');
+  end if;
+  if old.status = 'closed' and new.status <> 'closed' then
+    perform data.refuse(409, 'closed_is_final', tg_table_name || ' ' || old.id, 'suspend what may come back');
+  end if;
+  return new;
+end
+$$;
+create or replace trigger keep_identity before update on data.tenant
+  for each row execute function data.keep_owner_identity();
+create or replace trigger keep_identity before update on data.user_profile
+  for each row execute function data.keep_owner_identity();
+
+create or replace function data.keep_key_identity()
+returns trigger
+language plpgsql
+as $$
+begin
+  if (new.id, new.user_id) is distinct from (old.id, old.user_id) then
+    perform data.refuse(409, 'id_is_fixed', 'virtual_key ' || old.id, 'create a key for the other user');
+  end if;
+  if old.status = 'revoked' and new.status <> 'revoked' then
+    perform data.refuse(409, 'revoked_is_final', 'virtual_key ' || old.id, 'create a new key');
+  end if;
+  return new;
+end
+$$;
+create or replace trigger keep_identity before update on data.virtual_key
+  for each row execute function data.keep_key_identity();
+
+-- an owner's account opens with the owner; a clash of ids fails on the primary key
+create or replace function data.open_account()
+returns trigger
+language plpgsql
+as $$
+begin
+  insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)
+  values (
+    new.id,
+    case tg_table_name when 'tenant' then new.id end,
+    case tg_table_name when 'user_profile' then new.id end,
+    new.currency
+  );
+  return null;
+end
+$$;
+create or replace trigger open_account after insert on data.tenant
+  for each row execute function data.open_account();
+create or replace trigger open_account after insert on data.user_profile
+  for each row execute function data.open_account();
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

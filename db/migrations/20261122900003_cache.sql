@@ -1,0 +1,251 @@
+-- migrate:up
+-- Invalidation: every change of what a key resolves to commits its cache keys to the outbox and wakes the listeners.
+
+set local role keyledger_owner;
+
+-- write the hashes of these keys to the outbox, and wake the listeners once
+create or replace function data.invalidate(
+  entity text,
+  keys text[]
+)
+returns void
+language plpgsql
+as $$
+begin
+  -- an older snapshot could miss a key created meanwhile
+  if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+    perform data.refuse(409, 'isolation_too_strict', current_setting('transaction_isolation'),
+      'change identities at read committed: a frozen snapshot would miss keys to evict');
+  end if;
+  if cardinality(keys) is null or cardinality(keys) = 0 then
+    return;
+  end if;
+  insert into data.cache_invalidation (entity, keys)
+  select invalidate.entity, array_agg(k.key order by k.n)
+  from unnest(keys) with ordinality as k (key, n)
+  group by (k.n - 1) / 1000;
+  -- only a wake-up: a full queue must never abort a revoke
+  if pg_notification_queue_usage() < 0.5 then
+    perform pg_notify('keyledger_cache', '');
+  end if;
+end
+$$;
+
+create or replace function data.virtual_key_inserted()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from new_rows k));
+  return null;
+end
+$$;
+create or replace trigger invalidate_inserted after insert on data.virtual_key
+  referencing new table as new_rows for each statement execute function data.virtual_key_inserted();
+
+create or replace function data.virtual_key_updated()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select distinct encode(h.hash, 'hex')
+    from old_rows o
+    join new_rows n using (id)
+    cross join lateral (values (o.key_hash), (n.key_hash)) as h (hash)
+    where (o.key_hash, o.key_prefix, o.name, o.status, o.expires_at)
+      is distinct from (n.key_hash, n.key_prefix, n.name, n.status, n.expires_at)));
+  return null;
+end
+$$;
+create or replace trigger invalidate_updated after update on data.virtual_key
+  referencing old table as old_rows new table as new_rows for each statement execute function data.virtual_key_updated();
+
+create or replace function data.virtual_key_deleted()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from old_rows k));
+  return null;
+end
+$$;
+create or replace trigger invalidate_deleted after delete on data.virtual_key
+  referencing old table as old_rows for each statement execute function data.virtual_key_deleted();
+
+create or replace function data.user_profile_updated()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select encode(k.key_hash, 'hex')
+    from old_rows o
+    join new_rows n using (id)
+    join data.virtual_key k on k.user_id = n.id
+    where (o.tenant_id, o.status) is distinct from (n.tenant_id, n.status)));
+  return null;
+end
+$$;
+create or replace trigger invalidate_updated after update on data.user_profile
+  referencing old table as old_rows new table as new_rows for each statement execute function data.user_profile_updated();
+
+create or replace function data.tenant_updated()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select encode(k.key_hash, 'hex')
+    from old_rows o
+    join new_rows n using (id)
+    join data.user_profile u on u.tenant_id = n.id
+    join data.virtual_key k on k.user_id = u.id
+    where o.status is distinct from n.status));
+  return null;
+end
+$$;
+create or replace trigger invalidate_updated after update on data.tenant
+  referencing old table as old_rows new table as new_rows for each statement execute function data.tenant_updated();
+
+create or replace function data.config_node_updated()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select distinct encode(k.key_hash, 'hex')
+    from old_rows o
+    join new_rows n using (id)
+    join data.virtual_key_config_node m on m.config_node_id = n.id
+    join data.virtual_key k on k.id = m.virtual_key_id
+    where (o.*) is distinct from (n.*)));
+  return null;
+end
+$$;
+create or replace trigger invalidate_updated after update on data.config_node
+  referencing old table as old_rows new table as new_rows for each statement execute function data.config_node_updated();
+
+create or replace function data.mount_inserted()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select distinct encode(k.key_hash, 'hex') from new_rows m join data.virtual_key k on k.id = m.virtual_key_id));
+  return null;
+end
+$$;
+create or replace trigger invalidate_inserted after insert on data.virtual_key_config_node
+  referencing new table as new_rows for each statement execute function data.mount_inserted();
+
+create or replace function data.mount_updated()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select distinct encode(k.key_hash, 'hex')
+    from (select o.virtual_key_id from old_rows o union select n.virtual_key_id from new_rows n) m
+    join data.virtual_key k on k.id = m.virtual_key_id));
+  return null;
+end
+$$;
+create or replace trigger invalidate_updated after update on data.virtual_key_config_node
+  referencing old table as old_rows new table as new_rows for each statement execute function data.mount_updated();
+
+create or replace function data.mount_deleted()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('vk', array(
+    select distinct encode(k.key_hash, 'hex') from old_rows m join data.virtual_key k on k.id = m.virtual_key_id));
+  return null;
+end
+$$;
+create or replace trigger invalidate_deleted after delete on data.virtual_key_config_node
+  referencing old table as old_rows for each statement execute function data.mount_deleted();
+
+create or replace function data.price_inserted()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.invalidate('price', array(select distinct p.config_node_id::text from new_rows p));
+  return null;
+end
+$$;
+create or replace trigger invalidate_inserted after insert on data.price
+  referencing new table as new_rows for each statement execute function data.price_inserted();
+
+-- truncate is no way round the outbox
+create or replace function data.forbid_truncate()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.refuse(409, 'truncate_forbidden', 'table ' || tg_table_name, 'rows are closed by status, not removed');
+  return null;
+end
+$$;
+create or replace trigger forbid_truncate before truncate on data.virtual_key
+  for each statement execute function data.forbid_truncate();
+create or replace trigger forbid_truncate before truncate on data.virtual_key_config_node
+  for each statement execute function data.forbid_truncate();
+
+create or replace function api.cache_changes(cursor jsonb default null)
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_cluster text;
+  v_since pg_snapshot;
+begin
+  -- the timeline changes when a standby takes over
+  select s.system_identifier || ':' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+  into v_cluster
+  from pg_control_system() s;
+
+  begin
+    v_since := (cursor ->> 'snapshot')::pg_snapshot;
+  exception when others then
+    v_since := null;
+  end;
+  if cursor ->> 'cluster' is distinct from v_cluster
+    or pg_snapshot_xmax(v_since) > pg_snapshot_xmax(pg_current_snapshot())
+  then
+    v_since := null;
+  end if;
+
+  -- one statement, one snapshot: the rows and the cursor that covers them
+  return (
+    select jsonb_build_object(
+      'cursor', jsonb_build_object('cluster', v_cluster, 'snapshot', pg_current_snapshot()::text),
+      'reset', v_since is null or not h.keeps_all,
+      'keys', coalesce((
+        select jsonb_agg(distinct c.entity || ':' || k.key)
+        from data.cache_invalidation c
+        cross join lateral unnest(c.keys) as k (key)
+        where h.keeps_all
+          and c.xid >= pg_snapshot_xmin(v_since)
+          and not pg_visible_in_snapshot(c.xid, v_since)
+      ), '[]'::jsonb)
+    )
+    from (select pg_snapshot_xmin(v_since) > purged_xid as keeps_all from data.cache_horizon) h
+  );
+end
+$$;
+comment on function api.cache_changes(jsonb) is
+'The cache keys changed since a cursor, and the next cursor.
+`keys` were changed by transactions the cursor had not seen. `reset` true: the cursor is missing, of another cluster, ahead of this one or too
+old: drop everything. Keep the cursor only after evicting.';
+grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,94 @@
+-- migrate:up
+-- What a request costs: quantities times the price in force, one rounding.
+
+set local role keyledger_owner;
+
+-- a meter's quantity: a number or a decimal string, not negative, at most 10 decimals; null when it isn't
+create or replace function data.to_quantity(value jsonb)
+returns numeric
+language sql
+immutable parallel safe
+as $$
+  select case
+    when jsonb_typeof(value) in ('number', 'string') and value #>> '{}' ~ '^[0-9]{1,12}(\.[0-9]{1,10})?$'
+    then (value #>> '{}')::numeric
+  end
+$$;
+
+-- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
+-- Sizes divide 3600000000, so the sum is a whole number of 1e-20 / 3600000000 steps and is rounded once, half up, at 10 decimals.
+-- A quantity of 0 needs no price.
+create or replace function data.price_meters(
+  config_node_id uuid,
+  meters jsonb,
+  currency text,
+  at timestamptz
+)
+returns table (
+  cost numeric,
+  price_ids bigint[],
+  quantities jsonb,
+  code text
+)
+language sql
+stable
+as $$
+  select
+    c.cost,
+    c.price_ids,
+    c.quantities,
+    case
+      when c.meter_count = 0 or c.has_bad_quantity then 'invalid_meters'
+      when c.has_unpriced and exists (
+        select from data.price o
+        where o.config_node_id = price_meters.config_node_id and o.meter = any (c.unpriced) and o.effective_from <= at
+      ) then 'currency_mismatch'
+      when c.has_unpriced then 'price_not_found'
+      when c.cost >= 1e12 then 'invalid_meters'
+    end
+  from (
+    select
+      count(*) as meter_count,
+      coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
+      coalesce(bool_or(q.quantity > 0 and p.id is null), false) as has_unpriced,
+      array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
+      jsonb_object_agg(m.key, q.quantity) as quantities,
+      coalesce(array_agg(p.id order by p.id) filter (where p.id is not null), '{}') as price_ids,
+      div(
+        2 * 1e10 * coalesce(sum(q.quantity * p.unit_price * div(3600000000, p.unit_size)), 0) + 3600000000,
+        2 * 3600000000::numeric
+      ) * 1e-10 as cost
+    from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
+    cross join lateral (select data.to_quantity(m.value) as quantity) q
+    left join lateral (
+      select p.id, p.unit_price, p.unit_size
+      from data.price p
+      where p.config_node_id = price_meters.config_node_id
+        and p.meter = m.key
+        and p.currency = price_meters.currency
+        and p.effective_from <= at
+      order by p.effective_from desc
+      limit 1
+    ) p on true
+  ) c
+$$;
+
+-- prices are history
+create or replace function data.forbid_change()
+returns trigger
+language plpgsql
+as $$
+begin
+  perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');
+  return null;
+end
+$$;
+create or replace trigger append_only before update or delete on data.price
+  for each row execute function data.forbid_change();
+create or replace trigger append_only_truncate before truncate on data.price
+  for each statement execute function data.forbid_change();
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,224 @@
+-- migrate:up
+-- What each role may see, decided here once, and the views PostgREST shows.
+-- Views call no function of ours: those would need a right of the reader's.
+
+set local role keyledger_owner;
+
+-- the reader: gateway and operator see all; a member is the user of claim `user_id`, else `sub` (our id, or the host's)
+create or replace view data.viewer as
+select
+  c.sees_all,
+  u.id as user_id,
+  u.account_id,
+  case when u.tenant_role = 'admin' then u.tenant_id end as managed_tenant_id
+from (
+  select
+    pg_has_role(role, 'keyledger_gateway', 'usage') or pg_has_role(role, 'keyledger_operator', 'usage') as sees_all,
+    claims ->> 'user_id' as user_id,
+    claims ->> 'sub' as sub
+  from data.caller
+) c
+left join lateral (
+  select m.*
+  from data.user_profile m
+  where case
+      when c.user_id is not null then m.id::text = c.user_id
+      else m.external_id = c.sub or m.id::text = c.sub
+    end
+  order by (m.external_id is not distinct from c.sub) desc
+  limit 1
+) u on not c.sees_all;
+
+-- users a reader sees: all, else oneself, and a tenant admin the whole tenant
+create or replace view data.visible_user as
+select u.* from data.user_profile u where (select v.sees_all from data.viewer v)
+union all
+select u.*
+from data.viewer v
+join data.user_profile u on u.id = v.user_id or u.tenant_id = v.managed_tenant_id
+where not v.sees_all;
+
+-- accounts a reader sees: all, else one's own and the one that pays; `whole` where every row of it may be seen
+create or replace view data.visible_account as
+select a.account_id, true as whole from data.account_balance a where (select v.sees_all from data.viewer v)
+union all
+select v.user_id, true from data.viewer v where not v.sees_all and v.user_id is not null
+union all
+select v.account_id, v.managed_tenant_id is not null from data.viewer v where not v.sees_all and v.account_id <> v.user_id;
+
+-- an account's figures now: what the clock has ended, and no posting has settled yet, is subtracted
+create or replace view data.account_now as
+select
+  a.account_id,
+  case when a.owner_tenant_id is null then 'user' else 'tenant' end as owner,
+  a.owner_user_id,
+  a.owner_tenant_id,
+  a.currency,
+  a.balance,
+  a.free_credit - g.due as free_credit,
+  a.credit_limit,
+  a.frozen_balance - h.due as frozen_balance,
+  a.outstanding_amount,
+  a.overdue_amount,
+  a.available + h.due - g.due as available,
+  a.balance_version,
+  a.last_charged_at,
+  a.created_at
+from data.account_balance a
+cross join lateral (
+  select coalesce(sum(h.amount - h.captured), 0) as due
+  from data.hold h
+  where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= statement_timestamp()
+) h
+cross join lateral (
+  select coalesce(sum(g.remaining), 0) as due
+  from data.credit_grant g
+  where g.account_id = a.account_id and g.remaining > 0 and g.expires_at <= statement_timestamp()
+) g;
+
+comment on view data.viewer is 'The reader, as one row.';
+comment on view data.visible_user is 'Users the reader may see.';
+comment on view data.visible_account is 'Accounts the reader may see, and whether wholly.';
+comment on view data.account_now is 'Account figures with what is due subtracted.';
+
+create or replace view api.account_balances with (security_barrier) as
+select
+  u.id as user_id,
+  u.tenant_id,
+  a.account_id,
+  a.owner,
+  a.currency,
+  a.balance,
+  a.free_credit,
+  a.credit_limit,
+  a.frozen_balance,
+  a.outstanding_amount,
+  a.overdue_amount,
+  a.available,
+  a.balance_version,
+  a.last_charged_at
+from data.visible_user u
+join data.account_now a on a.account_id = u.account_id;
+comment on view api.account_balances is
+'Who pays for a user, and what they have: one row per user.
+A tenant''s figures repeat for each of its users: never sum this view. Select amounts as text: ?select=available::text.';
+grant select on api.account_balances to keyledger_gateway, keyledger_operator, keyledger_member;
+
+create or replace view api.billing_accounts with (security_barrier) as
+select a.* from data.account_now a join data.visible_account v on v.account_id = a.account_id;
+comment on view api.billing_accounts is
+'An account''s figures: one row per payer.
+available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount.';
+grant select on api.billing_accounts to keyledger_gateway, keyledger_operator, keyledger_member;
+
+create or replace view api.virtual_keys with (security_barrier) as
+select
+  k.id,
+  k.key_prefix,
+  k.user_id,
+  u.tenant_id,
+  k.name,
+  k.status,
+  k.expires_at,
+  array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
+  k.created_at,
+  k.revoked_at
+from data.visible_user u
+join data.virtual_key k on k.user_id = u.id;
+comment on view api.virtual_keys is 'Virtual keys by their display prefix; neither the key nor its hash is shown.';
+grant select on api.virtual_keys to keyledger_operator, keyledger_member;
+
+create or replace view api.billing_transactions with (security_barrier) as
+select t.*
+from data.billing_transaction t
+join data.visible_account v on v.account_id = t.account_id and v.whole;
+comment on view api.billing_transactions is
+'The ledger: every entry of an account, in order of seq, chained by hash.
+`amount` is what the entry did to the account: balance_delta + free_credit_delta - outstanding_delta.';
+grant select on api.billing_transactions to keyledger_operator, keyledger_member;
+
+create or replace view api.usage_logs with (security_barrier) as
+select
+  to_timestamp(('x' || substr(l.id::text, 1, 8) || substr(l.id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision) as used_at,
+  l.*
+from data.usage_log l
+join data.visible_account v on v.account_id = l.account_id
+where v.whole or l.user_id = (select r.user_id from data.viewer r);
+comment on view api.usage_logs is 'Each charged event: who used what, what it cost, and the ledger entry (transaction_seq) that charged it.';
+grant select on api.usage_logs to keyledger_operator, keyledger_member;
+
+create or replace view api.holds with (security_barrier) as
+select h.*
+from data.hold h
+join data.visible_account v on v.account_id = h.account_id
+where v.whole or h.virtual_key_id in (
+  select k.id from data.virtual_key k where k.user_id = (select r.user_id from data.viewer r)
+);
+comment on view api.holds is 'Money set aside for requests: open, captured, released or expired.';
+grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
+
+create or replace view api.accounting_snapshots with (security_barrier) as
+select s.*
+from data.accounting_snapshot s
+join data.visible_account v on v.account_id = s.account_id and v.whole;
+comment on view api.accounting_snapshots is 'Sealed statements.';
+grant select on api.accounting_snapshots to keyledger_operator, keyledger_member;
+
+create or replace view api.rejected_usage as
+select r.* from data.rejected_usage r;
+comment on view api.rejected_usage is
+'Events that could not be charged, with the code that says why; kept until resolved.
+Fix the cause, then call replay_rejected_usage.';
+grant select on api.rejected_usage to keyledger_operator;
+
+-- writable by the operator; columns that follow from others are read-only by grant
+
+create or replace view api.tenants with (security_barrier) as
+select t.id, t.name, t.external_id, t.currency, t.status, t.created_at
+from data.tenant t
+where (select v.sees_all from data.viewer v)
+  or t.id = (select u.tenant_id from data.viewer v join data.user_profile u on u.id = v.user_id);
+comment on view api.tenants is
+'Paying organisations.
+Inserting one opens its account; `currency` is fixed then. Suspend by status; `closed` is final.';
+grant select on api.tenants to keyledger_operator, keyledger_member;
+grant insert (id, name, external_id, currency, status), update (name, external_id, status) on api.tenants to keyledger_operator;
+
+create or replace view api.user_profiles with (security_barrier) as
+select u.id, u.tenant_id, u.tenant_role, u.external_id, u.display_name, u.currency, u.status, u.account_id, u.created_at
+from data.user_profile u
+where (select v.sees_all from data.viewer v)
+  or u.id = (select v.user_id from data.viewer v)
+  or u.tenant_id = (select v.managed_tenant_id from data.viewer v);
+comment on view api.user_profiles is
+'Users. A user with a tenant is paid for by the tenant, any other pays alone (`account_id`).
+Inserting one opens its own account, unused while it has a tenant. Suspend by status; `closed` is final.';
+grant select on api.user_profiles to keyledger_operator, keyledger_member;
+grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
+  update (tenant_id, tenant_role, external_id, display_name, status) on api.user_profiles to keyledger_operator;
+
+create or replace view api.config_nodes as
+select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at from data.config_node n;
+comment on view api.config_nodes is 'Upstream instances (deployments, channels); prices belong to them.';
+grant select on api.config_nodes to keyledger_gateway, keyledger_operator;
+grant insert (id, name, provider, model, endpoint, status), update (name, provider, model, endpoint, status)
+  on api.config_nodes to keyledger_operator;
+
+create or replace view api.virtual_key_config_nodes as
+select m.virtual_key_id, m.config_node_id, m.created_at from data.virtual_key_config_node m;
+comment on view api.virtual_key_config_nodes is 'Mounts: the nodes a key may hold funds for.';
+grant select on api.virtual_key_config_nodes to keyledger_gateway, keyledger_operator;
+grant insert (virtual_key_id, config_node_id), delete on api.virtual_key_config_nodes to keyledger_operator;
+
+create or replace view api.prices as
+select p.id, p.config_node_id, p.meter, p.unit_price, p.unit_size, p.currency, p.effective_from, p.created_at from data.price p;
+comment on view api.prices is
+'Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next one.
+Append-only: a new price is a new row. Usual meters: input_tokens, cached_input_tokens, output_tokens, requests.';
+grant select on api.prices to keyledger_gateway, keyledger_operator, keyledger_member;
+grant insert (config_node_id, meter, unit_price, unit_size, currency, effective_from) on api.prices to keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

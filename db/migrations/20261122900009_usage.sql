@@ -1,0 +1,255 @@
+-- migrate:up
+-- Usage: what was used is charged, exactly once; what can't be charged is parked and kept.
+
+set local role keyledger_owner;
+
+-- Reads events: key, price and cost of each, before any account is locked. `code` is why it must be parked.
+create or replace function data.read_usage_events(events jsonb)
+returns table (
+  ord bigint,
+  event jsonb,
+  account_id uuid,
+  usage data.usage_log,
+  code text
+)
+language sql
+stable
+as $$
+  select
+    r.ord,
+    r.event,
+    r.account_id,
+    row(
+      r.account_id, r.id, null, r.virtual_key_id, k.user_id, r.config_node_id, r.hold_id, coalesce(r.event -> 'final', 'true') <> 'false',
+      p.quantities, p.price_ids, p.cost, r.event ->> 'request_id', nullif(r.event -> 'metadata', 'null'), null
+    )::data.usage_log,
+    case
+      when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
+      when r.id is null then 'invalid_id'
+      when not data.in_usage_window(r.id) then 'id_outside_window'
+      when r.account_id is null then 'invalid_account_id'
+      when r.virtual_key_id is null then 'invalid_virtual_key_id'
+      when r.config_node_id is null then 'invalid_config_node_id'
+      when r.event ->> 'hold_id' is not null and r.hold_id is null then 'invalid_hold'
+      when jsonb_typeof(r.event -> 'final') not in ('boolean', 'null') then 'invalid_final'
+      when length(r.event ->> 'request_id') > 512 then 'invalid_request_id'
+      when jsonb_typeof(r.event -> 'metadata') not in ('object', 'null') or octet_length(r.event ->> 'metadata') > 16384 then 'invalid_metadata'
+      when a.currency is null then 'account_not_found'
+      when k.user_id is null then 'virtual_key_unknown'
+      when n.id is null then 'config_node_not_found'
+      else p.code
+    end
+  from (
+    select
+      e.ord,
+      e.event,
+      data.to_uuidv7(e.event ->> 'id') as id,
+      data.to_uuid(e.event ->> 'account_id') as account_id,
+      data.to_uuid(e.event ->> 'virtual_key_id') as virtual_key_id,
+      data.to_uuid(e.event ->> 'config_node_id') as config_node_id,
+      data.to_uuid(e.event ->> 'hold_id') as hold_id
+    from jsonb_array_elements(events) with ordinality as e (event, ord)
+  ) r
+  left join data.virtual_key k on k.id = r.virtual_key_id
+  left join data.config_node n on n.id = r.config_node_id
+  -- an account's currency is its owner's, and never changes
+  left join lateral (
+    select t.currency from data.tenant t where t.id = r.account_id
+    union all
+    select u.currency from data.user_profile u where u.id = r.account_id
+  ) a on true
+  left join lateral data.price_meters(r.config_node_id, r.event -> 'meters', a.currency, data.uuid_time(r.id)) p on true
+$$;
+
+-- keep events that can't be charged; a digest of the event is its id, so a retry adds nothing
+create or replace function data.park(
+  events jsonb[],
+  codes text[]
+)
+returns void
+language sql
+volatile
+as $$
+  insert into data.rejected_usage (id, event, usage_id, account_id, code)
+  select
+    encode(substr(sha256(convert_to(p.event::text, 'UTF8')), 1, 16), 'hex')::uuid,
+    p.event,
+    data.to_uuid(p.event ->> 'id'),
+    data.to_uuid(p.event ->> 'account_id'),
+    p.code
+  from unnest(events, codes) as p (event, code)
+  on conflict do nothing
+$$;
+
+create or replace function api.record_usage(events jsonb)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_answers jsonb[];
+  v_account_id uuid;
+  v_ords bigint[];
+  v_events jsonb[];
+  v_read data.usage_log[];
+  v_codes text[];
+  v_hold_ids uuid[];
+  v_usage data.usage_log[];
+  v_posted boolean;
+  v_post record;
+  v_row record;
+  v_parked jsonb[] := '{}';
+  v_parked_codes text[] := '{}';
+begin
+  perform data.require_array('events', events);
+  v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
+
+  -- accounts are locked in account_id order; what can't be charged comes last, under no account
+  for v_account_id, v_ords, v_events, v_read, v_codes, v_hold_ids in
+    select
+      case when r.code is null then r.account_id end,
+      array_agg(r.ord order by r.ord),
+      array_agg(r.event order by r.ord),
+      array_agg(r.usage order by r.ord),
+      array_agg(r.code order by r.ord),
+      array_agg((r.usage).hold_id) filter (where (r.usage).hold_id is not null)
+    from data.read_usage_events(events) r
+    group by 1
+    order by 1
+  loop
+    v_posted := false;
+    if v_account_id is not null then
+      v_usage := v_read;
+      if v_hold_ids is not null then
+        -- a hold of another account is no hold of this one; holds are never deleted, so no lock is needed to see that
+        v_hold_ids := array(select h.id from data.hold h where h.account_id = v_account_id and h.id = any (v_hold_ids));
+        v_usage := '{}';
+        for i in 1 .. cardinality(v_read) loop
+          if v_read[i].hold_id = any (v_hold_ids) or v_read[i].hold_id is null then
+            v_usage := v_usage || v_read[i];
+          else
+            v_codes[i] := 'invalid_hold';
+          end if;
+        end loop;
+      end if;
+
+      if cardinality(v_usage) > 0 then
+        select * into v_post from data.post(v_account_id, 'usage', usage => v_usage);
+        v_posted := (v_post.account).account_id is not null;
+        if not v_posted then
+          v_codes := array_fill('account_not_found'::text, array[cardinality(v_read)]);
+        end if;
+      end if;
+    end if;
+
+    for i in 1 .. cardinality(v_ords) loop
+      if v_codes[i] is null then
+        v_answers[v_ords[i]] := jsonb_build_object(
+          'id', v_read[i].id,
+          'status', 'charged',
+          'cost', v_read[i].cost::text,
+          'available', (v_post.account).available::text,
+          'seq', (v_post.entry).seq
+        );
+      else
+        v_parked := v_parked || v_events[i];
+        v_parked_codes := v_parked_codes || v_codes[i];
+        v_answers[v_ords[i]] := jsonb_build_object('id', v_events[i] -> 'id', 'status', 'parked', 'code', v_codes[i]);
+      end if;
+    end loop;
+
+    -- fewer new rows than events: the others met their first try
+    if v_posted and coalesce(cardinality(v_post.charged), 0) < cardinality(v_usage) then
+      for v_row in
+        select r.i, l.cost, l.transaction_seq,
+          (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
+            is distinct from
+          (r.virtual_key_id, r.config_node_id, r.hold_id, r.final, r.meters, r.request_id, r.metadata) as mismatch
+        from (
+          select u.*, u.ordinality as i, row_number() over (partition by u.id order by u.ordinality) as copy
+          from unnest(v_read) with ordinality u
+        ) r
+        join data.usage_log l on l.account_id = v_account_id and l.id = r.id
+        where v_codes[r.i] is null
+          and (r.copy > 1 or l.transaction_seq is distinct from (v_post.entry).seq)
+      loop
+        v_answers[v_ords[v_row.i]] := v_answers[v_ords[v_row.i]] || jsonb_build_object(
+          'status', 'duplicate',
+          'cost', v_row.cost::text,
+          'seq', v_row.transaction_seq
+        ) || case when v_row.mismatch then '{"mismatch": true}' else '{}'::jsonb end;
+      end loop;
+    end if;
+  end loop;
+
+  if cardinality(v_parked) > 0 then
+    perform data.park(v_parked, v_parked_codes);
+  end if;
+  return to_jsonb(v_answers);
+end
+$$;
+comment on function api.record_usage(jsonb) is
+'Charges what was used, exactly once per id.
+Takes [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true), request_id?, metadata?}] and answers in the same order
+[{id, status: charged | duplicate | parked, code?, cost, available, seq}]. ids are UUIDv7 made by the caller: a repeated id charges nothing
+(`mismatch` says its content differs). What can''t be charged is parked and kept with its code; its neighbours are charged.';
+grant execute on function api.record_usage(jsonb) to keyledger_gateway;
+
+create or replace function api.replay_rejected_usage(
+  ids uuid[] default null,
+  max_events integer default 1000
+)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_ids uuid[];
+  v_events jsonb;
+  v_answers jsonb;
+begin
+  -- a wrong hold may mean a wrong account: such events are charged, without the hold, only when named
+  select array_agg(r.id order by r.created_at, r.id),
+    jsonb_agg(case when r.code = 'invalid_hold' then r.event - 'hold_id' else r.event end order by r.created_at, r.id)
+  into v_ids, v_events
+  from (
+    select * from data.rejected_usage r
+    where r.resolved_at is null
+      and case when ids is null then r.code <> 'invalid_hold' else r.id = any (ids) end
+    order by r.created_at, r.id
+    limit max_events
+    for update skip locked
+  ) r;
+  if v_ids is null then
+    return '[]';
+  end if;
+
+  v_answers := api.record_usage(v_events);
+  update data.rejected_usage r
+  set code = coalesce(a.answer ->> 'code', r.code),
+    resolution = nullif(a.answer ->> 'status', 'parked'),
+    resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end
+  from unnest(v_ids) with ordinality as i (id, ord)
+  join jsonb_array_elements(v_answers) with ordinality as a (answer, ord) using (ord)
+  where r.id = i.id;
+  return (
+    select jsonb_agg(a.answer || jsonb_build_object('rejected_id', i.id) order by ord)
+    from unnest(v_ids) with ordinality as i (id, ord)
+    join jsonb_array_elements(v_answers) with ordinality as a (answer, ord) using (ord)
+  );
+end
+$$;
+comment on function api.replay_rejected_usage(uuid[], integer) is
+'Charges parked events again, after a price or an account was fixed.
+Each is charged once, at the price in force at the event''s own time. `ids` (of rejected_usage) null: the oldest `max_events`, except those
+parked for invalid_hold; named, those are charged without their hold. Answers as record_usage does, with `rejected_id`.';
+grant execute on function api.replay_rejected_usage(uuid[], integer) to keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

@@ -1,0 +1,178 @@
+-- migrate:up
+-- Money in, corrections, credit limits and promotional credit: rare postings, each named, idempotent by reference.
+
+set local role keyledger_owner;
+
+-- post, or refuse an account that isn't there
+create or replace function data.post_or_refuse(
+  account_id uuid,
+  kind text,
+  balance_delta numeric default 0,
+  free_credit_delta numeric default 0,
+  credit_limit numeric default null,
+  reference text default null,
+  reason text default null,
+  metadata jsonb default null,
+  expected_version bigint default null,
+  grant_priority integer default null,
+  grant_expires_at timestamptz default null
+)
+returns data.billing_transaction
+language plpgsql
+as $$
+declare
+  v_post record;
+begin
+  if length(reference) not between 1 and 512 then
+    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
+  end if;
+  select * into v_post from data.post(
+    account_id => post_or_refuse.account_id,
+    kind => post_or_refuse.kind,
+    balance_delta => post_or_refuse.balance_delta,
+    free_credit_delta => post_or_refuse.free_credit_delta,
+    credit_limit => post_or_refuse.credit_limit,
+    reference => post_or_refuse.reference,
+    reason => post_or_refuse.reason,
+    metadata => post_or_refuse.metadata,
+    expected_version => post_or_refuse.expected_version,
+    grant_priority => post_or_refuse.grant_priority,
+    grant_expires_at => post_or_refuse.grant_expires_at
+  );
+  if (v_post.account).account_id is null then
+    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
+      'account_id is the id of the tenant or user that pays');
+  end if;
+  return v_post.entry;
+end
+$$;
+
+create or replace function api.top_up(
+  account_id uuid,
+  amount numeric,
+  reference text default null,
+  reason text default null,
+  metadata jsonb default null
+)
+returns api.billing_transactions
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  perform data.require_positive_amount(amount);
+  return data.post_or_refuse(
+    account_id, 'top_up', balance_delta => amount, reference => reference, reason => reason, metadata => metadata);
+end
+$$;
+comment on function api.top_up(uuid, numeric, text, text, jsonb) is
+'Adds paid money to an account; debt is paid first.
+`reference` is the payment''s id: repeated with the same content it answers the first entry, with other content 409 reference_mismatch.
+Answers the ledger entry. 404 account_not_found; 422 invalid_amount.';
+grant execute on function api.top_up(uuid, numeric, text, text, jsonb) to keyledger_operator;
+
+create or replace function api.adjust_balance(
+  account_id uuid,
+  amount numeric,
+  reason text,
+  reference text default null,
+  expected_version bigint default null,
+  metadata jsonb default null
+)
+returns api.billing_transactions
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  if amount is null or not data.is_amount(amount) or amount = 0 then
+    perform data.refuse(422, 'invalid_amount', 'amount must not be 0, within 1e12, with at most 10 decimals',
+      'send a plain decimal as a string; negative takes money away');
+  end if;
+  if reason is null or reason !~ '\S' then
+    perform data.refuse(422, 'invalid_reason', 'an adjustment needs a reason', 'say why in reason');
+  end if;
+  return data.post_or_refuse(account_id, 'adjustment', balance_delta => amount, reference => reference,
+    reason => reason, metadata => metadata, expected_version => expected_version);
+end
+$$;
+comment on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) is
+'Corrects an account by a signed amount, with a reason.
+What a negative amount takes beyond the credit limit becomes debt. `expected_version` is the balance_version the decision was made on: 409
+version_conflict if the account has moved. Answers the ledger entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount,
+invalid_reason.';
+grant execute on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) to keyledger_operator;
+
+create or replace function api.grant_credit(
+  account_id uuid,
+  amount numeric,
+  expires_at timestamptz default null,
+  priority integer default 100,
+  reference text default null,
+  reason text default null
+)
+returns api.billing_transactions
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+begin
+  perform data.require_positive_amount(amount);
+  if not isfinite(expires_at) then
+    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment', 'leave it out for credit that does not expire');
+  end if;
+  if priority is null then
+    perform data.refuse(422, 'invalid_priority', 'priority must be an integer', 'lower numbers are spent first; the default is 100');
+  end if;
+  return data.post_or_refuse(account_id, 'credit_grant', free_credit_delta => amount, reference => reference,
+    reason => reason, metadata => jsonb_build_object('priority', priority, 'expires_at', extract(epoch from expires_at)),
+    grant_priority => priority, grant_expires_at => expires_at);
+end
+$$;
+comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) is
+'Gives promotional credit, spent before paid money; debt is paid first.
+Spent lowest `priority` first, then soonest `expires_at`, then oldest; what is left at `expires_at` expires by itself. Answers the ledger
+entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount, invalid_expires_at.';
+grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) to keyledger_operator;
+
+create or replace function api.set_credit_limit(
+  account_id uuid,
+  credit_limit numeric,
+  reason text default null
+)
+returns api.billing_accounts
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_account data.account_balance;
+  v_shown api.billing_accounts;
+begin
+  if credit_limit is null or not data.is_amount(credit_limit) or credit_limit < 0 then
+    perform data.refuse(422, 'invalid_amount', 'credit_limit must be 0 or more, below 1e12, with at most 10 decimals',
+      'send a plain decimal as a string, for example "100"');
+  end if;
+  v_account := data.lock_account(set_credit_limit.account_id);
+  if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
+    perform data.post_or_refuse(account_id, 'limit_change', credit_limit => credit_limit, reason => reason,
+      metadata => jsonb_build_object('from', v_account.credit_limit::text, 'to', credit_limit::numeric(28, 10)::text));
+  end if;
+  select * into v_shown from api.billing_accounts b where b.account_id = set_credit_limit.account_id;
+  return v_shown;
+end
+$$;
+comment on function api.set_credit_limit(uuid, numeric, text) is
+'Sets how far below zero the balance may go.
+A raised limit pays debt first; a lowered one turns what exceeds it into debt. Posted as a limit_change entry unless nothing changes. Answers
+the account. 404 account_not_found; 422 invalid_amount.';
+grant execute on function api.set_credit_limit(uuid, numeric, text) to keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

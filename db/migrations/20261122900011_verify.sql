@@ -1,0 +1,116 @@
+-- migrate:up
+-- Proof: what the figures say equals what the ledger, the holds, the grants and the usage log say, in one consistent read.
+
+set local role keyledger_owner;
+
+create or replace function api.verify_balances(
+  for_account_id uuid default null
+)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  -- one statement, one snapshot: true under traffic too
+  return query
+  with account as (
+    select * from data.account_balance a where for_account_id is null or a.account_id = for_account_id
+  ), entry as (
+    select t as entry, lag(t) over (partition by t.account_id order by t.seq) as previous
+    from data.billing_transaction t
+    where for_account_id is null or t.account_id = for_account_id
+  ), total as (
+    select (e.entry).account_id, count(*) as entries, max((e.entry).seq) as last_seq,
+      sum((e.entry).balance_delta) as balance, sum((e.entry).free_credit_delta) as free_credit,
+      sum((e.entry).outstanding_delta) as outstanding
+    from entry e
+    group by 1
+  ), frozen as (
+    select h.account_id, sum(h.amount - h.captured) as amount
+    from data.hold h
+    where h.status = 'open' and (for_account_id is null or h.account_id = for_account_id)
+    group by 1
+  ), granted as (
+    select g.account_id, sum(g.remaining) as amount
+    from data.credit_grant g
+    where for_account_id is null or g.account_id = for_account_id
+    group by 1
+  ), used as (
+    select l.account_id, l.transaction_seq as seq, count(*) as events, sum(l.cost) as cost,
+      sha256(convert_to(string_agg(data.usage_line(l), E'\n' order by l.id), 'UTF8')) as digest
+    from data.usage_log l
+    where for_account_id is null or l.account_id = for_account_id
+    group by 1, 2
+  ), charge as (
+    select e.entry from entry e where (e.entry).kind = 'usage'
+  )
+  select a.account_id, c.problem, null::bigint, c.expected::text, c.actual::text
+  from account a
+  left join total t on t.account_id = a.account_id
+  left join frozen f on f.account_id = a.account_id
+  left join granted g on g.account_id = a.account_id
+  cross join lateral (
+    values
+      ('balance is not the sum of its deltas', coalesce(t.balance, 0), a.balance),
+      ('free_credit is not the sum of its deltas', coalesce(t.free_credit, 0), a.free_credit),
+      ('outstanding_amount is not the sum of its deltas', coalesce(t.outstanding, 0), a.outstanding_amount),
+      ('frozen_balance is not the sum of open holds', coalesce(f.amount, 0), a.frozen_balance),
+      ('free_credit is not the sum of live grants', coalesce(g.amount, 0), a.free_credit),
+      ('balance_version is not the last seq', coalesce(t.last_seq, 0), a.balance_version),
+      ('seq has gaps', coalesce(t.last_seq, 0), coalesce(t.entries, 0))
+  ) as c (problem, expected, actual)
+  where c.expected <> c.actual
+
+  union all
+  select a.account_id, 'figures are not in normal form', null, 'debt only when free credit and balance are spent', null
+  from account a
+  where a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit)
+
+  union all
+  select (e.entry).account_id, c.problem, (e.entry).seq, c.expected, c.actual
+  from entry e
+  cross join lateral (
+    values
+      ('entry does not follow from the one before: balance',
+        (coalesce((e.previous).balance_after, 0) + (e.entry).balance_delta)::text, (e.entry).balance_after::text),
+      ('entry does not follow from the one before: free_credit',
+        (coalesce((e.previous).free_credit_after, 0) + (e.entry).free_credit_delta)::text, (e.entry).free_credit_after::text),
+      ('entry does not follow from the one before: outstanding',
+        (coalesce((e.previous).outstanding_after, 0) + (e.entry).outstanding_delta)::text, (e.entry).outstanding_after::text),
+      ('chain is broken', encode(coalesce((e.previous).hash, ''), 'hex'), encode((e.entry).prev_hash, 'hex')),
+      ('entry was altered', encode(data.entry_hash(e.entry), 'hex'), encode((e.entry).hash, 'hex')),
+      ('entry is older than the one before', 'false', ((e.entry).created_at < (e.previous).created_at)::text)
+  ) as c (problem, expected, actual)
+  where c.expected <> c.actual
+
+  union all
+  select coalesce(u.account_id, (h.entry).account_id), c.problem, coalesce(u.seq, (h.entry).seq), c.expected, c.actual
+  from charge h
+  full join used u on u.account_id = (h.entry).account_id and u.seq = (h.entry).seq
+  cross join lateral (
+    values
+      ('charge is not the cost of its usage', coalesce(u.cost, 0)::numeric(28, 10)::text, (-coalesce((h.entry).amount, 0))::numeric(28, 10)::text),
+      ('usage rows are missing or added', coalesce(u.events, 0)::text, coalesce((h.entry).usage_count, 0)::text),
+      ('usage row was altered', encode(u.digest, 'hex'), encode((h.entry).usage_digest, 'hex'))
+  ) as c (problem, expected, actual)
+  where c.expected is distinct from c.actual;
+end
+$$;
+comment on function api.verify_balances(uuid) is
+'Proves the ledger: answers one row per problem, none when every figure is proved.
+Per account (all when null): figures against the sums of their deltas, frozen against open holds, free credit against grants, seq gapless,
+normal form, each entry against the one before, its hash, and charges against their usage rows.';
+grant execute on function api.verify_balances(uuid) to keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back
