@@ -14,10 +14,25 @@ begin
   ) o
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
-      'x'
+      'account_balance', 'account_now', 'accounting_snapshot', 'actor', 'billing_transaction', 'cache_horizon',
+      'cache_invalidation', 'caller', 'config_node', 'config_node_updated', 'credit_grant',
+      'end_or_extend_holds', 'entry_hash', 'forbid_change', 'forbid_truncate', 'hold', 'in_usage_window',
+      'invalidate', 'is_amount', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'lock_account',
+      'lock_key_parents', 'lock_mount_parents', 'lock_user_parent', 'make_usage_partitions', 'mount_deleted',
+      'mount_inserted', 'mount_updated', 'open_account', 'park', 'post', 'post_or_refuse', 'price',
+      'price_inserted', 'price_meters', 'read_hold_requests', 'read_usage_events', 'refuse', 'rejected_usage',
+      'require_array', 'require_positive_amount', 'tenant', 'tenant_updated', 'to_amount', 'to_expires_in',
+      'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_line', 'usage_log', 'usage_window', 'user_profile',
+      'user_profile_updated', 'uuid_floor', 'uuid_time', 'viewer', 'virtual_key', 'virtual_key_config_node',
+      'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated', 'visible_account', 'visible_user'
     ]))
     or n.nspname = 'api' and o.name = any (array[
-      'x'
+      'account_balances', 'accounting_snapshots', 'adjust_balance', 'billing_accounts', 'billing_transactions',
+      'cache_changes', 'check_budget', 'config_nodes', 'create_virtual_key', 'extend_holds', 'grant_credit',
+      'holds', 'maintain', 'new_id', 'place_holds', 'prices', 'record_usage', 'rejected_usage', 'release_holds',
+      'replay_rejected_usage', 'resolve_billing_account', 'resolve_virtual_key', 'revoke_virtual_key',
+      'set_credit_limit', 'tenants', 'top_up', 'usage_logs', 'user_profiles', 'verify_balances',
+      'virtual_key_config_nodes', 'virtual_keys'
     ]);
   if v_clashes is not null then
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes
