@@ -22,8 +22,9 @@ export function unprivilegedUser(): User | undefined {
 
 /** A new directory for one server, which the user owns and nobody else may enter. */
 export function temporaryDirectory(name: string, user?: User): string {
-  const place = [tmpdir(), '/tmp', '/var/tmp'].find((dir) => runs('test', ['-x', dir], user))
-  if (!place) throw new Error(`no temporary directory that uid ${user?.uid} may enter: set TMPDIR`)
+  const place = [tmpdir(), '/tmp', '/var/tmp'].find((dir) => runs('test', ['-w', dir, '-a', '-x', dir], user))
+  if (!place)
+    throw new Error(`no temporary directory for uid ${user?.uid}: set TMPDIR to one it may write to`)
   const dir = mkdtempSync(join(place, `keyledger-${name}-`))
   if (user) chownSync(dir, user.uid, user.gid)
   return dir

@@ -1,0 +1,147 @@
+// The servers that tests, demo and bench start: nothing of them is left after their process, however it ends.
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
+import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { startPostgres, startRedis } from '../scripts/servers.ts'
+import { until } from '../scripts/supervise.ts'
+import { database, once } from './support/database.ts'
+import { failure } from './support/failure.ts'
+
+const test = suite('tooling')
+const db = await database(test)
+const servers = join(dirname(dirname(fileURLToPath(import.meta.url))), 'scripts/servers.ts')
+
+let parents: { child: ChildProcess; dir: string }[] = []
+test.after.each(async () => {
+  for (const { child, dir } of parents) {
+    child.kill('SIGKILL')
+    await until(() => left({ dir }).length === 0, `nothing left of ${left({ dir })}`)
+    rmSync(dir, { recursive: true })
+  }
+  parents = []
+})
+
+// Runs the script in a process whose servers have a temporary directory of their own.
+function parent(script: string) {
+  const dir = mkdtempSync('/tmp/keyledger-tooling-')
+  chmodSync(dir, 0o1777)
+  const child = spawn(process.execPath, [...process.execArgv, '--input-type=module', '--eval', script], {
+    env: { ...process.env, TMPDIR: dir },
+    stdio: ['ignore', 'pipe', 'ignore'],
+  })
+  parents.push({ child, dir })
+  return { child, dir }
+}
+
+// All three servers, up.
+async function stack(then: string) {
+  const { child, dir } = parent(`
+    const { startPostgres, startPostgrest, startRedis } = await import(${JSON.stringify(servers)})
+    await Promise.all([startPostgres(), startRedis(), startPostgrest({ databaseUrl: ${JSON.stringify(db.loginUrl)} })])
+    console.log('up')
+    ${then}`)
+  let said = ''
+  child.stdout!.on('data', (data) => {
+    said += data
+  })
+  await until(() => said.includes('up') || child.exitCode !== null, 'the servers to be up')
+  assert.is(said.trim(), 'up')
+  const pids = homes(dir).map((home) => readFileSync(join(dir, home, 'pid'), 'utf8').trim())
+  return { child, dir, pids }
+}
+
+// The directories of the servers; tsx has one there too.
+const homes = (dir: string) => readdirSync(dir).filter((name) => name.startsWith('keyledger-'))
+
+const exited = (child: ChildProcess) =>
+  until(() => child.exitCode !== null || child.signalCode, 'the process to end')
+
+// What still runs of the given pids, or names the directory in its arguments, and what is left in the directory.
+function left({ dir, pids = [] }: { dir: string; pids?: string[] }): string[] {
+  const processes = spawnSync('ps', ['-A', '-ww', '-o', 'pid=,args='], { encoding: 'utf8' }).stdout.split(
+    '\n',
+  )
+  const ours = processes.filter((line) => line.includes(dir) || pids.includes(line.trim().split(' ')[0]!))
+  return [...ours, ...homes(dir)]
+}
+
+const idle = 'setInterval(() => {}, 1000)'
+const endings: [name: string, then: string, signal?: NodeJS.Signals][] = [
+  ['a normal end', ''],
+  ['process.exit', 'process.exit(3)'],
+  ['an uncaught error', 'setTimeout(() => { throw new Error() })'],
+  ['SIGINT', idle, 'SIGINT'],
+  ['SIGTERM', idle, 'SIGTERM'],
+]
+for (const [name, then, signal] of endings)
+  test(`after ${name} of their process, servers and files are gone`, async () => {
+    const { child, ...of } = await stack(then)
+    if (signal) {
+      assert.ok(left(of).length >= 9) // three servers: the process, its wrapper, the directory
+      child.kill(signal)
+    }
+    await exited(child)
+    assert.equal(left(of), [])
+  })
+
+test('after kill -9 of their process, servers and files go', async () => {
+  const { child, ...of } = await stack(idle)
+  assert.ok(left(of).length >= 9)
+  child.kill('SIGKILL')
+  await until(() => left(of).length === 0, `nothing left of ${left(of)}`)
+})
+
+test('after kill -9 while Postgres is still starting, it goes too', async () => {
+  const { child, dir } = parent(`(await import(${JSON.stringify(servers)})).startPostgres()`)
+  await until(() => homes(dir).some((home) => existsSync(join(dir, home, 'data'))), 'initdb to be at work')
+  child.kill('SIGKILL')
+  await until(() => left({ dir }).length === 0, `nothing left of ${left({ dir })}`)
+})
+
+test('Postgres keeps what was committed through kill -9 and restart, on the same URL', async () => {
+  const server = await startPostgres({ settings: ['log_statement=all'] })
+  await once(server.url, 'create table kept as select 42 as answer')
+  const { pid } = server
+  await server.kill9()
+  await server.restart()
+  assert.equal(await once(server.url, 'select answer from kept'), [{ answer: 42 }])
+  assert.not.equal(server.pid, pid)
+  assert.match(server.log(), 'statement: create table kept')
+  await server.restart()
+  assert.equal(await once(server.url, 'select answer from kept'), [{ answer: 42 }])
+  await server.stop()
+  assert.is((await failure(once(server.url, 'select'))).code, 'ECONNREFUSED')
+})
+
+test('servers listen on loopback only and ask for a password', async () => {
+  const server = await startPostgres()
+  const [row] = await once(
+    server.url,
+    `select current_setting('listen_addresses') as on, current_setting('unix_socket_directories') as at`,
+  )
+  assert.equal(row, { on: '127.0.0.1', at: '' })
+  const wrong = new URL(server.url)
+  wrong.password = 'wrong'
+  assert.is((await failure(once(wrong.href, 'select'))).code, '28P01')
+  await server.stop()
+})
+
+test('a server that cannot start says why and leaves nothing', async () => {
+  const { message } = await failure(startPostgres({ settings: ['no_such_setting=1'] }))
+  assert.match(message, 'unrecognized configuration parameter "no_such_setting"')
+})
+
+test('without redis-server in PATH there is no Redis, and no error', async () => {
+  const { PATH } = process.env
+  process.env.PATH = '/nowhere'
+  try {
+    assert.is(await startRedis(), undefined)
+  } finally {
+    process.env.PATH = PATH
+  }
+})
+
+test.run()
