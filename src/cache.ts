@@ -1,0 +1,191 @@
+// The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
+import type { Cluster, Redis } from 'ioredis'
+import { LRUCache } from 'lru-cache'
+import { createRedisTier, type Lease, type RedisTier } from './redis.ts'
+import { createTrust, type Trust } from './trust.ts'
+
+export interface KeyCacheOptions<Context> {
+  /** Reads Postgres, the primary: what the key with this sha-256 (hex) resolves to; undefined if it is known to be unknown. */
+  load: (hash: string) => Promise<Context | undefined>
+  /** Shared tier; may be absent or down. Its commands are given 200 ms, whatever the client's own limits are. */
+  redis?: Redis | Cluster
+  /** Known keys kept in memory, the least recently used go first; unknown ones are kept apart, a tenth of it. Default 100,000. */
+  maxEntries?: number
+  /** ms a tier answers by itself after the last complete read of the changes was sent. Default 5,000; keep it above 1,000. */
+  maxStaleness?: number
+  /** ms a known key is still answered, as `stale`, once nothing is trusted and Postgres can't be read. Default 300,000. */
+  staleIfError?: number
+}
+
+/** From where an answer came; `stale` is one that may be out of date, given because Postgres could not be read. */
+export type Tier = 'memory' | 'redis' | 'database' | 'stale'
+
+/** `context` is frozen and shared between callers; undefined: there is no such key. */
+export interface Answer<Context> {
+  context?: Context
+  tier: Tier
+}
+
+export interface KeyCache<Context> {
+  /** Rejects with what `load` threw if nothing better is known; a failure is never an unknown key. */
+  get(hash: string): Promise<Answer<Context>>
+  /** Drops these keys (`vk:<hash>`) from memory, and the flights that might bring them back. Redis first, if there is one. */
+  forget(keys: string[]): void
+  forgetAll(): void
+  /** Of the memory tier. */
+  trust: Trust
+  redis?: RedisTier<Context>
+  /** Answers given so far by tier, and the entries in memory. */
+  stats(): Record<Tier, number> & { entries: number }
+  /** Leaves the Redis client to its owner. */
+  close(): void
+}
+
+interface Entry<Context> {
+  context?: Context
+  /** Wall clock: after it the entry is not even stale. */
+  until: number
+  /** Monotonic clock. */
+  storedAt: number
+}
+
+interface Flight<Context> {
+  answer: Promise<Answer<Context>>
+  startedAt: number
+}
+
+const KNOWN_MS = 24 * 3600 * 1000
+const UNKNOWN_MS = 60 * 1000
+const JOINABLE_MS = 1000
+
+/**
+ * Nothing in it is trusted until a listener proves it. Then an entry is right because every change deletes it, and
+ * because a reader stores only what no change has overtaken: in Redis by a lease, in memory by its flight.
+ */
+export function createKeyCache<Context extends { valid_until: string | null }>({
+  load,
+  redis,
+  maxEntries = 100_000,
+  maxStaleness = 5000,
+  staleIfError = 300_000,
+}: KeyCacheOptions<Context>): KeyCache<Context> {
+  const trust = createTrust(maxStaleness)
+  const shared = redis && createRedisTier<Context>(redis, maxStaleness)
+  const known = new LRUCache<string, Entry<Context>>({ max: maxEntries })
+  // apart, so that a flood of made-up keys can't drive out real ones
+  const unknown = new LRUCache<string, Entry<Context>>({ max: Math.ceil(maxEntries / 10) })
+  const flights = new Map<string, Flight<Context>>()
+  const given = { memory: 0, redis: 0, database: 0, stale: 0 }
+
+  // `valid_until` is Postgres's clock and this is ours: they are as far apart as the clocks are
+  function lifetime(context: Context | undefined): number {
+    if (!context) return UNKNOWN_MS
+    return context.valid_until ? Math.min(KNOWN_MS, Date.parse(context.valid_until) - Date.now()) : KNOWN_MS
+  }
+
+  function remembered(key: string): Entry<Context> | undefined {
+    const entry = known.get(key) ?? unknown.get(key)
+    return entry && Date.now() < entry.until ? entry : undefined
+  }
+
+  function forget(key: string) {
+    known.delete(key)
+    unknown.delete(key)
+    flights.delete(key)
+  }
+
+  // only while this flight is the key's: an eviction has taken the place of one it overtook
+  function remember(key: string, flight: Flight<Context>, context: Context | undefined) {
+    if (flights.get(key) !== flight) return
+    forget(key)
+    const entry = { context, until: Date.now() + lifetime(context), storedAt: performance.now() }
+    ;(context ? known : unknown).set(key, entry)
+  }
+
+  async function resolve(key: string, hash: string, flight: Flight<Context>): Promise<Answer<Context>> {
+    let lease: Lease | undefined
+    if (shared?.trust.holds()) {
+      try {
+        const { raw, entry } = await shared.get(key)
+        if (entry && lifetime(entry.context) > 0) {
+          remember(key, flight, freeze(entry.context))
+          return { context: entry.context, tier: 'redis' }
+        }
+        lease = await shared.lease(key, raw)
+      } catch {
+        // it has ended the tier's trust
+      }
+    }
+    try {
+      const context = freeze(await withinTime(load(hash), maxStaleness))
+      remember(key, flight, context)
+      const ttl = Math.floor(lifetime(context))
+      if (lease && ttl > 0) shared?.store(lease, context, ttl).catch(() => {})
+      return { context, tier: 'database' }
+    } catch (error) {
+      const context = await lastKnown(key)
+      if (!context) throw error
+      return { context, tier: 'stale' }
+    } finally {
+      if (flights.get(key) === flight) flights.delete(key)
+    }
+  }
+
+  // known to be right within staleIfError: by the proof that passed over it, or because it was read then
+  async function lastKnown(key: string): Promise<Context | undefined> {
+    const since = performance.now() - staleIfError
+    const entry = remembered(key)
+    if (entry && Math.max(entry.storedAt, trust.provenAt()) >= since) return entry.context
+    if (!shared || shared.trust.provenAt() < since) return undefined
+    const found = await shared.getStale(key).catch(() => undefined)
+    return found && lifetime(found.context) > 0 ? freeze(found.context) : undefined
+  }
+
+  return {
+    async get(hash) {
+      const key = `vk:${hash}`
+      const trusted = trust.holds()
+      const entry = trusted ? remembered(key) : undefined
+      if (entry) {
+        given.memory++
+        return { context: entry.context, tier: 'memory' }
+      }
+      let flight = flights.get(key)
+      // without trust nobody ends a flight that a change has overtaken
+      if (!flight || (!trusted && performance.now() - flight.startedAt >= JOINABLE_MS)) {
+        flight = { startedAt: performance.now() } as Flight<Context>
+        flights.set(key, flight)
+        flight.answer = resolve(key, hash, flight)
+      }
+      const answer = await flight.answer
+      given[answer.tier]++
+      return answer
+    },
+
+    forget: (keys) => keys.forEach(forget),
+
+    forgetAll() {
+      known.clear()
+      unknown.clear()
+      flights.clear()
+    },
+
+    trust,
+    redis: shared,
+    stats: () => ({ ...given, entries: known.size + unknown.size }),
+    close: () => shared?.close(),
+  }
+}
+
+function freeze<T extends object | undefined>(context: T): T {
+  for (const value of Object.values(context ?? {})) if (Array.isArray(value)) Object.freeze(value)
+  return Object.freeze(context)
+}
+
+/** Rejects if there is no answer within `ms`; the work itself goes on, unseen. */
+export function withinTime<T>(work: Promise<T>, ms: number): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(new Error(`no answer from Postgres within ${ms} ms`)), ms)
+    work.then(resolve, reject).finally(() => clearTimeout(timer))
+  })
+}

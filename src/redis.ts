@@ -1,0 +1,188 @@
+// The Redis tier: entries behind leases and, beside them, the cursor that says which changes they have been rid of.
+import { randomUUID } from 'node:crypto'
+import type { Cluster, Redis } from 'ioredis'
+import { createTrust, type Trust } from './trust.ts'
+
+/** A snapshot of one cluster, as `api.cache_changes` gives and takes it. Only SQL looks inside. */
+export interface Cursor {
+  cluster: string
+  snapshot: string
+}
+
+/**
+ * What `vk:cursor` holds: whoever wrote it had deleted every entry changed before `cursor`. Entries of another
+ * `generation` are dead. `beat` grows with every write, and no value is ever written twice.
+ */
+export interface Coverage {
+  cursor: Cursor
+  generation: string
+  beat: number
+}
+
+/** `vk:cursor` as it was read, and over which connection; `raw` is '' where there is none. */
+export interface Found {
+  raw: string
+  coverage?: Coverage
+  connection: number
+}
+
+/** The right to store one entry, until someone deletes its key. */
+export interface Lease {
+  key: string
+  token: string
+  generation: string
+}
+
+export interface RedisTier<Context> {
+  trust: Trust
+  /** One `get`. `entry` if the key holds a live one; `raw` is what to hand to `lease` if not. */
+  get(key: string): Promise<{ raw: string; entry?: { context?: Context } }>
+  /** The same whether trusted or not, for when nothing better can be had. */
+  getStale(key: string): Promise<{ context?: Context } | undefined>
+  /** Takes the place of `raw`; undefined if somebody else was first. Take it before reading Postgres. */
+  lease(key: string, raw: string): Promise<Lease | undefined>
+  /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. `undefined` is an unknown key. */
+  store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
+  /** Deletes entries and leases, one key a command. */
+  del(keys: string[]): Promise<void>
+  covered(): Promise<Found>
+  /** Moves `vk:cursor` from `found` to `to`, unless it has changed meanwhile; answers what it holds afterwards. */
+  advance(found: Found, to: Omit<Coverage, 'beat'>, deleted: number): Promise<Coverage | undefined>
+  /** Trusts entries of this generation, complete as of `sentAt`. */
+  prove(sentAt: number, generation: string): void
+  close(): void
+}
+
+const CURSOR = 'vk:cursor'
+const LEASE = 'lease:'
+const LEASE_MS = 30_000
+const ANSWER_MS = 200
+
+// compare and set: null if done, else what the key holds ('' if nothing)
+const replace = (set: string) => `
+local held = redis.call('get', KEYS[1]) or ''
+if held ~= ARGV[1] then return held end
+redis.call('set', KEYS[1], ARGV[2]${set})
+return nil`
+const REPLACE_FOR = replace(", 'px', ARGV[3]")
+const REPLACE = replace('')
+
+/**
+ * Every command fails fast: at once where the connection is down, after 200 ms where it doesn't answer. A failure
+ * ends trust in the tier, so that readers don't each wait for the next one; a read of the changes restores it.
+ */
+export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: number): RedisTier<Context> {
+  const trust = createTrust(maxStaleness)
+  let generation = ''
+  let connection = 0
+  let inDoubt = false
+
+  const lost = () => {
+    connection++
+    trust.end()
+  }
+  redis.on('close', lost)
+  redis.on('node error', lost) // of a Cluster
+  if (redis.status === 'wait') redis.connect().catch(() => {})
+
+  function ask<T>(command: () => Promise<T>): Promise<T> {
+    return new Promise<T>((resolve, reject) => {
+      let waiting = true
+      const settle = (act: () => void) => {
+        if (!waiting) return
+        waiting = false
+        clearTimeout(timer)
+        act()
+      }
+      const fail = (error: Error) =>
+        settle(() => {
+          trust.end()
+          reject(error)
+        })
+      // after a pause of this process an answer may be here already: it is read before the immediate runs
+      const timer = setTimeout(() => setImmediate(fail, new Error('redis: no answer')), ANSWER_MS)
+      if (redis.status !== 'ready') return fail(new Error(`redis: not connected (${redis.status})`))
+      command().then((answer) => settle(() => resolve(answer)), fail)
+    })
+  }
+
+  const read = async (key: string) => (await ask(() => redis.get(key))) ?? ''
+
+  function open(raw: string): { context?: Context } | undefined {
+    if (raw === '' || raw.startsWith(LEASE)) return undefined
+    const entry = parse<{ generation: string; context: Context | null }>(raw)
+    return entry?.generation === generation ? { context: entry.context ?? undefined } : undefined
+  }
+
+  return {
+    trust,
+
+    async get(key) {
+      const raw = await read(key)
+      // asked after the answer: ioredis may have sent the command again, to a Redis that came back older
+      return { raw, entry: trust.holds() ? open(raw) : undefined }
+    },
+
+    getStale: async (key) => open(await read(key)),
+
+    async lease(key, raw) {
+      if (raw.startsWith(LEASE)) return undefined
+      // the generation of now: what is read from here on belongs to it, and to no later one
+      const lease = { key, token: LEASE + randomUUID(), generation }
+      const held = await ask(() => redis.eval(REPLACE_FOR, 1, key, raw, lease.token, LEASE_MS))
+      return held === null ? lease : undefined
+    },
+
+    async store({ key, token, generation }, context, ttl) {
+      const entry = JSON.stringify({ generation, context: context ?? null })
+      await ask(() => redis.eval(REPLACE_FOR, 1, key, token, entry, ttl))
+    },
+
+    async del(keys) {
+      for (let i = 0; i < keys.length; i += 1000) {
+        await Promise.all(keys.slice(i, i + 1000).map((key) => ask(() => redis.del(key))))
+      }
+    },
+
+    async covered() {
+      const raw = await read(CURSOR)
+      return { raw, coverage: inDoubt ? undefined : parse<Coverage>(raw), connection }
+    },
+
+    // Compare-and-set keeps the promise of `Coverage` in every interleaving of writers: what each deleted, it deleted
+    // after reading `found`, so only onto `found` may it add. A slow one finds another value and changes nothing; so
+    // does one overtaken by a flush. Over a new connection Redis may have come back older, without the deletes but
+    // with `found` (a replica, a dump): then replay, and if the command may have reached it, start a new generation.
+    async advance(found, to, deleted) {
+      if (connection !== found.connection) throw new Error('redis: connection lost')
+      const coverage = { ...to, beat: (parse<Coverage>(found.raw)?.beat ?? 0) + 1 }
+      try {
+        const held = await ask(() => redis.eval(REPLACE, 1, CURSOR, found.raw, JSON.stringify(coverage)))
+        if (connection !== found.connection) throw new Error('redis: connection lost')
+        inDoubt = false
+        return held === null ? coverage : parse<Coverage>(String(held))
+      } catch (error) {
+        inDoubt ||= deleted > 0
+        throw error
+      }
+    },
+
+    prove(sentAt, proven) {
+      generation = proven
+      trust.prove(sentAt)
+    },
+
+    close() {
+      redis.off('close', lost)
+      redis.off('node error', lost)
+    },
+  }
+}
+
+function parse<T>(raw: string): T | undefined {
+  try {
+    return JSON.parse(raw)
+  } catch {
+    return undefined
+  }
+}
