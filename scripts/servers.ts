@@ -123,9 +123,7 @@ export async function startPostgrest({
     env: (port) => ({
       PGRST_DB_URI: databaseUrl,
       PGRST_DB_SCHEMAS: 'api',
-      PGRST_DB_EXTRA_SEARCH_PATH: '',
       PGRST_DB_POOL: String(pool),
-      PGRST_DB_CONFIG: 'false',
       PGRST_JWT_SECRET: jwtSecret,
       PGRST_SERVER_HOST: '127.0.0.1',
       PGRST_SERVER_PORT: String(port),

@@ -1,0 +1,28 @@
+# What there is to do here: `make help` lists it. It needs Node.js 20 or later, and make.
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test demo bench build
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: node_modules/.package-lock.json ## install the npm packages
+
+node_modules/.package-lock.json: package.json package-lock.json
+	npm ci
+	@touch $@
+
+check: install ## type check and lint
+	@npm run -s check
+
+test: install ## run the tests on real servers; ARGS='cache' runs tests/*cache*.test.ts, DATABASE_URL=… uses that server
+	@npm run -s test -- $(ARGS)
+
+demo: install ## replay an hour of LLM traffic and prove every cent; ARGS='--help' lists the options
+	@npm run -s demo -- $(ARGS)
+
+bench: install ## measure against the baselines; ARGS picks some
+	@npm run -s bench -- $(ARGS)
+
+build: install ## compile src/ to dist/
+	@npm run -s build
