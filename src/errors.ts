@@ -1,0 +1,176 @@
+// The one error class, and the one table that turns what Postgres, PostgREST and the network say into stable codes.
+
+/** What an error carries beside its code and status. */
+export interface ErrorFields {
+  detail?: string | null
+  hint?: string | null
+  cause?: unknown
+}
+
+/**
+ * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`, `insufficient_funds`, …)
+ * or, for what SQL has no words for, one of `unavailable`, `timeout`, `deadlock`, `serialization_failure`,
+ * `permission_denied`, `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
+ * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`, `internal_error` and the names of
+ * violated constraint kinds. `status` is the HTTP status that goes with it. Both are the same through either transport.
+ */
+export class KeyledgerError extends Error {
+  readonly code: string
+  readonly status: number
+  /** What happened. Never a key. */
+  readonly detail: string | undefined
+  /** What to change. */
+  readonly hint: string | undefined
+
+  constructor(code: string, status: number, { detail, hint, cause }: ErrorFields = {}) {
+    super(
+      code + (detail ? `: ${detail}` : '') + (hint ? ` (${hint})` : ''),
+      cause === undefined ? {} : { cause },
+    )
+    this.name = 'KeyledgerError'
+    this.code = code
+    this.status = status
+    this.detail = detail || undefined
+    this.hint = hint || undefined
+  }
+}
+
+type Meaning = [code: string, status: number, hint?: string]
+
+const unavailable: Meaning = [
+  'unavailable',
+  503,
+  'check that the server is up, and the address the rpc was given',
+]
+const invalidToken: Meaning = ['invalid_token', 401, 'give postgrestRpc a `token` that PostgREST accepts']
+
+// by SQLSTATE or PostgREST code; else by class (PGRST and a digit, or the first two characters)
+const meanings: Record<string, Meaning> = {
+  '08': unavailable,
+  '22': ['invalid_input', 400],
+  '22003': ['number_out_of_range', 400],
+  '23502': ['not_null_violation', 400],
+  '23503': ['foreign_key_violation', 409],
+  '23505': ['unique_violation', 409],
+  '23514': ['check_violation', 400],
+  '25006': unavailable, // a primary that has become a replica
+  '28': unavailable, // the login of the server, not of the caller
+  '3D000': unavailable,
+  '40': ['serialization_failure', 503],
+  '40P01': ['deadlock', 503],
+  '42501': [
+    'permission_denied',
+    403,
+    'use a role that is granted it: `role` of pgRpc, claim `role` of the token',
+  ],
+  '42703': ['column_not_found', 400],
+  '42P01': ['view_not_found', 404],
+  '53': unavailable,
+  '54': ['payload_too_large', 413],
+  '55P03': ['lock_timeout', 503],
+  '57': unavailable,
+  '57014': ['timeout', 504],
+  PGRST0: unavailable,
+  PGRST1: ['invalid_input', 400],
+  PGRST202: ['function_not_found', 404],
+  PGRST203: ['function_not_found', 404],
+  PGRST204: ['column_not_found', 400],
+  PGRST205: ['view_not_found', 404],
+  PGRST3: invalidToken,
+}
+
+/** An error as `pg` throws it, or as PostgREST puts it into the body (`details` there). */
+export interface ServerError {
+  code: string
+  message: string
+  detail?: string | null
+  details?: string | null
+  hint?: string | null
+}
+
+/** What the server answered, as our error. A `PT402` carries its own code as the message, and the status in its name. */
+export function fromServer({ code, message, ...more }: ServerError): KeyledgerError {
+  const detail = more.detail ?? more.details
+  const raised = /^PT(\d{3})$/.exec(code)
+  if (raised) return new KeyledgerError(message, Number(raised[1]), { detail, hint: more.hint })
+  const known = [code, code.slice(0, 6), code.slice(0, 2)].find((part) => Object.hasOwn(meanings, part))
+  const [name, status, hint]: Meaning = known ? meanings[known]! : ['internal_error', 500]
+  // these echo the value they complain about, and nobody knows what a caller may have put there
+  const said = [code.startsWith('22') ? message.replace(/".*"/s, '"…"') : message]
+  if (detail && !code.startsWith('22')) said.push(detail)
+  if (!known) said.unshift(code)
+  return new KeyledgerError(name, status, { detail: said.join(': '), hint: more.hint || hint })
+}
+
+/** Nobody answered: `timeout` (504) if that was the reason, else `unavailable` (503). */
+export function fromNetwork(cause: unknown, what: string): KeyledgerError {
+  if (cause instanceof KeyledgerError) return cause
+  if (cause instanceof Error && cause.name === 'TimeoutError') {
+    return new KeyledgerError('timeout', 504, {
+      detail: `${what} did not answer in time`,
+      hint: 'see `timeout`',
+      cause,
+    })
+  }
+  const [code, status, hint] = unavailable
+  return new KeyledgerError(code, status, { detail: `${what} could not be reached`, hint, cause })
+}
+
+/** An HTTP answer that PostgREST would not have given: from a proxy before it, or another server altogether. */
+export function fromHttp(httpStatus: number): KeyledgerError {
+  const detail = `HTTP ${httpStatus}, and no answer of PostgREST's`
+  const [code, status, hint]: Meaning =
+    httpStatus === 401 || httpStatus === 403
+      ? invalidToken
+      : httpStatus >= 500 || httpStatus === 408 || httpStatus === 429
+        ? unavailable
+        : httpStatus === 413
+          ? ['payload_too_large', 413, 'raise the body limit of the proxy before PostgREST']
+          : ['invalid_response', 502, 'check `url` of postgrestRpc: it must be the root of PostgREST']
+  return new KeyledgerError(code, status, { detail, hint })
+}
+
+/** No function of this name takes exactly these arguments. */
+export function functionNotFound(fn: string, names: string[]): KeyledgerError {
+  return new KeyledgerError('function_not_found', 404, {
+    detail: `there is no api.${fn}(${names.join(', ')})`,
+    hint: 'check its name and the names of its arguments; after a migration, reload PostgREST (notify pgrst)',
+  })
+}
+
+/** 400 `invalid_input`: an argument this library can't pass on as it is. */
+export const invalidInput = (detail: string, hint?: string, cause?: unknown) =>
+  new KeyledgerError('invalid_input', 400, { detail, hint, cause })
+
+const passing = ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout']
+
+/**
+ * May the same call succeed if it is made again? For `unavailable` and `timeout` nobody knows whether the first one
+ * was carried out: repeat a write only with the same ids (or `reference`).
+ */
+export function isRetryable(error: unknown): boolean {
+  return error instanceof KeyledgerError && passing.includes(error.code)
+}
+
+const statuses: Record<string, number> = {
+  insufficient_funds: 402,
+  key_budget_exceeded: 402,
+  virtual_key_disabled: 403,
+  virtual_key_expired: 403,
+  user_suspended: 403,
+  tenant_suspended: 403,
+  node_not_mounted: 403,
+  virtual_key_unknown: 404,
+  account_not_found: 404,
+  hold_not_found: 404,
+  hold_captured: 409,
+  hold_released: 409,
+  hold_expired: 409,
+  hold_mismatch: 409,
+}
+
+/** The HTTP status of a code in an element of a batch; SQL gives single functions theirs. Default 422: change the request. */
+export const statusOf = (code: string): number => statuses[code] ?? 422
+
+/** The HTTP status by which a caller presenting a key is turned away: 403 for its owner's sake, else 401, the key's own. */
+export const keyStatus = (code: string): number => (code.endsWith('_suspended') ? 403 : 401)

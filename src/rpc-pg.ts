@@ -1,0 +1,235 @@
+// The transport over pg: what PostgREST does (role, claims, arguments by name), in one round trip a call.
+import pg from 'pg'
+import {
+  fromNetwork,
+  fromServer,
+  functionNotFound,
+  KeyledgerError,
+  type ServerError,
+} from './errors.ts'
+import {
+  type CallOptions,
+  columns,
+  count,
+  identifier,
+  ordering,
+  type RowsQuery,
+  type Rpc,
+  toJson,
+  toText,
+} from './rpc.ts'
+
+export interface PgRpcOptions {
+  /** Yours: to be closed by you, after listening to its `error` events. */
+  pool?: pg.Pool
+  /** Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. */
+  connectionString?: string
+  /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
+  role?: string
+  /** JWT claims to stand for: `{ user_id }` for a member. Default: none but the role. */
+  claims?: Record<string, unknown>
+  /** ms to wait for a connection, then for the answer; Postgres ends the statement after as much. Default 10,000. */
+  timeout?: number
+}
+
+/** A function of schema `api`, as the catalog has it. */
+interface Shape {
+  params: { name: string; type: string; required: boolean }[]
+  set: boolean
+  composite: boolean
+  nothing: boolean
+}
+
+// gone from the catalog, or changed under us
+const stale = ['function_not_found', 'column_not_found', 'internal_error']
+const GRACE_MS = 1000
+
+/**
+ * An `Rpc` over a connection of its own to Postgres. Role, claims and time limit hold for one call: each is one
+ * transaction, and the next user of the connection finds it as it was. Throws TypeError without `pool` or `connectionString`.
+ */
+export function pgRpc(options: PgRpcOptions): Rpc {
+  const { connectionString, role = 'keyledger_gateway', claims, timeout = 10_000 } = options
+  if (!options.pool && !connectionString) throw new TypeError('pgRpc: give `pool` or `connectionString`')
+  const pool = options.pool ?? new pg.Pool({ connectionString, keepAlive: true })
+  // an idle connection that breaks is replaced by the next call
+  if (!options.pool) pool.on('error', () => {})
+  const shapes = new Map<string, Promise<Shape[]>>()
+
+  const settings = {
+    role,
+    'request.jwt.claims': toJson({ role, ...claims }),
+    statement_timeout: String(timeout),
+  }
+  const preamble = `select ${Object.entries(settings)
+    .map(([name, value]) => `set_config(${literal(name)}, ${literal(value)}, true)`)
+    .join(', ')}; `
+
+  async function connect(): Promise<pg.PoolClient> {
+    const connecting = pool.connect()
+    try {
+      return await within(timeout, connecting, noConnection)
+    } catch (error) {
+      connecting.then(
+        (late) => late.release(),
+        () => {},
+      )
+      throw toError(error)
+    }
+  }
+
+  // Several statements in one simple query are one transaction: it ends with the answer, whatever that is.
+  async function run<T>(statement: string): Promise<T> {
+    const client = await connect()
+    const ignore = () => {}
+    client.on('error', ignore) // the query rejects as well
+    let broken = false
+    try {
+      const answers = await within(timeout + GRACE_MS, client.query(preamble + statement), noAnswer)
+      const json = (answers as unknown as pg.QueryResult[]).at(-1)?.rows[0].json
+      return JSON.parse(json ?? 'null')
+    } catch (error) {
+      broken = !(isServerError(error) && error.severity === 'ERROR')
+      throw toError(error)
+    } finally {
+      client.release(broken)
+      client.removeListener('error', ignore)
+    }
+  }
+
+  function shapesOf(fn: string): Promise<Shape[]> {
+    let known = shapes.get(fn)
+    if (!known) {
+      known = run<Shape[]>(lookup(fn))
+      shapes.set(fn, known)
+      known.catch(() => shapes.delete(fn))
+    }
+    return known
+  }
+
+  async function shapeOf(fn: string, names: string[]): Promise<Shape> {
+    const fits = ({ params }: Shape) =>
+      names.every((name) => params.some((param) => param.name === name)) &&
+      params.every((param) => !param.required || names.includes(param.name))
+    const known = shapes.has(fn)
+    let shape = (await shapesOf(fn)).find(fits)
+    if (!shape) {
+      shapes.delete(fn)
+      if (known) shape = (await shapesOf(fn)).find(fits)
+    }
+    if (shape) return shape
+    shapes.delete(fn)
+    throw functionNotFound(fn, names)
+  }
+
+  return {
+    async call<T>(fn: string, args: Record<string, unknown> = {}, { select }: CallOptions = {}) {
+      const json = toJson(args)
+      const names = Object.keys(args).filter((name) => args[name] !== undefined)
+      const list = select && columnList(select, 'c.')
+      const shape = await shapeOf(identifier(fn), names)
+      try {
+        return await run<T>(calling(fn, shape, names, json, list))
+      } catch (error) {
+        if (error instanceof KeyledgerError && stale.includes(error.code)) shapes.delete(fn)
+        throw error
+      }
+    },
+
+    async rows<T>(view: string, { select, where = {}, limit, order }: RowsQuery) {
+      const conditions = Object.entries(where).map(([name, value]) => `${quoted(name)} = ${literal(value)}`)
+      const keys = order === undefined ? [] : ordering(order)
+      return run<T[]>(
+        `select coalesce(json_agg(r), '[]')::text as json from (select ${columnList(select, '')} from api.${quoted(view)}${
+          conditions.length ? ` where ${conditions.join(' and ')}` : ''
+        }${keys.length ? ` order by ${keys.map(({ name, desc }) => quoted(name) + (desc ? ' desc' : '')).join(', ')}` : ''}${
+          limit === undefined ? '' : ` limit ${count(limit)}`
+        }) r`,
+      )
+    },
+
+    async close() {
+      if (!options.pool && !pool.ended) await pool.end()
+    },
+  }
+}
+
+// One query, one value `json`: Postgres makes the JSON, as it does for PostgREST.
+function calling(fn: string, shape: Shape, names: string[], json: string, select?: string) {
+  const used = shape.params.filter(({ name }) => names.includes(name))
+  const passed = used.map(({ name }) => `${quoted(name)} => a.${quoted(name)}`)
+  const read = used.map(({ name, type }) => `${quoted(name)} ${type}`)
+  const from = `${used.length ? `json_to_record(${literal(json)}) as a(${read.join(', ')}), lateral ` : ''}api.${quoted(fn)}(${passed.join(', ')}) as c`
+  if (shape.nothing) return `select null::text as json from ${from}`
+  if (shape.composite) {
+    const all = shape.set ? `coalesce(json_agg(r), '[]')` : 'row_to_json(r)'
+    return `select ${all}::text as json from (select ${select ?? 'c.*'} from ${from}) r`
+  }
+  if (select)
+    throw new KeyledgerError('column_not_found', 400, {
+      detail: `api.${fn} has no columns`,
+      hint: 'leave `select` out',
+    })
+  return `select ${shape.set ? `coalesce(json_agg(c.value), '[]')` : 'to_json(c.value)'}::text as json from ${from}(value)`
+}
+
+const lookup = (fn: string) => `
+  select coalesce(json_agg(json_build_object(
+    'set', p.proretset,
+    'composite', t.typtype = 'c' or t.typname = 'record',
+    'nothing', t.typname = 'void',
+    'params', (
+      select coalesce(json_agg(json_build_object(
+        'name', i.name,
+        'type', format_type(i.type, null),
+        'required', i.position <= p.pronargs - p.pronargdefaults
+      )), '[]')
+      from (
+        select u.name, u.type, row_number() over (order by u.n) as position
+        from unnest(p.proargnames, coalesce(p.proallargtypes, p.proargtypes::oid[]), p.proargmodes)
+          with ordinality as u (name, type, mode, n)
+        where coalesce(u.mode, 'i') in ('i', 'b')
+      ) i
+    )
+  )), '[]')::text as json
+  from pg_proc p
+  join pg_type t on t.oid = p.prorettype
+  where p.pronamespace = 'api'::regnamespace and p.prokind = 'f' and p.proname = ${literal(fn)}`
+
+function columnList(select: string[], of: string) {
+  return columns(select)
+    .map(({ name, type }) => {
+      if (name === '*') return `${of}*`
+      return type ? `cast(${of}${quoted(name)} as ${type}) as ${quoted(name)}` : of + quoted(name)
+    })
+    .join(', ')
+}
+
+const quoted = (name: string) => pg.escapeIdentifier(name)
+const literal = (value: string) => pg.escapeLiteral(toText(value))
+
+const isServerError = (error: unknown): error is ServerError & { severity: string } =>
+  error instanceof Error && 'severity' in error
+
+const toError = (error: unknown) =>
+  isServerError(error) ? fromServer(error) : fromNetwork(error, 'Postgres')
+
+const noConnection = (ms: number) =>
+  new KeyledgerError('unavailable', 503, {
+    detail: `no free connection within ${ms} ms`,
+    hint: 'allow the pool more connections (`max`), or give pgRpc a longer `timeout`',
+  })
+
+const noAnswer = (ms: number) =>
+  new KeyledgerError('timeout', 504, {
+    detail: `no answer of Postgres within ${ms} ms`,
+    hint: 'see `timeout` of pgRpc',
+  })
+
+// The work goes on, unseen.
+function within<T>(ms: number, work: Promise<T>, late: (ms: number) => Error): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(late(ms)), ms)
+    work.then(resolve, reject).finally(() => clearTimeout(timer))
+  })
+}

@@ -1,0 +1,103 @@
+// The one interface to schema `api`, and what its two transports share: checking names, and making JSON.
+import { invalidInput } from './errors.ts'
+
+export interface CallOptions {
+  /** Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money: `available::text`. */
+  select?: string[]
+}
+
+export interface RowsQuery {
+  /** `column`, `column::type` or `*`; at least one. */
+  select: string[]
+  /** Only rows where each column equals its value. */
+  where?: Record<string, string>
+  /** At most so many; PostgREST's own `db-max-rows` may be lower. Default: all. */
+  limit?: number
+  /** `column` or `column.desc`, several by comma. */
+  order?: string
+}
+
+/**
+ * Calls functions and reads views, as one database role with one set of claims. Every failure is a `KeyledgerError`.
+ * Integers beyond 2^53 and decimals lose digits as JSON numbers: select them `::text`.
+ */
+export interface Rpc {
+  /**
+   * Calls `api.<fn>` with arguments by name. A composite or jsonb comes as it is, a set as an array, a scalar as its
+   * value, void as null. An argument left out or undefined takes its default; null is SQL's null.
+   */
+  call<T>(fn: string, args?: Record<string, unknown>, options?: CallOptions): Promise<T>
+  /** Reads rows of `api.<view>`. */
+  rows<T>(view: string, query: RowsQuery): Promise<T[]>
+  /** Closes the connections it opened itself. */
+  close(): Promise<void>
+}
+
+// PostgREST reads these in a query string as its own
+const reserved = ['select', 'order', 'limit', 'offset', 'and', 'or', 'not', 'columns', 'on_conflict']
+
+/** A lower-case identifier that means the same in SQL and in a URL. 400 `invalid_input` else. */
+export function identifier(name: string): string {
+  if (/^[a-z_][a-z0-9_]*$/.test(name) && !reserved.includes(name)) return name
+  throw invalidInput(
+    `${JSON.stringify(name)} is no name of schema api`,
+    'use lower-case letters, digits and _',
+  )
+}
+
+/** Reads `select`: `column`, `column::type` or `*`. */
+export function columns(select: string[]): { name: string; type?: string }[] {
+  if (!select.length) throw invalidInput('`select` is empty', 'name the columns')
+  return select.map((item) => {
+    if (item === '*') return { name: item }
+    const [name, type, more] = item.split('::')
+    if (more !== undefined) throw invalidInput(`\`select\` has ${JSON.stringify(item)}`, 'write column::type')
+    return type === undefined
+      ? { name: identifier(name!) }
+      : { name: identifier(name!), type: identifier(type) }
+  })
+}
+
+/** Reads `order`. */
+export function ordering(order: string): { name: string; desc: boolean }[] {
+  return order.split(',').map((item) => {
+    const [name, direction, more] = item.split('.')
+    if (more !== undefined || !['asc', 'desc', undefined].includes(direction)) {
+      throw invalidInput(`\`order\` has ${JSON.stringify(item)}`, 'write column or column.desc')
+    }
+    return { name: identifier(name!), desc: direction === 'desc' }
+  })
+}
+
+/** Checks `limit`: a whole number from 0 on. */
+export function count(limit: number): number {
+  if (Number.isSafeInteger(limit) && limit >= 0) return limit
+  throw invalidInput(`\`limit\` is ${limit}`, 'give a whole number, 0 or more')
+}
+
+const unstorable = () =>
+  invalidInput(
+    'a text has a NUL character or half of a surrogate pair',
+    'remove it: Postgres can store neither',
+  )
+
+/** The value as JSON that jsonb can hold. 400 `invalid_input`: BigInt, a cycle, no value, NUL, half a surrogate pair. */
+export function toJson(value: unknown): string {
+  let json: string | undefined
+  try {
+    json = JSON.stringify(value)
+  } catch (cause) {
+    throw invalidInput('an argument is no JSON', 'pass no BigInt (write it as a string) and no cycles', cause)
+  }
+  if (json === undefined)
+    throw invalidInput('an argument is no JSON', 'pass an object, not a function or undefined')
+  // JSON.stringify escapes in this way only what can't be stored, and a few other control characters
+  if (json.includes('\\u') && /(?<!\\)(?:\\\\)*\\u(?:0000|d[89a-f])/.test(json)) throw unstorable()
+  return json
+}
+
+/** The same for a text on its own. */
+export function toText(value: string): string {
+  if (value.includes('\0') || /\p{Cs}/u.test(value)) throw unstorable()
+  return value
+}
