@@ -5,7 +5,7 @@ set local role keyledger_owner;
 
 create table data.usage_log (
   account_id uuid not null,
-  id uuid not null,
+  id data.uuidv7 not null,
   transaction_seq bigint not null,
   virtual_key_id uuid not null,
   user_id uuid not null,
@@ -14,14 +14,11 @@ create table data.usage_log (
   final boolean not null,
   meters jsonb not null,
   price_ids bigint[] not null,
-  cost numeric(28, 10) not null,
+  cost data.amount not null,
   request_id text,
   metadata jsonb,
   recorded_at timestamptz not null,
-  primary key (account_id, id),
-  constraint id_is_a_uuidv7
-    check (substr(id::text, 15, 1) = '7' and substr(id::text, 20, 1) in ('8', '9', 'a', 'b')),
-  constraint cost_is_an_amount check (cost >= 0 and cost <> 'NaN')
+  primary key (account_id, id)
 ) partition by range (id);
 
 -- the ids accepted: [floor, ceiling). Stored, never computed from the clock: a dropped month can't be charged again

@@ -12,6 +12,61 @@ create or replace trigger append_only before update or delete on data.usage_log
 create or replace trigger append_only_truncate before truncate on data.usage_log
   for each statement execute function data.forbid_change();
 
+-- accounts stay, and stay whose they are
+create or replace function data.keep_account()
+returns trigger
+language plpgsql
+as $$
+begin
+  if tg_op = 'UPDATE' and (new.account_id, new.owner_user_id, new.owner_tenant_id, new.currency)
+    is not distinct from (old.account_id, old.owner_user_id, old.owner_tenant_id, old.currency)
+  then
+    return new;
+  end if;
+  perform data.refuse(409, 'account_is_fixed', lower(tg_op) || ' on ' || tg_table_name, 'close its owner instead');
+  return null;
+end
+$$;
+create or replace trigger keep_account before delete or update of account_id, owner_user_id, owner_tenant_id, currency
+  on data.account_balance for each row execute function data.keep_account();
+create or replace trigger keep_account_truncate before truncate on data.account_balance
+  for each statement execute function data.keep_account();
+
+-- the facts of an entry that span columns
+create or replace function data.check_entry()
+returns trigger
+language plpgsql
+as $$
+declare
+  v_broken text;
+begin
+  v_broken := case
+    when new.seq < 1 or (new.seq = 1) <> (new.prev_hash = '') then 'only_the_first_entry_has_no_previous'
+    when new.amount <> new.balance_delta + new.free_credit_delta - new.outstanding_delta then 'amount_is_the_net_of_the_deltas'
+    when case
+        when new.kind in ('usage') then new.amount > 0
+        when new.kind in ('top_up', 'refund', 'credit_grant') then new.amount <= 0
+        when new.kind in ('top_up_reversal', 'credit_expiry') then new.amount >= 0
+        when new.kind = 'limit_change' then new.amount <> 0
+        when new.kind = 'adjustment' then new.amount = 0
+      end then 'amount_has_the_sign_of_its_kind'
+    when new.balance_after < -new.credit_limit_after
+      or (new.outstanding_after <> 0 and (new.free_credit_after <> 0 or new.balance_after <> -new.credit_limit_after))
+      then 'buckets_after_are_in_normal_form'
+    when (new.kind = 'usage') <> (new.usage_count > 0 and new.usage_digest is not null) then 'only_usage_counts_usage'
+    when (new.kind = 'refund') <> (coalesce(new.refund_of_seq, new.seq) < new.seq) then 'only_a_refund_refunds_what_came_before'
+  end;
+  if v_broken is not null then
+    raise check_violation using
+      message = 'new row for relation "billing_transaction" violates check "' || v_broken || '"',
+      table = 'billing_transaction', constraint = v_broken;
+  end if;
+  return new;
+end
+$$;
+create or replace trigger check_entry before insert on data.billing_transaction
+  for each row execute function data.check_entry();
+
 -- the canonical text of a usage row and of an entry: what the hash chain covers
 create or replace function data.usage_line(usage data.usage_log)
 returns text
@@ -32,7 +87,7 @@ as $$
   select sha256(entry.prev_hash || convert_to(jsonb_build_array(
     entry.account_id, entry.seq, entry.kind, entry.amount, entry.balance_delta, entry.free_credit_delta,
     entry.outstanding_delta, entry.balance_after, entry.free_credit_after, entry.outstanding_after,
-    entry.credit_limit_after, entry.counter_account, entry.reference, entry.actor, entry.reason, entry.usage_count,
+    entry.credit_limit_after, entry.reference, entry.actor, entry.reason, entry.usage_count,
     entry.refund_of_seq, entry.metadata, (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
     || coalesce(entry.usage_digest, ''))
 $$;
@@ -54,7 +109,9 @@ begin
   end if;
   v_now := clock_timestamp();
 
-  if v_account.frozen_balance > 0 then
+  if v_account.frozen_balance > 0 and exists (
+    select from data.hold h where h.account_id = lock_account.account_id and h.status = 'open' and h.expires_at <= v_now)
+  then
     with ended as (
       update data.hold h
       set status = 'expired', ended_at = v_now
@@ -62,12 +119,10 @@ begin
       returning h.amount - h.captured as unspent
     )
     select sum(unspent) into v_unfrozen from ended;
-    if v_unfrozen > 0 then
-      update data.account_balance a
-      set frozen_balance = a.frozen_balance - v_unfrozen
-      where a.account_id = lock_account.account_id
-      returning * into v_account;
-    end if;
+    update data.account_balance a
+    set frozen_balance = a.frozen_balance - v_unfrozen
+    where a.account_id = lock_account.account_id
+    returning * into v_account;
   end if;
 
   if v_account.free_credit > 0 then
@@ -116,8 +171,7 @@ language plpgsql
 as $$
 declare
   v_old data.account_balance := data.lock_account(post.account_id);
-  v_previous record;
-  v_now timestamptz := clock_timestamp();
+  v_now timestamptz := greatest(clock_timestamp(), v_old.head_at);
   v_seq bigint := v_old.balance_version + 1;
   v_cost numeric := 0;
   v_draws_holds boolean := false;
@@ -153,11 +207,6 @@ begin
   if post.expected_version <> v_old.balance_version then
     perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_old.balance_version, 'read the account again');
   end if;
-
-  select t.hash, t.created_at into v_previous
-  from data.billing_transaction t
-  where t.account_id = post.account_id and t.seq = v_old.balance_version;
-  v_now := greatest(v_now, v_previous.created_at);
 
   if post.usage is not null then
     -- a conflict is a retry: its first try was charged
@@ -221,22 +270,31 @@ begin
   entry.free_credit_after := v_free;
   entry.outstanding_after := v_owed;
   entry.credit_limit_after := v_limit;
-  entry.counter_account := case
-    when post.kind in ('top_up', 'top_up_reversal') then 'cash'
-    when post.kind in ('usage', 'refund') then 'revenue'
-    when post.kind in ('credit_grant', 'credit_expiry') then 'promotion'
-    when post.kind in ('adjustment', 'opening') then post.kind
-  end;
   entry.reference := post.reference;
   entry.actor := data.actor();
   entry.reason := post.reason;
   entry.usage_count := v_count;
   entry.usage_digest := v_digest;
   entry.metadata := post.metadata;
-  entry.prev_hash := coalesce(v_previous.hash, '');
+  entry.prev_hash := v_old.head_hash;
   entry.created_at := v_now;
   entry.hash := data.entry_hash(entry);
-  insert into data.billing_transaction values (entry.*);
+
+  with posted as (
+    insert into data.billing_transaction values (entry.*)
+  )
+  update data.account_balance a
+  set balance = v_balance,
+    free_credit = v_free,
+    outstanding_amount = v_owed,
+    credit_limit = v_limit,
+    frozen_balance = a.frozen_balance - v_unfrozen,
+    balance_version = v_seq,
+    head_hash = entry.hash,
+    head_at = v_now,
+    last_charged_at = case when post.kind = 'usage' then v_now else a.last_charged_at end
+  where a.account_id = post.account_id
+  returning * into account;
 
   if post.kind = 'credit_grant' then
     insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
@@ -257,17 +315,6 @@ begin
     ) d
     where g.account_id = post.account_id and g.seq = d.seq;
   end if;
-
-  update data.account_balance a
-  set balance = v_balance,
-    free_credit = v_free,
-    outstanding_amount = v_owed,
-    credit_limit = v_limit,
-    frozen_balance = a.frozen_balance - v_unfrozen,
-    balance_version = v_seq,
-    last_charged_at = case when post.kind = 'usage' then v_now else a.last_charged_at end
-  where a.account_id = post.account_id
-  returning * into account;
 end
 $$;
 

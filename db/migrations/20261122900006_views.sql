@@ -129,7 +129,14 @@ comment on view api.virtual_keys is 'Virtual keys by their display prefix; neith
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as
-select t.*
+select
+  t.*,
+  case
+    when t.kind in ('top_up', 'top_up_reversal') then 'cash'
+    when t.kind in ('usage', 'refund') then 'revenue'
+    when t.kind in ('credit_grant', 'credit_expiry') then 'promotion'
+    when t.kind in ('adjustment', 'opening') then t.kind
+  end as counter_account
 from data.billing_transaction t
 join data.visible_account v on v.account_id = t.account_id and v.whole;
 comment on view api.billing_transactions is

@@ -17,11 +17,12 @@ create or replace function data.post_or_refuse(
   grant_priority integer default null,
   grant_expires_at timestamptz default null
 )
-returns data.billing_transaction
+returns api.billing_transactions
 language plpgsql
 as $$
 declare
   v_post record;
+  v_shown api.billing_transactions;
 begin
   if length(reference) not between 1 and 512 then
     perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
@@ -43,7 +44,9 @@ begin
     perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
       'account_id is the id of the tenant or user that pays');
   end if;
-  return v_post.entry;
+  select * into v_shown from api.billing_transactions t
+  where t.account_id = post_or_refuse.account_id and t.seq = (v_post.entry).seq;
+  return v_shown;
 end
 $$;
 

@@ -52,20 +52,23 @@ begin
   ), charge as (
     select e.entry from entry e where (e.entry).kind = 'usage'
   )
-  select a.account_id, c.problem, null::bigint, c.expected::text, c.actual::text
+  select a.account_id, c.problem, null::bigint, c.expected, c.actual
   from account a
   left join total t on t.account_id = a.account_id
   left join frozen f on f.account_id = a.account_id
   left join granted g on g.account_id = a.account_id
+  left join entry l on (l.entry).account_id = a.account_id and (l.entry).seq = a.balance_version
   cross join lateral (
     values
-      ('balance is not the sum of its deltas', coalesce(t.balance, 0), a.balance),
-      ('free_credit is not the sum of its deltas', coalesce(t.free_credit, 0), a.free_credit),
-      ('outstanding_amount is not the sum of its deltas', coalesce(t.outstanding, 0), a.outstanding_amount),
-      ('frozen_balance is not the sum of open holds', coalesce(f.amount, 0), a.frozen_balance),
-      ('free_credit is not the sum of live grants', coalesce(g.amount, 0), a.free_credit),
-      ('balance_version is not the last seq', coalesce(t.last_seq, 0), a.balance_version),
-      ('seq has gaps', coalesce(t.last_seq, 0), coalesce(t.entries, 0))
+      ('balance is not the sum of its deltas', coalesce(t.balance, 0)::data.money::text, a.balance::text),
+      ('free_credit is not the sum of its deltas', coalesce(t.free_credit, 0)::data.money::text, a.free_credit::text),
+      ('outstanding_amount is not the sum of its deltas', coalesce(t.outstanding, 0)::data.money::text, a.outstanding_amount::text),
+      ('frozen_balance is not the sum of open holds', coalesce(f.amount, 0)::data.money::text, a.frozen_balance::text),
+      ('free_credit is not the sum of live grants', coalesce(g.amount, 0)::data.money::text, a.free_credit::text),
+      ('balance_version is not the last seq', coalesce(t.last_seq, 0)::text, a.balance_version::text),
+      ('seq has gaps', coalesce(t.last_seq, 0)::text, coalesce(t.entries, 0)::text),
+      ('credit_limit is not the last entry''s', coalesce((l.entry).credit_limit_after, 0)::data.money::text, a.credit_limit::text),
+      ('head is not the last entry''s hash', encode(coalesce((l.entry).hash, ''), 'hex'), encode(a.head_hash, 'hex'))
   ) as c (problem, expected, actual)
   where c.expected <> c.actual
 
