@@ -43,7 +43,7 @@ export interface Database {
 }
 
 /**
- * Makes the database; it is dropped after the suite, whose file then fails if a connection to it was left open.
+ * Makes the database; it is dropped after the suite, whose file fails if a connection to it was left open.
  * Give it the last suite of the file.
  */
 export async function database(suite: Test): Promise<Database> {
@@ -90,14 +90,14 @@ export async function database(suite: Test): Promise<Database> {
       for (const each of pools) await each.end()
       const leaked = await openConnections(adminUrl, name)
       if (leaked.length) throw new Error(`connections left open: ${JSON.stringify(leaked, null, 2)}`)
+      await once(adminUrl, `drop database ${name}`)
     } catch (error) {
-      // uvu would print this instead of the results
+      // thrown, it would take the place of the results
       console.error(error)
       process.on('exit', () => {
         process.exitCode = 1
       })
     }
-    await once(adminUrl, `drop database ${name} with (force)`)
   })
 
   return {
