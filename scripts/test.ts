@@ -77,7 +77,11 @@ async function run(file: string, server: TestServer) {
   sum.passed += passed
   sum.failed += failed
   sum.skipped += skipped
-  const why = !total ? 'ended without a result' : code ? `${failed} failed` : 'a hook failed; uvu does not say how'
+  const why = !total
+    ? 'ended without a result'
+    : code
+      ? `${failed} failed`
+      : 'a hook failed; uvu does not say how'
   const seconds = ((performance.now() - start) / 1000).toFixed(1)
   if (failed) console.log(`${file}: ${why} (exit ${code}, ${seconds} s)`)
 }
