@@ -174,3 +174,9 @@ export const statusOf = (code: string): number => statuses[code] ?? 422
 
 /** The HTTP status by which a caller presenting a key is turned away: 403 for its owner's sake, else 401, the key's own. */
 export const keyStatus = (code: string): number => (code.endsWith('_suspended') ? 403 : 401)
+
+/** The code of anything thrown, for figures: a library's own code, or `internal_error`. */
+export function codeOf(error: unknown): string {
+  const code = error instanceof Error && 'code' in error ? error.code : undefined
+  return typeof code === 'string' ? code : 'internal_error'
+}

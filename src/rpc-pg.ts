@@ -1,12 +1,6 @@
 // The transport over pg: what PostgREST does (role, claims, arguments by name), in one round trip a call.
 import pg from 'pg'
-import {
-  fromNetwork,
-  fromServer,
-  functionNotFound,
-  KeyledgerError,
-  type ServerError,
-} from './errors.ts'
+import { fromNetwork, fromServer, functionNotFound, KeyledgerError, type ServerError } from './errors.ts'
 import {
   type CallOptions,
   columns,
@@ -97,28 +91,22 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     }
   }
 
-  function shapesOf(fn: string): Promise<Shape[]> {
-    let known = shapes.get(fn)
-    if (!known) {
-      known = run<Shape[]>(lookup(fn))
-      shapes.set(fn, known)
-      known.catch(() => shapes.delete(fn))
-    }
-    return known
-  }
-
+  // asked once per function, and again when the arguments don't fit what was answered then
   async function shapeOf(fn: string, names: string[]): Promise<Shape> {
-    const fits = ({ params }: Shape) =>
-      names.every((name) => params.some((param) => param.name === name)) &&
-      params.every((param) => !param.required || names.includes(param.name))
-    const known = shapes.has(fn)
-    let shape = (await shapesOf(fn)).find(fits)
-    if (!shape) {
-      shapes.delete(fn)
-      if (known) shape = (await shapesOf(fn)).find(fits)
-    }
+    const fitting = (candidates: Shape[]) =>
+      candidates.find(
+        ({ params }) =>
+          names.every((name) => params.some((param) => param.name === name)) &&
+          params.every((param) => !param.required || names.includes(param.name)),
+      )
+    const known = shapes.get(fn)
+    const shape = known && fitting(await known)
     if (shape) return shape
-    shapes.delete(fn)
+    const asked = run<Shape[]>(lookup(fn))
+    shapes.set(fn, asked)
+    asked.catch(() => shapes.delete(fn))
+    const fresh = fitting(await asked)
+    if (fresh) return fresh
     throw functionNotFound(fn, names)
   }
 

@@ -96,8 +96,9 @@ export function toJson(value: unknown): string {
   return json
 }
 
-/** The same for a text on its own. */
+/** The same check for a text on its own. */
 export function toText(value: string): string {
+  if (typeof value !== 'string') throw invalidInput(`a text is ${typeof value}`, 'give a string')
   if (value.includes('\0') || /\p{Cs}/u.test(value)) throw unstorable()
   return value
 }

@@ -1,0 +1,221 @@
+// Batches by itself: elements queue while a call is in flight, in a few lanes by account, and go together in the next.
+import { codeOf, isRetryable, KeyledgerError } from './errors.ts'
+import { toJson } from './rpc.ts'
+
+export interface BatcherOptions<Element, Answer> {
+  /** Sends one batch; answers in the same order, once committed. */
+  send: (elements: Element[]) => Promise<Answer[]>
+  /** Elements with the same account share a lane, so that they are sent in order and never contend with each other. */
+  account: (element: Element) => string
+  /** ms from `add` until an element that could not be delivered is given up. */
+  deadline: number
+  /** Batches in flight at most, one per lane. Default 4. */
+  lanes?: number
+  /** Elements in a batch at most. Default 500. */
+  maxBatch?: number
+  /** Bytes of JSON in a batch, and so in an element, at most. Default 1,000,000. */
+  maxBytes?: number
+  /** Elements waiting at most. Default 100,000. */
+  maxQueue?: number
+}
+
+export interface BatcherStats {
+  queued: number
+  in_flight: number
+  /** Elements rejected so far. */
+  failed: number
+  /** Code of the last failed call; null since one succeeded. */
+  error: string | null
+}
+
+export interface Batcher<Element, Answer> {
+  /**
+   * Resolves when committed. Rejects with 400 `invalid_input` or 413 `payload_too_large` for an element that can't be
+   * sent, 503 `overloaded` at a full queue, 503 `stopped` after `stop`: none of these was sent. Deadlocks, lost
+   * connections and the like are retried with the same ids until `deadline`; then it rejects with the last error, and
+   * nobody knows whether it was carried out. Adding it again with the same id is safe.
+   */
+  add(element: Element): Promise<Answer>
+  /** Resolves when everything added before is settled. */
+  flush(): Promise<void>
+  /** Refuses what comes later, and flushes. */
+  stop(): Promise<void>
+  stats(): BatcherStats
+}
+
+interface Item<Element, Answer> {
+  element: Element
+  bytes: number
+  until: number
+  resolve: (answer: Answer) => void
+  reject: (error: unknown) => void
+}
+
+interface Lane<Element, Answer> {
+  queue: Item<Element, Answer>[]
+  running: boolean
+  added: number
+  settled: number
+  waiters: { from: number; resolve: () => void }[]
+}
+
+const FIRST_PAUSE_MS = 50
+const LONGEST_PAUSE_MS = 2000
+// these say nothing about a single element: smaller batches would fail alike
+const everybodys = ['invalid_token', 'permission_denied', 'function_not_found', 'invalid_response']
+
+export function createBatcher<Element, Answer>({
+  send,
+  account,
+  deadline,
+  lanes: width = 4,
+  maxBatch = 500,
+  maxBytes = 1_000_000,
+  maxQueue = 100_000,
+}: BatcherOptions<Element, Answer>): Batcher<Element, Answer> {
+  type Items = Item<Element, Answer>[]
+  const lanes = Array.from({ length: width }, (): Lane<Element, Answer> => {
+    return { queue: [], running: false, added: 0, settled: 0, waiters: [] }
+  })
+  let queued = 0
+  let inFlight = 0
+  let failed = 0
+  let lastError: unknown
+  let stopped = false
+
+  function give(items: Items, error: unknown) {
+    failed += items.length
+    for (const { reject } of items) reject(error)
+  }
+
+  // gives up what would be late at `moment`
+  function keep(items: Items, moment: number, error: unknown): Items {
+    const late = items.filter(({ until }) => until < moment)
+    give(late, error)
+    return late.length ? items.filter(({ until }) => until >= moment) : items
+  }
+
+  function take(queue: Items): Items {
+    let bytes = 0
+    let size = 0
+    for (const item of queue) {
+      bytes += item.bytes
+      if (size === maxBatch || bytes > maxBytes) break
+      size++
+    }
+    return queue.splice(0, size)
+  }
+
+  /** Settles every item; never rejects. */
+  async function deliver(items: Items): Promise<void> {
+    for (let pause = FIRST_PAUSE_MS; items.length; pause = Math.min(2 * pause, LONGEST_PAUSE_MS)) {
+      try {
+        const answers = await send(items.map(({ element }) => element))
+        if (!Array.isArray(answers) || answers.length !== items.length) {
+          throw new KeyledgerError('invalid_response', 502, {
+            detail: 'a batch was not answered element by element',
+          })
+        }
+        lastError = undefined
+        for (const [i, { resolve }] of items.entries()) resolve(answers[i]!)
+        return
+      } catch (error) {
+        lastError = error
+        if (!isRetryable(error)) return refuse(items, error)
+        const wait = pause * (0.5 + Math.random() / 2)
+        items = keep(items, performance.now() + wait, error)
+        if (items.length) await new Promise((resolve) => setTimeout(resolve, wait))
+      }
+    }
+  }
+
+  // one bad element must not sink the others: halve until it is alone
+  async function refuse(items: Items, error: unknown) {
+    if (items.length === 1 || everybodys.includes(codeOf(error))) return give(items, error)
+    const half = Math.ceil(items.length / 2)
+    await deliver(items.slice(0, half))
+    await deliver(items.slice(half))
+  }
+
+  async function run(lane: Lane<Element, Answer>) {
+    while (lane.queue.length) {
+      const batch = take(lane.queue)
+      queued -= batch.length
+      inFlight += batch.length
+      // while calls fail, what is late goes unsent
+      await deliver(lastError === undefined ? batch : keep(batch, performance.now(), lastError))
+      inFlight -= batch.length
+      lane.settled += batch.length
+      while (lane.waiters[0] && lane.waiters[0].from <= lane.settled) lane.waiters.shift()!.resolve()
+    }
+    lane.running = false
+  }
+
+  function flush() {
+    const flushed = lanes
+      .filter((lane) => lane.settled < lane.added)
+      .map((lane) => new Promise<void>((resolve) => lane.waiters.push({ from: lane.added, resolve })))
+    return Promise.all(flushed).then(() => {})
+  }
+
+  return {
+    async add(element) {
+      if (stopped)
+        throw new KeyledgerError('stopped', 503, {
+          detail: 'the module was stopped',
+          hint: 'send it elsewhere',
+        })
+      if (queued >= maxQueue) {
+        throw new KeyledgerError('overloaded', 503, {
+          detail: `${queued} elements are waiting`,
+          hint: 'try again later',
+        })
+      }
+      const json = toJson(element)
+      const bytes = Buffer.byteLength(json)
+      if (bytes > maxBytes) {
+        throw new KeyledgerError('payload_too_large', 413, {
+          detail: `${bytes} bytes of JSON, of ${maxBytes} allowed`,
+        })
+      }
+      const lane = lanes[laneOf(account(element), width)]!
+      queued++
+      lane.added++
+      const answer = new Promise<Answer>((resolve, reject) => {
+        // a copy: every try must send what was given first
+        const item = {
+          element: JSON.parse(json),
+          bytes,
+          until: performance.now() + deadline,
+          resolve,
+          reject,
+        }
+        lane.queue.push(item)
+      })
+      if (!lane.running) {
+        lane.running = true
+        // at the end of this turn, so that what comes with it goes with it
+        setImmediate(run, lane)
+      }
+      return answer
+    },
+    flush,
+    stop() {
+      stopped = true
+      return flush()
+    },
+    stats: () => ({
+      queued,
+      in_flight: inFlight,
+      failed,
+      error: lastError === undefined ? null : codeOf(lastError),
+    }),
+  }
+}
+
+// any even spread will do (FNV-1a)
+function laneOf(account: string, width: number): number {
+  let hash = 0x811c9dc5
+  for (let i = 0; i < account.length; i++) hash = Math.imul(hash ^ account.charCodeAt(i), 0x01000193)
+  return (hash >>> 0) % width
+}

@@ -1,0 +1,113 @@
+// Holds and usage: made into batches by account, and their answers into what a gateway acts on.
+import { v7 } from 'uuid'
+import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
+import { KeyledgerError, statusOf } from './errors.ts'
+import type { Rpc } from './rpc.ts'
+import type {
+  ExtendAnswer,
+  Hold,
+  HoldAnswer,
+  HoldRequest,
+  ReleaseAnswer,
+  UsageAnswer,
+  UsageEvent,
+  UserContext,
+} from './types.ts'
+
+export interface ChargingOptions {
+  rpc: Rpc
+  /** ms after which a hold (its release, its extension) that could not be delivered is given up. Default 5,000. */
+  holdDeadline?: number
+  /** ms after which usage that could not be delivered is given up. Default 30,000. */
+  recordDeadline?: number
+}
+
+export interface Charging {
+  /**
+   * Sets money aside before the request. An open hold of the same id and content is the same hold. 402
+   * `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422 `price_not_found`, `invalid_…`; 409
+   * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id.
+   */
+  hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
+  /** Gives back what the hold still sets aside; a closed one is an answer. */
+  release(hold: Pick<Hold, 'id' | 'account_id'>): Promise<ReleaseAnswer>
+  /** Keeps the hold open until `expires_in` seconds (900) from now; a closed one is an answer. */
+  extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
+  /**
+   * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether
+   * it is recorded: repeat it with the same `id`, so give one and keep the event until then. A rejection that is not
+   * handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
+   */
+  recordUsage(event: UsageEvent): Promise<UsageAnswer>
+}
+
+export type Queues = Record<'hold' | 'release' | 'extend' | 'record', BatcherStats>
+
+interface Element {
+  account_id: string
+  [field: string]: unknown
+}
+
+export function createCharging({
+  rpc,
+  holdDeadline = 5000,
+  recordDeadline = 30_000,
+}: ChargingOptions): Charging & {
+  stats(): Queues
+  stop(): Promise<void>
+} {
+  const batches = <Answer>(fn: string, argument: string, deadline: number): Batcher<Element, Answer> =>
+    createBatcher({
+      send: (elements) => rpc.call(fn, { [argument]: elements }),
+      account: ({ account_id }) => String(account_id),
+      deadline,
+    })
+  const holds = batches<HoldAnswer>('place_holds', 'requests', holdDeadline)
+  const releases = batches<ReleaseAnswer>('release_holds', 'requests', holdDeadline)
+  const extensions = batches<ExtendAnswer>('extend_holds', 'requests', holdDeadline)
+  const events = batches<UsageAnswer>('record_usage', 'events', recordDeadline)
+
+  return {
+    async hold({ account_id, virtual_key_id }, request) {
+      const { id = v7(), ...asked } = request
+      const answer = await holds.add({ ...asked, id, account_id, virtual_key_id })
+      const { amount = '0', available = '0', expires_at } = answer
+      const code = refusal(answer)
+      if (code === undefined) return { id, account_id, amount, available, expires_at: expires_at! }
+      throw new KeyledgerError(code, statusOf(code), { detail: `${amount} asked, ${available} available` })
+    },
+
+    release: ({ id, account_id }) => quiet(releases.add({ id, account_id })),
+
+    extend: ({ id, account_id }, expires_in) => extensions.add({ id, account_id, expires_in }),
+
+    recordUsage({ id = v7(), account_id, virtual_key_id, config_node_id, meters, ...about }) {
+      const { hold_id, final, request_id, metadata } = about
+      const use = { id, account_id, virtual_key_id, config_node_id, meters }
+      return quiet(events.add({ ...use, hold_id, final, request_id, metadata }))
+    },
+
+    stats: () => ({
+      hold: holds.stats(),
+      release: releases.stats(),
+      extend: extensions.stats(),
+      record: events.stats(),
+    }),
+
+    async stop() {
+      await Promise.all([holds, releases, extensions, events].map((batcher) => batcher.stop()))
+    },
+  }
+}
+
+function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | undefined {
+  if (status !== 'duplicate') return code
+  if (mismatch) return 'hold_mismatch'
+  return hold_status === 'open' ? undefined : `hold_${hold_status}`
+}
+
+// who wants to know of a rejection still does
+function quiet<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => {})
+  return promise
+}

@@ -1,0 +1,8 @@
+// What the package exports.
+export { isRetryable, KeyledgerError } from './errors.ts'
+export type { Middleware, WithUserContext } from './middleware.ts'
+export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
+export type { CallOptions, RowsQuery, Rpc } from './rpc.ts'
+export { type PgRpcOptions, pgRpc } from './rpc-pg.ts'
+export { type PostgrestRpcOptions, postgrestRpc } from './rpc-postgrest.ts'
+export type * from './types.ts'

@@ -1,0 +1,69 @@
+// Connect-style middleware: who makes this request, or why it goes no further.
+import type { IncomingMessage, ServerResponse } from 'node:http'
+import { KeyledgerError } from './errors.ts'
+import type { UserContext } from './types.ts'
+
+/** A request that went through the middleware. */
+export type WithUserContext<Request> = Request & { userContext?: UserContext }
+
+/** For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error. */
+export type Middleware = (
+  req: WithUserContext<IncomingMessage>,
+  res: ServerResponse,
+  next: () => void,
+) => Promise<void>
+
+const RETRY_SECONDS = 1
+
+/**
+ * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, and `x-api-key`. The headers are
+ * left as they are: whoever forwards the request takes them out first, or the upstream sees the key. What is refused is
+ * answered in the shape OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key
+ * (`virtual_key_missing`), an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
+ */
+export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
+  return async (req, res, next) => {
+    let userContext: UserContext
+    try {
+      const virtualKey = keyOf(req.headers)
+      if (virtualKey === undefined) {
+        throw new KeyledgerError('virtual_key_missing', 401, {
+          hint: 'send it as `authorization: Bearer …`, `x-virtualkey` or `x-api-key`',
+        })
+      }
+      userContext = await validate(virtualKey)
+    } catch (error) {
+      return refuse(res, error)
+    }
+    req.userContext = userContext
+    next()
+  }
+}
+
+function keyOf(headers: IncomingMessage['headers']): string | undefined {
+  const bearer = /^bearer +(.*)$/is.exec(one(headers.authorization) ?? '')
+  return one(headers['x-virtualkey']) || bearer?.[1]?.trim() || one(headers['x-api-key'])
+}
+
+// Node joins a header that comes twice, and a framework may list it: neither is any key
+const one = (header: string | string[] | undefined) =>
+  (Array.isArray(header) ? header.join(', ') : header)?.trim() || undefined
+
+function refuse(res: ServerResponse, error: unknown) {
+  const refused = error instanceof KeyledgerError && (error.status === 401 || error.status === 403)
+  const status = refused ? error.status : 503
+  const headers: Record<string, string> = { 'content-type': 'application/json', 'cache-control': 'no-store' }
+  if (status === 401) headers['www-authenticate'] = 'Bearer'
+  if (status === 503) headers['retry-after'] = String(RETRY_SECONDS)
+  res.writeHead(status, headers)
+  res.end(
+    JSON.stringify({
+      error: {
+        message: refused ? error.message : 'unavailable: the key could not be checked (try again)',
+        type: status === 401 ? 'authentication_error' : status === 403 ? 'permission_error' : 'server_error',
+        param: null,
+        code: refused ? error.code : 'unavailable',
+      },
+    }),
+  )
+}

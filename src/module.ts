@@ -1,0 +1,174 @@
+// The billing module: the cache, its listener and the charging lanes put together into what a gateway calls.
+import { createHash } from 'node:crypto'
+import type { Cluster, Redis } from 'ioredis'
+import { createKeyCache, type KeyCacheOptions, type Tier } from './cache.ts'
+import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
+import { codeOf, KeyledgerError, keyStatus } from './errors.ts'
+import { createListener } from './listener.ts'
+import { createMiddleware, type Middleware } from './middleware.ts'
+import type { Balance, BudgetAnswer, KeyContext, UserContext } from './types.ts'
+
+/** `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It stays yours to close. */
+export interface BillingModuleOptions
+  extends ChargingOptions,
+    Pick<KeyCacheOptions<KeyContext>, 'maxEntries' | 'maxStaleness' | 'staleIfError'> {
+  /** Shared tier of the cache. Stays yours to close. Default: memory alone. */
+  redis?: Redis | Cluster
+  /**
+   * Connection string to LISTEN by, of any login, not through a transaction pooler. Default: changes are seen by
+   * polling twice a second. `false`: neither; Redis is trusted as long as another process's listener keeps it up.
+   */
+  listen?: string | false
+}
+
+export interface Health {
+  /** Started, a tier of the cache is trusted, and no queue's last call failed. */
+  ok: boolean
+  /** Keys are answered as they were before Postgres went away. */
+  stale: boolean
+  cache: { memory: boolean; redis: boolean | null; entries: number; answers: Record<Tier, number> }
+  listener: { listening: boolean; age: number | null; error: string | null }
+  queues: Queues
+  /** The hourly upkeep of the database. */
+  maintenance: { at: string | null; error: string | null }
+}
+
+/** All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible everywhere. */
+export interface BillingModule extends Charging {
+  /**
+   * Who makes the request, and who pays. 401 `virtual_key_unknown`, `virtual_key_disabled`, `virtual_key_expired`;
+   * 403 `user_suspended`, `tenant_suspended`. Any failure to find out is 503 `unavailable`, never a refusal.
+   */
+  validate(virtualKey: string): Promise<UserContext>
+  /** Connect-style: sets `req.userContext`, or answers 401, 403 or 503 by itself. */
+  middleware(): Middleware
+  /** Who pays for the user, and what they have. 404 `user_not_found`. */
+  getBalance(userId: string): Promise<Balance>
+  /** Advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
+  checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
+  /** JSON-ready, without secrets. */
+  health(): Health
+  /** Begins to follow changes, and to maintain the database hourly. Until then each key is read from Postgres. */
+  start(): Promise<void>
+  /** Delivers what is queued (until its deadline), and ends the listener; for good. What you passed in stays open. */
+  stop(): Promise<void>
+}
+
+const HOUR_MS = 3600 * 1000
+// longer than any key
+const MAX_KEY = 4096
+const BALANCE = [
+  ...['user_id', 'tenant_id', 'account_id', 'owner', 'currency', 'balance::text', 'free_credit::text'],
+  ...['credit_limit::text', 'frozen_balance::text', 'outstanding_amount::text', 'overdue_amount::text'],
+  ...['available::text', 'balance_version'],
+]
+const BUDGET = ['allowed', 'code', 'available::text', 'account_id', 'currency']
+
+/** Throws TypeError for `listen: false` without `redis`. */
+export function createBillingModule(options: BillingModuleOptions): BillingModule {
+  const { rpc, redis, listen, maxEntries, maxStaleness, staleIfError } = options
+  if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
+  const cache = createKeyCache<KeyContext>({ load: resolve, redis, maxEntries, maxStaleness, staleIfError })
+  const followed = listen === false ? {} : { rpc, connectionString: listen }
+  const listener = createListener({ cache, ...followed })
+  const { stats, stop: drain, ...charging } = createCharging(options)
+  const maintenance: Health['maintenance'] = { at: null, error: null }
+  let timer: NodeJS.Timeout | undefined
+  let servedStale = false
+  let state: 'new' | 'started' | 'stopped' = 'new'
+
+  async function resolve(key_hash: string): Promise<KeyContext | undefined> {
+    try {
+      return await rpc.call<KeyContext>('resolve_virtual_key', { key_hash })
+    } catch (error) {
+      if (codeOf(error) === 'virtual_key_unknown') return undefined
+      throw error
+    }
+  }
+
+  async function lookUp(hash: string): Promise<KeyContext | undefined> {
+    try {
+      const { context, tier } = await cache.get(hash)
+      if (tier !== 'memory') servedStale = tier === 'stale'
+      return context
+    } catch (cause) {
+      const detail = 'the key could not be checked'
+      throw new KeyledgerError('unavailable', 503, { detail, hint: 'try again', cause })
+    }
+  }
+
+  async function validate(virtualKey: string): Promise<UserContext> {
+    const possible = typeof virtualKey === 'string' && virtualKey !== '' && virtualKey.length <= MAX_KEY
+    const context = possible && (await lookUp(createHash('sha256').update(virtualKey).digest('hex')))
+    if (!context) throw refused('virtual_key_unknown')
+    if (context.code !== null) throw refused(context.code)
+    const { virtual_key_id, user_id, tenant_id, account_id, currency, name, key_prefix } = context
+    const config_node_ids = [...context.config_node_ids]
+    return { virtual_key_id, user_id, tenant_id, account_id, currency, name, key_prefix, config_node_ids }
+  }
+
+  async function maintain() {
+    try {
+      await rpc.call('maintain')
+      maintenance.at = new Date().toISOString()
+      maintenance.error = null
+    } catch (error) {
+      maintenance.error = codeOf(error)
+    }
+  }
+
+  return {
+    ...charging,
+    validate,
+    middleware: () => createMiddleware(validate),
+
+    async getBalance(user_id) {
+      const [balance] = await rpc.rows<Balance>('account_balances', { select: BALANCE, where: { user_id } })
+      if (balance) return balance
+      throw new KeyledgerError('user_not_found', 404, {
+        detail: `user ${user_id}`,
+        hint: 'create the user first',
+      })
+    },
+
+    checkBudget: ({ user_id, virtual_key_id }, amount) =>
+      rpc.call('check_budget', { user_id, virtual_key_id, amount }, { select: BUDGET }),
+
+    health() {
+      const { entries, ...answers } = cache.stats()
+      const memory = cache.trust.holds()
+      const redis = cache.redis?.trust.holds() ?? null
+      const { listening, age, error } = listener.state()
+      const queues = stats()
+      const delivering = Object.values(queues).every((queue) => queue.error === null)
+      return {
+        ok: state === 'started' && (memory || redis === true) && delivering,
+        stale: servedStale && !memory && !redis,
+        cache: { memory, redis, entries, answers },
+        listener: { listening, age, error: error ? codeOf(error) : null },
+        queues,
+        maintenance: { ...maintenance },
+      }
+    },
+
+    async start() {
+      if (state === 'stopped') throw new KeyledgerError('stopped', 503, { hint: 'create another module' })
+      if (state === 'started') return
+      state = 'started'
+      timer = setInterval(maintain, HOUR_MS).unref()
+      maintain()
+      await listener.start()
+    },
+
+    async stop() {
+      state = 'stopped'
+      clearInterval(timer)
+      await drain()
+      await listener.stop()
+      cache.close()
+    },
+  }
+}
+
+const refused = (code: string) =>
+  new KeyledgerError(code, keyStatus(code), { detail: 'this virtual key may not be used' })

@@ -1,0 +1,144 @@
+// The shapes of schema `api` that the client sends and gets. Amounts are decimal strings, ids UUIDs, moments ISO 8601.
+
+/** What `api.resolve_virtual_key` answers, and the cache keeps: who a key is, who pays, and until when that holds. */
+export interface KeyContext {
+  virtual_key_id: string
+  user_id: string
+  tenant_id: string | null
+  /** Who pays: the tenant's id, or the user's own. */
+  account_id: string
+  currency: string
+  name: string | null
+  /** The beginning of the key, for display. */
+  key_prefix: string
+  /** The nodes mounted on the key: those it may hold funds for. */
+  config_node_ids: readonly string[]
+  virtual_key_status: string
+  user_status: string
+  tenant_status: string | null
+  /** Why the key may not be used now; null if it may. */
+  code: string | null
+  /** When this changes by the clock alone. */
+  valid_until: string | null
+}
+
+/** Who makes a request, and who pays for it: what `validate` gives. Neither the key nor its hash. */
+export type UserContext = Omit<
+  KeyContext,
+  'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until'
+>
+
+/** Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal strings. */
+export type Meters = Record<string, number | string>
+
+/** What to hold: an amount in the account's currency, or what a use would cost on a node, priced in SQL. */
+export type HoldRequest = ({ amount: string } | { config_node_id: string; meters: Meters }) & {
+  /** UUIDv7; one is made if absent. Give your own to repeat a hold safely. */
+  id?: string
+  /** Seconds until the hold gives itself back, up to 30 days. Default 900. */
+  expires_in?: number
+}
+
+/** Money set aside for one request. */
+export interface Hold {
+  id: string
+  account_id: string
+  amount: string
+  /** What the account has left beside its holds. */
+  available: string
+  expires_at: string
+}
+
+/** What was used. It may be a `UserContext` and more: `{ ...context, config_node_id, meters }`. */
+export interface UsageEvent {
+  /** UUIDv7: time, identity and idempotency in one; made if absent. To repeat an event, repeat its id. */
+  id?: string
+  /** As the request was validated: who paid then pays, wherever the user is now. */
+  account_id: string
+  virtual_key_id: string
+  config_node_id: string
+  meters: Meters
+  /** The hold this use draws from. */
+  hold_id?: string
+  /** Whether it ends its hold. Default true. */
+  final?: boolean
+  /** Yours, up to 512 characters. */
+  request_id?: string
+  /** Yours, a small object. */
+  metadata?: Record<string, unknown>
+}
+
+/** All three are final: what is `parked` is kept with its `code`, to be charged once its cause is repaired. */
+export interface UsageAnswer {
+  id: string
+  status: 'charged' | 'duplicate' | 'parked'
+  code?: string
+  cost?: string
+  available?: string
+  /** The ledger entry that charged it. */
+  seq?: number
+  /** A duplicate whose content differs from what was charged. */
+  mismatch?: true
+}
+
+/** `closed`: it was not open any more; `code` says why. */
+export interface ReleaseAnswer {
+  id: string
+  status: 'released' | 'closed'
+  code?: string
+  available?: string
+}
+
+/** `closed`: it was not open any more; `code` says why. */
+export interface ExtendAnswer {
+  id: string
+  status: 'extended' | 'closed'
+  code?: string
+  expires_at?: string
+  available?: string
+}
+
+/** Whether a user could pay an amount now. */
+export interface BudgetAnswer {
+  allowed: boolean
+  /** Why not. */
+  code: string | null
+  available: string
+  account_id: string
+  currency: string
+}
+
+/** Who pays for a user, and what they have. */
+export interface Balance {
+  user_id: string
+  tenant_id: string | null
+  account_id: string
+  owner: 'user' | 'tenant'
+  currency: string
+  /** Paid money; down to minus `credit_limit`. */
+  balance: string
+  /** Promotional, spent first. */
+  free_credit: string
+  credit_limit: string
+  /** Set aside by open holds. */
+  frozen_balance: string
+  /** Charged, and not covered yet. */
+  outstanding_amount: string
+  overdue_amount: string
+  /** free_credit + balance + credit_limit - frozen_balance - outstanding_amount */
+  available: string
+  /** Grows with every ledger entry. */
+  balance_version: number
+}
+
+/** As `api.place_holds` answers one request. */
+export interface HoldAnswer {
+  id: string
+  status: 'held' | 'duplicate' | 'refused'
+  code?: string
+  amount?: string
+  available?: string
+  expires_at?: string
+  hold_status?: 'open' | 'captured' | 'released' | 'expired'
+  mismatch?: true
+}
