@@ -1,5 +1,5 @@
 // The servers that tests, demo and bench start: nothing of them is left after their process, however it ends.
-import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
+import { type ChildProcess, spawn } from 'node:child_process'
 import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -14,12 +14,12 @@ const test = suite('tooling')
 const db = await database(test)
 const servers = join(dirname(dirname(fileURLToPath(import.meta.url))), 'scripts/servers.ts')
 
-let parents: { child: ChildProcess; dir: string }[] = []
+let parents: { child: ChildProcess; dir: string; pids: number[] }[] = []
 test.after.each(async () => {
-  for (const { child, dir } of parents) {
+  for (const { child, ...of } of parents) {
     child.kill('SIGKILL')
-    await until(() => left({ dir }).length === 0, `nothing left of ${left({ dir })}`)
-    rmSync(dir, { recursive: true })
+    await until(() => left(of).length === 0, `nothing left of ${left(of)}`)
+    rmSync(of.dir, { recursive: true })
   }
   parents = []
 })
@@ -32,7 +32,7 @@ function parent(script: string) {
     env: { ...process.env, TMPDIR: dir },
     stdio: ['ignore', 'pipe', 'ignore'],
   })
-  parents.push({ child, dir })
+  parents.push({ child, dir, pids: [] })
   return { child, dir }
 }
 
@@ -49,8 +49,7 @@ async function stack(then: string) {
   })
   await until(() => said.includes('up') || child.exitCode !== null, 'the servers to be up')
   assert.is(said.trim(), 'up')
-  const pids = homes(dir).map((home) => readFileSync(join(dir, home, 'pid'), 'utf8').trim())
-  return { child, dir, pids }
+  return { child, dir, pids: pidsIn(dir) }
 }
 
 // The directories of the servers; tsx has one there too.
@@ -59,13 +58,21 @@ const homes = (dir: string) => readdirSync(dir).filter((name) => name.startsWith
 const exited = (child: ChildProcess) =>
   until(() => child.exitCode !== null || child.signalCode, 'the process to end')
 
-// What still runs of the given pids, or names the directory in its arguments, and what is left in the directory.
-function left({ dir, pids = [] }: { dir: string; pids?: string[] }): string[] {
-  const processes = spawnSync('ps', ['-A', '-ww', '-o', 'pid=,args='], { encoding: 'utf8' }).stdout.split(
-    '\n',
-  )
-  const ours = processes.filter((line) => line.includes(dir) || pids.includes(line.trim().split(' ')[0]!))
-  return [...ours, ...homes(dir)]
+const pidsIn = (dir: string) =>
+  homes(dir).flatMap((home) => {
+    const file = join(dir, home, 'pid')
+    return existsSync(file) ? Number(readFileSync(file, 'utf8')) : []
+  })
+
+// Which of the pids still run, and what is left in the directory: a wrapper's last act is to remove its server's.
+const left = ({ dir, pids }: { dir: string; pids: number[] }) => [...pids.filter(runs), ...homes(dir)]
+
+function runs(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch {
+    return false
+  }
 }
 
 const idle = 'setInterval(() => {}, 1000)'
@@ -80,7 +87,7 @@ for (const [name, then, signal] of endings)
   test(`after ${name} of their process, servers and files are gone`, async () => {
     const { child, ...of } = await stack(then)
     if (signal) {
-      assert.ok(left(of).length >= 9) // three servers: the process, its wrapper, the directory
+      assert.is(left(of).length, 6) // three processes, three directories
       child.kill(signal)
     }
     await exited(child)
@@ -89,7 +96,7 @@ for (const [name, then, signal] of endings)
 
 test('after kill -9 of their process, servers and files go', async () => {
   const { child, ...of } = await stack(idle)
-  assert.ok(left(of).length >= 9)
+  assert.is(left(of).length, 6)
   child.kill('SIGKILL')
   await until(() => left(of).length === 0, `nothing left of ${left(of)}`)
 })
@@ -97,8 +104,10 @@ test('after kill -9 of their process, servers and files go', async () => {
 test('after kill -9 while Postgres is still starting, it goes too', async () => {
   const { child, dir } = parent(`(await import(${JSON.stringify(servers)})).startPostgres()`)
   await until(() => homes(dir).some((home) => existsSync(join(dir, home, 'data'))), 'initdb to be at work')
+  const of = { dir, pids: pidsIn(dir) }
+  assert.is(left(of).length, 2)
   child.kill('SIGKILL')
-  await until(() => left({ dir }).length === 0, `nothing left of ${left({ dir })}`)
+  await until(() => left(of).length === 0, `nothing left of ${left(of)}`)
 })
 
 test('Postgres keeps what was committed through kill -9 and restart, on the same URL', async () => {
