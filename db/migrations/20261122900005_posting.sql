@@ -92,232 +92,254 @@ as $$
     || coalesce(entry.usage_digest, ''))
 $$;
 
--- Locks the account and settles what the clock has ended: holds past their expiry, grants past theirs. Null when there is none.
-create or replace function data.lock_account(account_id uuid)
-returns data.account_balance
+-- Locks accounts, in account_id order, and settles what the clock has ended: holds past their expiry, grants past theirs.
+-- Answers those that exist, in that order.
+create or replace function data.lock_accounts(ids uuid[])
+returns data.account_balance[]
 language plpgsql
 as $$
 declare
-  v_account data.account_balance;
+  v_accounts data.account_balance[];
   v_now timestamptz;
-  v_unfrozen numeric;
   v_grant data.credit_grant;
+  v_settled boolean := false;
 begin
-  select * into v_account from data.account_balance a where a.account_id = lock_account.account_id for update;
-  if not found then
-    return null;
-  end if;
+  select array_agg(a) into v_accounts
+  from (
+    select * from data.account_balance b where b.account_id = any (ids) order by b.account_id for update
+  ) a;
   v_now := clock_timestamp();
 
-  if v_account.frozen_balance > 0 and exists (
-    select from data.hold h where h.account_id = lock_account.account_id and h.status = 'open' and h.expires_at <= v_now)
-  then
+  if exists (
+    select from data.hold h where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+  ) then
+    v_settled := true;
     with ended as (
       update data.hold h
       set status = 'expired', ended_at = v_now
-      where h.account_id = lock_account.account_id and h.status = 'open' and h.expires_at <= v_now
-      returning h.amount - h.captured as unspent
+      where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+      returning h.account_id, h.amount - h.captured as unspent
     )
-    select sum(unspent) into v_unfrozen from ended;
     update data.account_balance a
-    set frozen_balance = a.frozen_balance - v_unfrozen
-    where a.account_id = lock_account.account_id
-    returning * into v_account;
+    set frozen_balance = a.frozen_balance - e.unspent
+    from (select ended.account_id, sum(ended.unspent) as unspent from ended group by ended.account_id) e
+    where a.account_id = e.account_id;
   end if;
 
-  if v_account.free_credit > 0 then
-    for v_grant in
-      select * from data.credit_grant g
-      where g.account_id = lock_account.account_id and g.remaining > 0 and g.expires_at <= v_now
-      order by g.expires_at, g.seq
-    loop
-      update data.credit_grant g set remaining = 0 where g.account_id = v_grant.account_id and g.seq = v_grant.seq;
-      select (p.account).* into v_account
-      from data.post(
-        account_id => v_grant.account_id,
-        kind => 'credit_expiry',
-        free_credit_delta => -v_grant.remaining,
-        metadata => jsonb_build_object('grant_seq', v_grant.seq)
-      ) p;
-    end loop;
+  for v_grant in
+    select * from data.credit_grant g
+    where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now
+    order by g.account_id, g.expires_at, g.seq
+  loop
+    v_settled := true;
+    update data.credit_grant g set remaining = 0 where g.account_id = v_grant.account_id and g.seq = v_grant.seq;
+    perform data.post(entries => array[data.new_entry(v_grant.account_id, 'credit_expiry',
+      free_credit_delta => -v_grant.remaining, metadata => jsonb_build_object('grant_seq', v_grant.seq))]);
+  end loop;
+
+  if v_settled then
+    select array_agg(a order by a.account_id) into v_accounts from data.account_balance a where a.account_id = any (ids);
   end if;
-  return v_account;
+  return coalesce(v_accounts, '{}');
 end
 $$;
 
--- Posts one entry to one account: what was used, or money in or out of a bucket, or a new credit limit.
--- Restores the normal form (debt only when free credit and balance are spent to the limit), draws holds and grants, extends
--- the chain. Answers the entry, the account after it, and the usage rows that were new; entry null when none was.
--- A reference seen before answers its entry, or 409 when the content differs.
-create or replace function data.post(
+-- an entry to be posted: what it asks for; data.post fills in the rest. credit_limit null: unchanged
+create or replace function data.new_entry(
   account_id uuid,
   kind text,
   balance_delta numeric default 0,
   free_credit_delta numeric default 0,
   credit_limit numeric default null,
-  usage data.usage_log[] default null,
   reference text default null,
   reason text default null,
-  metadata jsonb default null,
-  expected_version bigint default null,
-  grant_priority integer default null,
-  grant_expires_at timestamptz default null,
-  out entry data.billing_transaction,
-  out account data.account_balance,
-  out charged data.usage_log[]
+  metadata jsonb default null
+)
+returns data.billing_transaction
+language plpgsql
+immutable
+as $$
+declare
+  v_entry data.billing_transaction;
+begin
+  v_entry.account_id := new_entry.account_id;
+  v_entry.kind := new_entry.kind;
+  v_entry.balance_delta := new_entry.balance_delta;
+  v_entry.free_credit_delta := new_entry.free_credit_delta;
+  v_entry.outstanding_delta := 0;
+  v_entry.credit_limit_after := new_entry.credit_limit;
+  v_entry.reference := new_entry.reference;
+  v_entry.reason := new_entry.reason;
+  v_entry.usage_count := 0;
+  v_entry.metadata := new_entry.metadata;
+  return v_entry;
+end
+$$;
+
+-- Posts one entry to each account named: money into or out of a bucket, a new credit limit, or what was used (its rows, priced).
+-- Restores the normal form (debt only when free credit and balance are spent to the limit), draws holds and grants, extends each
+-- chain. At most one entry per account and call. Answers the accounts after it, in account_id order, how many usage rows were new,
+-- and the accounts these were charged to.
+create or replace function data.post(
+  entries data.billing_transaction[] default '{}',
+  usage data.usage_log[] default '{}',
+  out accounts data.account_balance[],
+  out charged bigint,
+  out charged_accounts uuid[]
 )
 returns record
 language plpgsql
 as $$
 declare
-  v_old data.account_balance := data.lock_account(post.account_id);
-  v_now timestamptz := greatest(clock_timestamp(), v_old.head_at);
-  v_seq bigint := v_old.balance_version + 1;
-  v_cost numeric := 0;
-  v_draws_holds boolean := false;
-  v_unfrozen numeric := 0;
-  v_limit numeric := coalesce(post.credit_limit, v_old.credit_limit);
-  v_balance numeric := v_old.balance + post.balance_delta;
-  v_free numeric := v_old.free_credit + post.free_credit_delta;
-  v_owed numeric;
-  v_paid numeric;
-  v_count integer := 0;
-  v_digest bytea;
-  v_drawn numeric;
+  v_ids uuid[] := array(select e.account_id from unnest(entries) e union select u.account_id from unnest(usage) u);
+  v_now timestamptz;
+  v_actor text := data.actor();
+  v_used data.billing_transaction[];
+  v_drawing data.usage_log[];
 begin
-  account := v_old;
-  if v_old.account_id is null then
-    return;
-  end if;
+  perform data.lock_accounts(v_ids);
+  v_now := clock_timestamp();
+  charged := 0;
+  charged_accounts := '{}';
 
-  if post.reference is not null then
-    select * into entry from data.billing_transaction t
-    where t.account_id = post.account_id and t.reference = post.reference;
-    if found then
-      if (entry.kind, entry.amount, entry.metadata)
-        is distinct from (post.kind, (post.balance_delta + post.free_credit_delta)::numeric(28, 10), post.metadata)
-      then
-        perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || entry.seq || ' with other content',
-          'use a new reference, or repeat the first call exactly');
-      end if;
-      return;
-    end if;
-    entry := null;
-  end if;
-  if post.expected_version <> v_old.balance_version then
-    perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_old.balance_version, 'read the account again');
-  end if;
-
-  if post.usage is not null then
+  if cardinality(usage) > 0 then
     -- a conflict is a retry: its first try was charged
     with new_row as (
       insert into data.usage_log (
         account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, hold_id, final, meters, price_ids,
         cost, request_id, metadata, recorded_at)
-      select post.account_id, u.id, v_seq, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id, u.final, u.meters,
-        u.price_ids, u.cost, u.request_id, u.metadata, v_now
+      select u.account_id, u.id, a.balance_version + 1, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id, u.final,
+        u.meters, u.price_ids, u.cost, u.request_id, u.metadata, v_now
       from unnest(post.usage) u
+      join data.account_balance a on a.account_id = u.account_id
       on conflict do nothing
       returning *
+    ), used as (
+      select n.account_id, count(*) as events, sum(n.cost) as cost,
+        sha256(convert_to(string_agg(data.usage_line(n), E'\n' order by n.id), 'UTF8')) as digest
+      from new_row n
+      group by n.account_id
     )
-    select count(*), coalesce(sum(n.cost), 0), coalesce(bool_or(n.hold_id is not null), false),
-      sha256(convert_to(string_agg(data.usage_line(n), E'\n' order by n.id), 'UTF8')), array_agg(n)
-    into v_count, v_cost, v_draws_holds, v_digest, charged
-    from new_row n;
-    if v_count = 0 then
-      return;
-    end if;
-
-    if v_draws_holds then
-      with wanted as (
-        select u.hold_id, sum(u.cost) as cost, bool_or(u.final) as final from unnest(charged) u group by u.hold_id
-      ), drawn as (
-        select h.id, least(w.cost, h.amount - h.captured) as draw, h.amount - h.captured as unspent, w.final
-        from wanted w
-        join data.hold h on h.account_id = post.account_id and h.id = w.hold_id and h.status = 'open'
-        where h.expires_at is null or h.expires_at > v_now
-      ), ended as (
-        update data.hold h
-        set captured = h.captured + d.draw,
-          status = case when d.final then 'captured' else h.status end,
-          ended_at = case when d.final then v_now end
-        from drawn d
-        where h.account_id = post.account_id and h.id = d.id
-      )
-      select coalesce(sum(case when d.final then d.unspent else d.draw end), 0) into v_unfrozen from drawn d;
-    end if;
+    select
+      array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.digest,
+        null, null, null, null, null)::data.billing_transaction),
+      coalesce(sum(u.events), 0),
+      coalesce(array_agg(u.account_id), '{}'),
+      (select array_agg(n) from new_row n where n.hold_id is not null)
+    into v_used, charged, charged_accounts, v_drawing
+    from used u;
   end if;
 
-  -- the normal form: what exceeds the limit is debt, and debt is paid by free credit, then by balance down to the limit
-  v_owed := v_old.outstanding_amount + v_cost + greatest(-v_limit - v_balance, 0);
-  v_balance := greatest(v_balance, -v_limit);
-  v_paid := least(v_owed, v_free);
-  v_owed := v_owed - v_paid;
-  v_free := v_free - v_paid;
-  v_drawn := v_paid;
-  v_paid := least(v_owed, v_balance + v_limit);
-  v_owed := v_owed - v_paid;
-  v_balance := v_balance - v_paid;
-
-  entry.account_id := post.account_id;
-  entry.seq := v_seq;
-  entry.kind := post.kind;
-  entry.balance_delta := v_balance - v_old.balance;
-  entry.free_credit_delta := v_free - v_old.free_credit;
-  entry.outstanding_delta := v_owed - v_old.outstanding_amount;
-  entry.amount := entry.balance_delta + entry.free_credit_delta - entry.outstanding_delta;
-  entry.balance_after := v_balance;
-  entry.free_credit_after := v_free;
-  entry.outstanding_after := v_owed;
-  entry.credit_limit_after := v_limit;
-  entry.reference := post.reference;
-  entry.actor := data.actor();
-  entry.reason := post.reason;
-  entry.usage_count := v_count;
-  entry.usage_digest := v_digest;
-  entry.metadata := post.metadata;
-  entry.prev_hash := v_old.head_hash;
-  entry.created_at := v_now;
-  entry.hash := data.entry_hash(entry);
-
-  with posted as (
-    insert into data.billing_transaction values (entry.*)
-  )
-  update data.account_balance a
-  set balance = v_balance,
-    free_credit = v_free,
-    outstanding_amount = v_owed,
-    credit_limit = v_limit,
-    frozen_balance = a.frozen_balance - v_unfrozen,
-    balance_version = v_seq,
-    head_hash = entry.hash,
-    head_at = v_now,
-    last_charged_at = case when post.kind = 'usage' then v_now else a.last_charged_at end
-  where a.account_id = post.account_id
-  returning * into account;
-
-  if post.kind = 'credit_grant' then
+  with wanted as (
+    select u.account_id, u.hold_id, sum(u.cost) as cost, bool_or(u.final) as final
+    from unnest(v_drawing) u
+    group by u.account_id, u.hold_id
+  ), drawn as (
+    select h.account_id, h.id, least(w.cost, h.amount - h.captured) as draw, h.amount - h.captured as unspent, w.final
+    from wanted w
+    join data.hold h on h.account_id = w.account_id and h.id = w.hold_id and h.status = 'open'
+    where h.expires_at is null or h.expires_at > v_now
+  ), captured as (
+    update data.hold h
+    set captured = h.captured + d.draw,
+      status = case when d.final then 'captured' else h.status end,
+      ended_at = case when d.final then v_now end
+    from drawn d
+    where h.account_id = d.account_id and h.id = d.id
+  ), unfrozen as (
+    select d.account_id, sum(case when d.final then d.unspent else d.draw end) as amount from drawn d group by d.account_id
+  ), asked as (
+    -- what exceeds the limit is debt, and so is what was used, until it is paid below
+    select
+      e as entry,
+      a.balance as balance_before,
+      a.free_credit as free_credit_before,
+      a.outstanding_amount as outstanding_before,
+      a.balance_version,
+      a.head_hash,
+      greatest(v_now, a.head_at) as posted_at,
+      coalesce(x.amount, 0) as unfrozen,
+      l.credit_limit,
+      greatest(a.balance + e.balance_delta, -l.credit_limit) as balance,
+      a.free_credit + e.free_credit_delta as free_credit,
+      a.outstanding_amount + e.outstanding_delta + greatest(-l.credit_limit - a.balance - e.balance_delta, 0) as outstanding
+    from unnest(entries || v_used) e
+    join data.account_balance a on a.account_id = e.account_id
+    left join unfrozen x on x.account_id = e.account_id
+    cross join lateral (select coalesce(e.credit_limit_after, a.credit_limit) as credit_limit) l
+  ), paid as (
+    -- debt is paid by free credit, then by balance down to the limit
+    select q.*, f.by_free_credit, least(q.outstanding - f.by_free_credit, q.balance + q.credit_limit) as by_balance
+    from asked q
+    cross join lateral (select least(q.outstanding, q.free_credit) as by_free_credit) f
+  ), filled as (
+    select
+      row((p.entry).account_id, p.balance_version + 1, (p.entry).kind,
+        d.balance + d.free_credit - d.outstanding, d.balance, d.free_credit, d.outstanding,
+        p.balance_before + d.balance, p.free_credit_before + d.free_credit, p.outstanding_before + d.outstanding,
+        p.credit_limit, (p.entry).reference, v_actor, (p.entry).reason, (p.entry).usage_count, (p.entry).usage_digest,
+        (p.entry).refund_of_seq, (p.entry).metadata, p.head_hash, null, p.posted_at)::data.billing_transaction as entry,
+      p.unfrozen,
+      p.by_free_credit,
+      (p.entry).free_credit_delta as asked_free_credit
+    from paid p
+    cross join lateral (
+      select
+        p.balance - p.by_balance - p.balance_before as balance,
+        p.free_credit - p.by_free_credit - p.free_credit_before as free_credit,
+        p.outstanding - p.by_free_credit - p.by_balance - p.outstanding_before as outstanding
+    ) d
+    offset 0 -- or each use of a field would build the entry again
+  ), hashed as materialized (
+    select f.*, data.entry_hash(f.entry) as hash from filled f
+  ), posted as (
+    insert into data.billing_transaction
+    select (h.entry).account_id, (h.entry).seq, (h.entry).kind, (h.entry).amount, (h.entry).balance_delta,
+      (h.entry).free_credit_delta, (h.entry).outstanding_delta, (h.entry).balance_after, (h.entry).free_credit_after,
+      (h.entry).outstanding_after, (h.entry).credit_limit_after, (h.entry).reference, (h.entry).actor, (h.entry).reason,
+      (h.entry).usage_count, (h.entry).usage_digest, (h.entry).refund_of_seq, (h.entry).metadata, (h.entry).prev_hash,
+      h.hash, (h.entry).created_at
+    from hashed h
+  ), granted as (
+    -- debt that a grant pays is drawn from it at once: while there is debt no other grant has anything left
     insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
-    values (post.account_id, v_seq, post.free_credit_delta, post.free_credit_delta, post.grant_priority, post.grant_expires_at);
-  end if;
-  if v_drawn > 0 then
+    select (h.entry).account_id, (h.entry).seq, h.asked_free_credit, h.asked_free_credit - h.by_free_credit,
+      ((h.entry).metadata ->> 'priority')::integer, to_timestamp(((h.entry).metadata ->> 'expires_at')::double precision)
+    from hashed h
+    where (h.entry).kind = 'credit_grant'
+  ), spent as (
     -- lowest priority number first, then soonest expiry, then oldest
     update data.credit_grant g
-    set remaining = g.remaining - d.draw
+    set remaining = g.remaining - r.draw
     from (
-      select r.seq, least(r.remaining, v_drawn - (r.running - r.remaining)) as draw
-      from (
-        select c.seq, c.remaining, sum(c.remaining) over (order by c.priority, c.expires_at nulls last, c.seq) as running
+      select c.account_id, c.seq, least(c.remaining, h.by_free_credit - c.before) as draw
+      from hashed h
+      cross join lateral (
+        select c.account_id, c.seq, c.remaining,
+          sum(c.remaining) over (order by c.priority, c.expires_at nulls last, c.seq) - c.remaining as before
         from data.credit_grant c
-        where c.account_id = post.account_id and c.remaining > 0
-      ) r
-      where r.running - r.remaining < v_drawn
-    ) d
-    where g.account_id = post.account_id and g.seq = d.seq;
-  end if;
+        where c.account_id = (h.entry).account_id and c.remaining > 0
+      ) c
+      where h.by_free_credit > c.before and (h.entry).kind <> 'credit_grant'
+    ) r
+    where g.account_id = r.account_id and g.seq = r.seq
+  )
+  update data.account_balance a
+  set balance = (h.entry).balance_after,
+    free_credit = (h.entry).free_credit_after,
+    outstanding_amount = (h.entry).outstanding_after,
+    credit_limit = (h.entry).credit_limit_after,
+    frozen_balance = a.frozen_balance - h.unfrozen,
+    balance_version = (h.entry).seq,
+    head_hash = h.hash,
+    head_at = (h.entry).created_at,
+    last_charged_at = case when (h.entry).kind = 'usage' then (h.entry).created_at else a.last_charged_at end
+  from hashed h
+  where a.account_id = (h.entry).account_id;
+
+  select array_agg(a order by a.account_id) into accounts from data.account_balance a where a.account_id = any (v_ids);
 end
 $$;
-
 reset role;
 
 -- migrate:down

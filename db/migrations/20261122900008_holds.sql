@@ -78,15 +78,18 @@ begin
 end
 $$;
 
--- is this moment inside the stored window of ids?
-create or replace function data.in_usage_window(id uuid)
-returns boolean
-language sql
+-- the stored window as ids: first <= id < beyond
+create or replace function data.id_window(
+  out first uuid,
+  out beyond uuid
+)
+returns record
+language plpgsql
 stable
 as $$
-  select exists (
-    select from data.usage_window w where data.uuid_time(id) >= w.floor and data.uuid_time(id) < w.ceiling
-  )
+begin
+  select data.uuid_floor(w.floor), data.uuid_floor(w.ceiling) into first, beyond from data.usage_window w;
+end
 $$;
 
 -- seconds a hold stays open: 900 when absent, 1 to 2592000 (30 days), null when it is anything else
@@ -109,9 +112,12 @@ returns table (
   hold data.hold,
   code text
 )
-language sql
+language plpgsql
 stable
 as $$
+#variable_conflict use_column
+begin
+  return query
   select
     r.ord,
     r.request ->> 'id',
@@ -122,7 +128,7 @@ as $$
     case
       when jsonb_typeof(r.request) <> 'object' then 'invalid_request'
       when r.id is null then 'invalid_id'
-      when not data.in_usage_window(r.id) then 'id_outside_window'
+      when r.id < w.first or r.id >= w.beyond then 'id_outside_window'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
       when r.request ->> 'config_node_id' is not null and r.config_node_id is null then 'invalid_config_node_id'
@@ -149,11 +155,14 @@ as $$
       data.to_amount(e.request ->> 'amount') as amount,
       data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
+    offset 0 -- or each use would parse again
   ) r
+  cross join data.id_window() w
   left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id) k on true
   left join lateral (
     select * from data.price_meters(r.config_node_id, r.meters, k.currency, statement_timestamp()) where r.is_priced
-  ) p on true
+  ) p on true;
+end
 $$;
 
 create or replace function api.place_holds(requests jsonb)
@@ -164,93 +173,86 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_answers jsonb[];
-  v_group record;
+  v_ords bigint[];
+  v_ids text[];
+  v_holds data.hold[];
+  v_codes text[];
+  v_account_ids uuid[];
+  v_accounts data.account_balance[];
   v_account data.account_balance;
-  v_hold data.hold;
-  v_placed data.hold;
+  v_next integer := 1;
   v_available numeric;
-  v_frozen numeric;
-  v_code text;
+  v_hold data.hold;
+  v_first_tries data.hold[];
+  v_first_try data.hold;
+  v_new data.hold[] := '{}';
+  v_new_ids uuid[] := '{}';
   v_answer jsonb;
+  v_answers jsonb[];
 begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
+  select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
+    array_agg(distinct (r.hold).account_id) filter (where r.code is null)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids
+  from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
-  -- accounts are locked in account_id order
-  for v_group in
-    select
-      (r.hold).account_id as account_id,
-      array_agg(r.ord order by r.ord) as ords,
-      array_agg(r.id order by r.ord) as ids,
-      array_agg(r.hold order by r.ord) as holds,
-      array_agg(r.code order by r.ord) as codes,
-      bool_or(r.code is null) as locks
-    from data.read_hold_requests(requests) r
-    group by 1
-    order by 1
-  loop
-    v_account := null;
-    if v_group.locks then
-      v_account := data.lock_account(v_group.account_id);
-    end if;
-    v_available := v_account.available;
-    v_frozen := 0;
+  v_accounts := data.lock_accounts(v_account_ids);
+  select array_agg(h order by u.i) into v_first_tries
+  from unnest(v_holds) with ordinality as u (
+    account_id, id, amount, captured, status, expires_at, virtual_key_id, config_node_id, meters, created_at, ended_at, i)
+  left join data.hold h on h.account_id = u.account_id and h.id = u.id;
 
-    for i in 1 .. cardinality(v_group.ords) loop
-      v_hold := v_group.holds[i];
-      v_code := v_group.codes[i];
-      if v_code is null then
-        if v_account.account_id is null then
-          v_code := 'account_not_found';
-        elsif v_hold.amount > v_available then
-          v_code := 'insufficient_funds';
-        else
-          insert into data.hold values (v_hold.*) on conflict do nothing;
-          if found then
-            v_available := v_available - v_hold.amount;
-            v_frozen := v_frozen + v_hold.amount;
-            v_placed := v_hold;
-            v_answer := jsonb_build_object('status', 'held');
-          else
-            v_answer := null;
-          end if;
-        end if;
-      end if;
-
-      -- a retry meets its first try, whatever has changed since
-      if v_code is not null or v_answer is null then
-        select * into v_placed from data.hold h where h.account_id = v_hold.account_id and h.id = v_hold.id;
-        if found then
-          v_answer := jsonb_build_object('status', 'duplicate', 'hold_status', v_placed.status);
-          if (v_placed.virtual_key_id, v_placed.config_node_id, v_placed.meters)
-              is distinct from (v_hold.virtual_key_id, v_hold.config_node_id, v_hold.meters)
-            or (v_hold.meters is null and v_placed.amount is distinct from v_hold.amount)
-          then
-            v_answer := v_answer || '{"mismatch": true}';
-          end if;
-        else
-          v_placed := v_hold;
-          v_placed.expires_at := null;
-          v_answer := jsonb_build_object('status', 'refused', 'code', v_code);
-        end if;
-      end if;
-
-      v_answers[v_group.ords[i]] := jsonb_strip_nulls(jsonb_build_object(
-        'id', v_group.ids[i],
-        'amount', v_placed.amount::text,
-        'available', v_available::text,
-        'expires_at', v_placed.expires_at
-      )) || v_answer;
-      v_answer := null;
+  -- requests and accounts are both in account_id order; an account's requests are admitted in the order they came
+  for i in 1 .. coalesce(cardinality(v_ords), 0) loop
+    v_hold := v_holds[i];
+    while v_account.account_id is distinct from v_hold.account_id and v_next <= cardinality(v_accounts)
+      and (v_accounts[v_next]).account_id <= v_hold.account_id
+    loop
+      v_account := v_accounts[v_next];
+      v_available := v_account.available;
+      v_next := v_next + 1;
     end loop;
 
-    if v_frozen > 0 then
-      update data.account_balance a
-      set frozen_balance = a.frozen_balance + v_frozen
-      where a.account_id = v_group.account_id;
+    v_first_try := coalesce(v_first_tries[i], v_new[array_position(v_new_ids, v_hold.id)]);
+    if v_first_try.id is not null and v_first_try.account_id = v_hold.account_id then
+      -- a retry meets its first try, whatever has changed since
+      v_answer := jsonb_build_object('status', 'duplicate', 'hold_status', v_first_try.status);
+      if (v_first_try.virtual_key_id, v_first_try.config_node_id, v_first_try.meters)
+          is distinct from (v_hold.virtual_key_id, v_hold.config_node_id, v_hold.meters)
+        or (v_hold.meters is null and v_first_try.amount is distinct from v_hold.amount)
+      then
+        v_answer := v_answer || '{"mismatch": true}';
+      end if;
+      v_hold := v_first_try;
+    elsif v_codes[i] is not null then
+      v_answer := jsonb_build_object('status', 'refused', 'code', v_codes[i]);
+    elsif v_account.account_id is distinct from v_hold.account_id then
+      v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
+    elsif v_hold.amount > v_available then
+      v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
+    else
+      v_answer := jsonb_build_object('status', 'held');
+      v_available := v_available - v_hold.amount;
+      v_new := v_new || v_hold;
+      v_new_ids := v_new_ids || v_hold.id::uuid;
     end if;
+
+    v_answers[v_ords[i]] := v_answer || jsonb_strip_nulls(jsonb_build_object(
+      'id', v_ids[i],
+      'amount', v_hold.amount::text,
+      'available', case when v_account.account_id = v_hold.account_id then v_available::text end,
+      'expires_at', case when v_answer ->> 'status' <> 'refused' then v_hold.expires_at end
+    ));
   end loop;
+
+  if v_new_ids <> '{}' then
+    insert into data.hold select * from unnest(v_new);
+    update data.account_balance a
+    set frozen_balance = a.frozen_balance + n.amount
+    from (select h.account_id, sum(h.amount) as amount from unnest(v_new) h group by h.account_id) n
+    where a.account_id = n.account_id;
+  end if;
   return to_jsonb(v_answers);
 end
 $$;
@@ -261,7 +263,7 @@ Takes [{id, account_id, virtual_key_id, amount | config_node_id + meters, expire
 `duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs).';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
--- the open hold a request names, under its account's lock; null when it is not open
+-- what release_holds and extend_holds share
 create or replace function data.end_or_extend_holds(
   requests jsonb,
   extend boolean
@@ -271,65 +273,58 @@ language plpgsql
 as $$
 declare
   v_answers jsonb[];
-  v_group record;
+  v_request record;
   v_account data.account_balance;
   v_hold data.hold;
   v_code text;
-  v_expires_in integer;
 begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
+  perform data.lock_accounts(array(
+    select data.to_uuid(e.request ->> 'account_id') from jsonb_array_elements(requests) as e (request)));
 
-  for v_group in
+  for v_request in
     select
+      e.ord,
+      e.request,
       data.to_uuid(e.request ->> 'account_id') as account_id,
-      array_agg(e.ord order by e.ord) as ords,
-      array_agg(e.request order by e.ord) as requests
+      data.to_uuid(e.request ->> 'id') as id,
+      data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
-    group by 1
-    order by 1
+    order by e.ord
   loop
-    v_account := data.lock_account(v_group.account_id);
-    for i in 1 .. cardinality(v_group.ords) loop
-      v_hold := null;
-      v_expires_in := data.to_expires_in(v_group.requests[i] -> 'expires_in');
-      v_code := case
-        when jsonb_typeof(v_group.requests[i]) <> 'object' then 'invalid_request'
-        when v_group.account_id is null then 'invalid_account_id'
-        when data.to_uuid(v_group.requests[i] ->> 'id') is null then 'invalid_id'
-        when extend and v_expires_in is null then 'invalid_expires_in'
-        when v_account.account_id is null then 'account_not_found'
-      end;
-      if v_code is null then
-        select * into v_hold from data.hold h
-        where h.account_id = v_group.account_id and h.id = (v_group.requests[i] ->> 'id')::uuid;
-        if v_hold.id is null then
-          v_code := 'hold_not_found';
-        elsif v_hold.status <> 'open' then
-          v_code := 'hold_' || v_hold.status;
-        elsif extend then
-          update data.hold h
-          set expires_at = greatest(h.expires_at, clock_timestamp() + make_interval(secs => v_expires_in))
-          where h.account_id = v_hold.account_id and h.id = v_hold.id
-          returning * into v_hold;
-        else
-          update data.hold h
-          set status = 'released', ended_at = clock_timestamp()
-          where h.account_id = v_hold.account_id and h.id = v_hold.id;
-          update data.account_balance a
-          set frozen_balance = a.frozen_balance - (v_hold.amount - v_hold.captured)
-          where a.account_id = v_hold.account_id
-          returning * into v_account;
-        end if;
-      end if;
-      v_answers[v_group.ords[i]] := jsonb_strip_nulls(jsonb_build_object(
-        'id', v_group.requests[i] ->> 'id',
-        'status', case when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
-        'code', v_code,
-        'expires_at', case when extend then v_hold.expires_at end,
-        'available', v_account.available::text
-      ));
-    end loop;
+    select * into v_account from data.account_balance a where a.account_id = v_request.account_id;
+    select * into v_hold from data.hold h where h.account_id = v_request.account_id and h.id = v_request.id;
+    v_code := case
+      when jsonb_typeof(v_request.request) <> 'object' then 'invalid_request'
+      when v_request.id is null then 'invalid_id'
+      when v_request.account_id is null then 'invalid_account_id'
+      when extend and v_request.expires_in is null then 'invalid_expires_in'
+      when v_account.account_id is null then 'account_not_found'
+      when v_hold.id is null then 'hold_not_found'
+      when v_hold.status <> 'open' then 'hold_' || v_hold.status
+    end;
+    if v_code is null and extend then
+      update data.hold h
+      set expires_at = greatest(h.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in))
+      where h.account_id = v_hold.account_id and h.id = v_hold.id
+      returning * into v_hold;
+    elsif v_code is null then
+      update data.hold h
+      set status = 'released', ended_at = clock_timestamp()
+      where h.account_id = v_hold.account_id and h.id = v_hold.id;
+      update data.account_balance a
+      set frozen_balance = a.frozen_balance - (v_hold.amount - v_hold.captured)
+      where a.account_id = v_hold.account_id
+      returning * into v_account;
+    end if;
+    v_answers[v_request.ord] := jsonb_strip_nulls(jsonb_build_object(
+      'id', v_request.request ->> 'id',
+      'status', case when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
+      'code', v_code,
+      'expires_at', case when extend and v_code is null then v_hold.expires_at end,
+      'available', v_account.available::text
+    ));
   end loop;
   return to_jsonb(v_answers);
 end

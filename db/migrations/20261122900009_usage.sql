@@ -12,9 +12,12 @@ returns table (
   usage data.usage_log,
   code text
 )
-language sql
+language plpgsql
 stable
 as $$
+#variable_conflict use_column
+begin
+  return query
   select
     r.ord,
     r.event,
@@ -26,7 +29,7 @@ as $$
     case
       when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
       when r.id is null then 'invalid_id'
-      when not data.in_usage_window(r.id) then 'id_outside_window'
+      when r.id < w.first or r.id >= w.beyond then 'id_outside_window'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
       when r.config_node_id is null then 'invalid_config_node_id'
@@ -37,6 +40,8 @@ as $$
       when a.currency is null then 'account_not_found'
       when k.user_id is null then 'virtual_key_unknown'
       when n.id is null then 'config_node_not_found'
+      -- a hold of another account is no hold of this one
+      when r.hold_id is not null and h.id is null then 'invalid_hold'
       else p.code
     end
   from (
@@ -49,16 +54,15 @@ as $$
       data.to_uuid(e.event ->> 'config_node_id') as config_node_id,
       data.to_uuid(e.event ->> 'hold_id') as hold_id
     from jsonb_array_elements(events) with ordinality as e (event, ord)
+    offset 0 -- or each use would parse again
   ) r
+  cross join data.id_window() w
   left join data.virtual_key k on k.id = r.virtual_key_id
   left join data.config_node n on n.id = r.config_node_id
-  -- an account's currency is its owner's, and never changes
-  left join lateral (
-    select t.currency from data.tenant t where t.id = r.account_id
-    union all
-    select u.currency from data.user_profile u where u.id = r.account_id
-  ) a on true
-  left join lateral data.price_meters(r.config_node_id, r.event -> 'meters', a.currency, data.uuid_time(r.id)) p on true
+  left join data.hold h on h.account_id = r.account_id and h.id = r.hold_id
+  left join data.account_balance a on a.account_id = r.account_id
+  left join lateral data.price_meters(r.config_node_id, r.event -> 'meters', a.currency, data.uuid_time(r.id)) p on true;
+end
 $$;
 
 -- keep events that can't be charged; a digest of the event is its id, so a retry adds nothing
@@ -89,102 +93,78 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_answers jsonb[];
-  v_account_id uuid;
   v_ords bigint[];
   v_events jsonb[];
-  v_read data.usage_log[];
-  v_codes text[];
-  v_hold_ids uuid[];
   v_usage data.usage_log[];
-  v_posted boolean;
-  v_post record;
-  v_row record;
+  v_codes text[];
+  v_chargeable data.usage_log[];
+  v_accounts data.account_balance[];
+  v_charged bigint;
+  v_charged_accounts uuid[];
+  v_event data.usage_log;
+  v_account data.account_balance;
+  v_next integer := 1;
+  v_answers jsonb[];
   v_parked jsonb[] := '{}';
   v_parked_codes text[] := '{}';
+  v_row record;
 begin
   perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
+  select array_agg(r.ord), array_agg(r.event), array_agg(r.usage), array_agg(r.code), array_agg(r.usage) filter (where r.code is null)
+  into v_ords, v_events, v_usage, v_codes, v_chargeable
+  from (select * from data.read_usage_events(events) e order by (e.usage).account_id, e.ord) r;
 
-  -- accounts are locked in account_id order; what can't be charged comes last, under no account
-  for v_account_id, v_ords, v_events, v_read, v_codes, v_hold_ids in
-    select
-      case when r.code is null then r.account_id end,
-      array_agg(r.ord order by r.ord),
-      array_agg(r.event order by r.ord),
-      array_agg(r.usage order by r.ord),
-      array_agg(r.code order by r.ord),
-      array_agg((r.usage).hold_id) filter (where (r.usage).hold_id is not null)
-    from data.read_usage_events(events) r
-    group by 1
-    order by 1
-  loop
-    v_posted := false;
-    if v_account_id is not null then
-      v_usage := v_read;
-      if v_hold_ids is not null then
-        -- a hold of another account is no hold of this one; holds are never deleted, so no lock is needed to see that
-        v_hold_ids := array(select h.id from data.hold h where h.account_id = v_account_id and h.id = any (v_hold_ids));
-        v_usage := '{}';
-        for i in 1 .. cardinality(v_read) loop
-          if v_read[i].hold_id = any (v_hold_ids) or v_read[i].hold_id is null then
-            v_usage := v_usage || v_read[i];
-          else
-            v_codes[i] := 'invalid_hold';
-          end if;
-        end loop;
-      end if;
+  select p.accounts, p.charged, p.charged_accounts
+  into v_accounts, v_charged, v_charged_accounts
+  from data.post(usage => v_chargeable) p;
 
-      if cardinality(v_usage) > 0 then
-        select * into v_post from data.post(v_account_id, 'usage', usage => v_usage);
-        v_posted := (v_post.account).account_id is not null;
-        if not v_posted then
-          v_codes := array_fill('account_not_found'::text, array[cardinality(v_read)]);
-        end if;
-      end if;
-    end if;
-
-    for i in 1 .. cardinality(v_ords) loop
-      if v_codes[i] is null then
-        v_answers[v_ords[i]] := jsonb_build_object(
-          'id', v_read[i].id,
-          'status', 'charged',
-          'cost', v_read[i].cost::text,
-          'available', (v_post.account).available::text,
-          'seq', (v_post.entry).seq
-        );
-      else
-        v_parked := v_parked || v_events[i];
-        v_parked_codes := v_parked_codes || v_codes[i];
-        v_answers[v_ords[i]] := jsonb_build_object('id', v_events[i] -> 'id', 'status', 'parked', 'code', v_codes[i]);
-      end if;
-    end loop;
-
-    -- fewer new rows than events: the others met their first try
-    if v_posted and coalesce(cardinality(v_post.charged), 0) < cardinality(v_usage) then
-      for v_row in
-        select r.i, l.cost, l.transaction_seq,
-          (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
-            is distinct from
-          (r.virtual_key_id, r.config_node_id, r.hold_id, r.final, r.meters, r.request_id, r.metadata) as mismatch
-        from (
-          select u.*, u.ordinality as i, row_number() over (partition by u.id order by u.ordinality) as copy
-          from unnest(v_read) with ordinality u
-        ) r
-        join data.usage_log l on l.account_id = v_account_id and l.id = r.id
-        where v_codes[r.i] is null
-          and (r.copy > 1 or l.transaction_seq is distinct from (v_post.entry).seq)
-      loop
-        v_answers[v_ords[v_row.i]] := v_answers[v_ords[v_row.i]] || jsonb_build_object(
-          'status', 'duplicate',
-          'cost', v_row.cost::text,
-          'seq', v_row.transaction_seq
-        ) || case when v_row.mismatch then '{"mismatch": true}' else '{}'::jsonb end;
+  -- events and accounts are both in account_id order
+  for i in 1 .. coalesce(cardinality(v_ords), 0) loop
+    v_event := v_usage[i];
+    if v_codes[i] is null then
+      while v_account.account_id is distinct from v_event.account_id and v_next <= cardinality(v_accounts) loop
+        v_account := v_accounts[v_next];
+        v_next := v_next + 1;
       end loop;
+      v_answers[v_ords[i]] := jsonb_build_object(
+        'id', v_event.id,
+        'status', 'charged',
+        'cost', v_event.cost::text,
+        'available', v_account.available::text,
+        'seq', v_account.balance_version
+      );
+    else
+      v_parked := v_parked || v_events[i];
+      v_parked_codes := v_parked_codes || v_codes[i];
+      v_answers[v_ords[i]] := jsonb_build_object('id', v_events[i] -> 'id', 'status', 'parked', 'code', v_codes[i]);
     end if;
   end loop;
 
-  if cardinality(v_parked) > 0 then
+  -- fewer new rows than events: the others met their first try
+  if v_charged < cardinality(v_chargeable) then
+    for v_row in
+      select u.i, l.cost, l.transaction_seq,
+        (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
+          is distinct from
+        (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata) as mismatch
+      from (
+        select n.*, n.ordinality as i, row_number() over (partition by n.account_id, n.id order by n.ordinality) as copy
+        from unnest(v_usage) with ordinality n
+      ) u
+      join data.usage_log l on l.account_id = u.account_id and l.id = u.id
+      join data.account_balance a on a.account_id = u.account_id
+      where v_codes[u.i] is null
+        -- all but the first copy of what this very call charged
+        and not (u.copy = 1 and l.transaction_seq = a.balance_version and u.account_id = any (v_charged_accounts))
+    loop
+      v_answers[v_ords[v_row.i]] := v_answers[v_ords[v_row.i]]
+        || jsonb_build_object('status', 'duplicate', 'cost', v_row.cost::text, 'seq', v_row.transaction_seq)
+        || case when v_row.mismatch then '{"mismatch": true}' else '{}'::jsonb end;
+    end loop;
+  end if;
+
+  if v_parked <> '{}' then
     perform data.park(v_parked, v_parked_codes);
   end if;
   return to_jsonb(v_answers);

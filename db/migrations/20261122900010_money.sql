@@ -3,49 +3,47 @@
 
 set local role keyledger_owner;
 
--- post, or refuse an account that isn't there
-create or replace function data.post_or_refuse(
-  account_id uuid,
-  kind text,
-  balance_delta numeric default 0,
-  free_credit_delta numeric default 0,
-  credit_limit numeric default null,
-  reference text default null,
-  reason text default null,
-  metadata jsonb default null,
-  expected_version bigint default null,
-  grant_priority integer default null,
-  grant_expires_at timestamptz default null
+-- Posts one rare entry, under the account's lock: an unknown account is refused, a reference seen before answers its entry (409 when
+-- the content differs), and the version the caller decided on is checked. Answers the entry as shown.
+create or replace function data.post_one(
+  entry data.billing_transaction,
+  expected_version bigint default null
 )
 returns api.billing_transactions
 language plpgsql
 as $$
 declare
-  v_post record;
+  v_account data.account_balance;
+  v_first data.billing_transaction;
+  v_seq bigint;
   v_shown api.billing_transactions;
 begin
-  if length(reference) not between 1 and 512 then
+  if length(entry.reference) not between 1 and 512 then
     perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
   end if;
-  select * into v_post from data.post(
-    account_id => post_or_refuse.account_id,
-    kind => post_or_refuse.kind,
-    balance_delta => post_or_refuse.balance_delta,
-    free_credit_delta => post_or_refuse.free_credit_delta,
-    credit_limit => post_or_refuse.credit_limit,
-    reference => post_or_refuse.reference,
-    reason => post_or_refuse.reason,
-    metadata => post_or_refuse.metadata,
-    expected_version => post_or_refuse.expected_version,
-    grant_priority => post_or_refuse.grant_priority,
-    grant_expires_at => post_or_refuse.grant_expires_at
-  );
-  if (v_post.account).account_id is null then
-    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
+  v_account := (data.lock_accounts(array[entry.account_id]))[1];
+  if v_account.account_id is null then
+    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(entry.account_id::text, 'null'),
       'account_id is the id of the tenant or user that pays');
   end if;
-  select * into v_shown from api.billing_transactions t
-  where t.account_id = post_or_refuse.account_id and t.seq = (v_post.entry).seq;
+
+  select * into v_first from data.billing_transaction t
+  where t.account_id = entry.account_id and t.reference = entry.reference;
+  if v_first.seq is null then
+    if expected_version <> v_account.balance_version then
+      perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version, 'read the account again');
+    end if;
+    perform data.post(entries => array[entry]);
+    v_seq := v_account.balance_version + 1;
+  elsif (v_first.kind, v_first.amount, v_first.metadata)
+    is distinct from (entry.kind, (entry.balance_delta + entry.free_credit_delta)::data.money, entry.metadata)
+  then
+    perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || v_first.seq || ' with other content',
+      'use a new reference, or repeat the first call exactly');
+  else
+    v_seq := v_first.seq;
+  end if;
+  select * into v_shown from api.billing_transactions t where t.account_id = entry.account_id and t.seq = v_seq;
   return v_shown;
 end
 $$;
@@ -65,8 +63,8 @@ set search_path = ''
 as $$
 begin
   perform data.require_positive_amount(amount);
-  return data.post_or_refuse(
-    account_id, 'top_up', balance_delta => amount, reference => reference, reason => reason, metadata => metadata);
+  return data.post_one(data.new_entry(
+    account_id, 'top_up', balance_delta => amount, reference => reference, reason => reason, metadata => metadata));
 end
 $$;
 comment on function api.top_up(uuid, numeric, text, text, jsonb) is
@@ -97,8 +95,9 @@ begin
   if reason is null or reason !~ '\S' then
     perform data.refuse(422, 'invalid_reason', 'an adjustment needs a reason', 'say why in reason');
   end if;
-  return data.post_or_refuse(account_id, 'adjustment', balance_delta => amount, reference => reference,
-    reason => reason, metadata => metadata, expected_version => expected_version);
+  return data.post_one(data.new_entry(
+    account_id, 'adjustment', balance_delta => amount, reference => reference, reason => reason, metadata => metadata),
+    expected_version);
 end
 $$;
 comment on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) is
@@ -130,9 +129,9 @@ begin
   if priority is null then
     perform data.refuse(422, 'invalid_priority', 'priority must be an integer', 'lower numbers are spent first; the default is 100');
   end if;
-  return data.post_or_refuse(account_id, 'credit_grant', free_credit_delta => amount, reference => reference,
-    reason => reason, metadata => jsonb_build_object('priority', priority, 'expires_at', extract(epoch from expires_at)),
-    grant_priority => priority, grant_expires_at => expires_at);
+  return data.post_one(data.new_entry(
+    account_id, 'credit_grant', free_credit_delta => amount, reference => reference, reason => reason,
+    metadata => jsonb_build_object('priority', priority, 'expires_at', extract(epoch from expires_at))));
 end
 $$;
 comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) is
@@ -160,10 +159,9 @@ begin
     perform data.refuse(422, 'invalid_amount', 'credit_limit must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  v_account := data.lock_account(set_credit_limit.account_id);
+  v_account := (data.lock_accounts(array[set_credit_limit.account_id]))[1];
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
-    perform data.post_or_refuse(account_id, 'limit_change', credit_limit => credit_limit, reason => reason,
-      metadata => jsonb_build_object('from', v_account.credit_limit::text, 'to', credit_limit::numeric(28, 10)::text));
+    perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
   end if;
   select * into v_shown from api.billing_accounts b where b.account_id = set_credit_limit.account_id;
   return v_shown;
