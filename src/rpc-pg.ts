@@ -193,7 +193,7 @@ function columnList(select: string[], of: string) {
     .join(', ')
 }
 
-const quoted = (name: string) => pg.escapeIdentifier(name)
+const quoted = (name: string) => pg.escapeIdentifier(identifier(name))
 const literal = (value: string) => pg.escapeLiteral(toText(value))
 
 const isServerError = (error: unknown): error is ServerError & { severity: string } =>
