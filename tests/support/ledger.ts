@@ -1,0 +1,75 @@
+// Exact money in tests, ids, seeded chance, and the invariants that hold for every account at any time.
+import { randomBytes } from 'node:crypto'
+import * as assert from 'uvu/assert'
+import type { Row, Sql } from './database.ts'
+
+/** A decimal string in units of 1e-10. */
+export function units(decimal: string): bigint {
+  const [, sign, whole, fraction = ''] = decimal.match(/^(-?)(\d+)(?:\.(\d{1,10}))?$/)!
+  return BigInt(`${sign}${whole}${fraction.padEnd(10, '0')}`)
+}
+
+/** A UUIDv7 of now. */
+export function newId(): string {
+  const hex = Date.now().toString(16).padStart(12, '0') + randomBytes(10).toString('hex')
+  const variant = '89ab'[randomBytes(1)[0]! % 4]
+  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-7${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20)}`
+}
+
+/** A seeded generator: `chance(n)` is one of 0 … n-1. The same seed gives the same run. */
+export function chances(seed: number): (n: number) => number {
+  let state = seed
+  return (n) => {
+    state = (state * 1103515245 + 12345) % 2147483648
+    return Math.floor((state / 2147483648) * n)
+  }
+}
+
+/** The elements in an order of chance's. */
+export function shuffled<T>(elements: T[], chance: (n: number) => number): T[] {
+  const copy = [...elements]
+  for (let i = copy.length - 1; i > 0; i--) {
+    const j = chance(i + 1)
+    ;[copy[i], copy[j]] = [copy[j]!, copy[i]!]
+  }
+  return copy
+}
+
+/**
+ * The six invariants and the chain, computed here without `verify_balances`, and `verify_balances` beside them. `sql` is
+ * the owner of the database. (The sixth, a refusal changes nothing, is for the test that is refused.)
+ */
+export async function holdsTrue(sql: Sql): Promise<void> {
+  assert.equal(await sql('select * from api.verify_balances()'), [])
+  const [bad] = await sql(`
+    select
+      -- nothing is created or lost: what accounts have is what the entries say came in or went out
+      (select coalesce(sum(balance + free_credit - outstanding_amount), 0) from data.account_balance)
+        - (select coalesce(sum(amount), 0) from data.billing_transaction) as created_or_lost,
+      (select coalesce(sum(cost), 0) from data.usage_log)
+        + (select coalesce(sum(amount), 0) from data.billing_transaction where kind in ('usage', 'refund')) as revenue_off,
+      (select count(*) from data.account_balance where least(free_credit, credit_limit, frozen_balance,
+        outstanding_amount, overdue_amount) < 0)::int as negative,
+      (select count(*) from data.account_balance
+        where available <> free_credit + balance + credit_limit - frozen_balance - outstanding_amount)::int as not_derived,
+      (select count(*) from data.account_balance
+        where balance < -credit_limit or outstanding_amount > 0 and (free_credit <> 0 or balance <> -credit_limit))::int
+        as past_limit,
+      (select count(*) from data.account_balance a where frozen_balance <>
+        (select coalesce(sum(amount - captured), 0) from data.hold h where h.account_id = a.account_id and status = 'open'))::int
+        as frozen_off,
+      (select count(*) from (
+        select t.*, lag(hash) over w as last_hash, lag(balance_after) over w as last_balance,
+          lag(free_credit_after) over w as last_free_credit, lag(outstanding_after) over w as last_outstanding,
+          row_number() over w as n
+        from data.billing_transaction t window w as (partition by account_id order by seq)) t
+        where seq <> n or prev_hash <> coalesce(last_hash, '') or balance_after <> coalesce(last_balance, 0) + balance_delta
+          or free_credit_after <> coalesce(last_free_credit, 0) + free_credit_delta
+          or outstanding_after <> coalesce(last_outstanding, 0) + outstanding_delta)::int as chain_broken,
+      -- a grant is spent and expired once
+      (select count(*) from (
+        select account_id, metadata ->> 'grant_seq' from data.billing_transaction where kind = 'credit_expiry'
+        group by 1, 2 having count(*) > 1) t)::int as expired_twice`)
+  const expected: Row = { created_or_lost: 0, revenue_off: 0 }
+  for (const [what, value] of Object.entries(bad!)) assert.is(Number(value), expected[what] ?? 0, what)
+}
