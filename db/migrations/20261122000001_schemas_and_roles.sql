@@ -19,10 +19,10 @@ begin
       'account_balance', 'account_now', 'accounting_snapshot', 'actor', 'amount', 'billing_transaction',
       'cache_horizon', 'cache_invalidation', 'caller', 'check_entry', 'config_node', 'config_node_updated',
       'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash', 'entry_kind', 'forbid_change',
-      'forbid_truncate', 'hold', 'in_usage_window', 'invalidate', 'is_amount', 'keep_account',
-      'keep_key_identity', 'keep_owner_identity', 'key_context', 'lock_account', 'lock_key_parents',
-      'lock_mount_parents', 'lock_user_parent', 'moment', 'money', 'mount_deleted', 'mount_inserted',
-      'mount_updated', 'open_account', 'park', 'post', 'post_or_refuse', 'price', 'price_inserted',
+      'forbid_truncate', 'hold', 'id_window', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
+      'keep_owner_identity', 'key_context', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
+      'lock_user_parent', 'make_usage_partitions', 'moment', 'money', 'mount_deleted', 'mount_inserted',
+      'mount_updated', 'new_entry', 'open_account', 'park', 'post', 'post_one', 'price', 'price_inserted',
       'price_meters', 'read_hold_requests', 'read_usage_events', 'refuse', 'rejected_usage', 'require_array',
       'require_positive_amount', 'sha256', 'tenant', 'tenant_updated', 'to_amount', 'to_expires_in',
       'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_line', 'usage_log', 'usage_window', 'user_profile',
@@ -33,7 +33,7 @@ begin
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'accounting_snapshots', 'adjust_balance', 'billing_accounts', 'billing_transactions',
       'cache_changes', 'check_budget', 'config_nodes', 'create_virtual_key', 'extend_holds', 'grant_credit',
-      'holds', 'new_id', 'place_holds', 'prices', 'record_usage', 'rejected_usage', 'release_holds',
+      'holds', 'maintain', 'new_id', 'place_holds', 'prices', 'record_usage', 'rejected_usage', 'release_holds',
       'replay_rejected_usage', 'resolve_billing_account', 'resolve_virtual_key', 'revoke_virtual_key',
       'set_credit_limit', 'tenants', 'top_up', 'usage_logs', 'user_profiles', 'verify_balances',
       'virtual_key_config_nodes', 'virtual_keys'

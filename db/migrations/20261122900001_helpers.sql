@@ -74,12 +74,18 @@ $$;
 -- the text as such money, null when it isn't a plain decimal
 create or replace function data.to_amount(value text)
 returns numeric
-language sql
+language plpgsql
 immutable parallel safe
 as $$
-  select case
-    when value ~ '^-?[0-9]{1,12}(\.[0-9]{1,10}0{0,30})?$' then value::numeric(28, 10)
-  end
+begin
+  -- what numeric reads differs by version (1_000, 0x1f), and 1e9 or NaN is no way to write money
+  if value !~ '[^0-9.-]' and data.is_amount(value::numeric) then
+    return value::numeric;
+  end if;
+  return null;
+exception when invalid_text_representation or numeric_value_out_of_range then
+  return null;
+end
 $$;
 
 -- refuse an amount that is not positive money

@@ -3,6 +3,8 @@
 
 set local role keyledger_owner;
 
+-- Trigger functions run as whoever writes, through a view too, so they are security definer: that role has no right on data.
+
 -- Every write of a child locks its parents `for share`, from the child up (a plain `update` has locked the row before any
 -- trigger can run, so child first is the one order every statement keeps), nodes last. A parent's change therefore waits for
 -- its newest child, and the statement that evicts the parent's keys sees it.
@@ -10,6 +12,8 @@ set local role keyledger_owner;
 create or replace function data.lock_key_parents()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 declare
   v_tenant_id uuid;
@@ -25,6 +29,8 @@ create or replace trigger lock_parents before insert on data.virtual_key
 create or replace function data.lock_user_parent()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform from data.tenant t where t.id = new.tenant_id for share;
@@ -37,6 +43,8 @@ create or replace trigger lock_parents before insert or update of tenant_id on d
 create or replace function data.lock_mount_parents()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform from data.virtual_key k where k.id = new.virtual_key_id for share;
@@ -51,6 +59,8 @@ create or replace trigger lock_parents before insert or update on data.virtual_k
 create or replace function data.keep_owner_identity()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   if new.id <> old.id then
@@ -73,6 +83,8 @@ create or replace trigger keep_identity before update on data.user_profile
 create or replace function data.keep_key_identity()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   if (new.id, new.user_id) is distinct from (old.id, old.user_id) then
@@ -91,6 +103,8 @@ create or replace trigger keep_identity before update on data.virtual_key
 create or replace function data.open_account()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)

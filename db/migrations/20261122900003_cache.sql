@@ -34,6 +34,8 @@ $$;
 create or replace function data.virtual_key_inserted()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from new_rows k));
@@ -46,6 +48,8 @@ create or replace trigger invalidate_inserted after insert on data.virtual_key
 create or replace function data.virtual_key_updated()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -64,6 +68,8 @@ create or replace trigger invalidate_updated after update on data.virtual_key
 create or replace function data.virtual_key_deleted()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from old_rows k));
@@ -76,6 +82,8 @@ create or replace trigger invalidate_deleted after delete on data.virtual_key
 create or replace function data.user_profile_updated()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -93,6 +101,8 @@ create or replace trigger invalidate_updated after update on data.user_profile
 create or replace function data.tenant_updated()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -111,6 +121,8 @@ create or replace trigger invalidate_updated after update on data.tenant
 create or replace function data.config_node_updated()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -129,6 +141,8 @@ create or replace trigger invalidate_updated after update on data.config_node
 create or replace function data.mount_inserted()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -142,6 +156,8 @@ create or replace trigger invalidate_inserted after insert on data.virtual_key_c
 create or replace function data.mount_updated()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -157,6 +173,8 @@ create or replace trigger invalidate_updated after update on data.virtual_key_co
 create or replace function data.mount_deleted()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -170,6 +188,8 @@ create or replace trigger invalidate_deleted after delete on data.virtual_key_co
 create or replace function data.price_inserted()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.invalidate('price', array(select distinct p.config_node_id::text from new_rows p));
@@ -183,6 +203,8 @@ create or replace trigger invalidate_inserted after insert on data.price
 create or replace function data.forbid_truncate()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.refuse(409, 'truncate_forbidden', 'table ' || tg_table_name, 'rows are closed by status, not removed');

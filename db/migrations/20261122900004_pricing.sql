@@ -10,7 +10,10 @@ language sql
 immutable parallel safe
 as $$
   select case
-    when jsonb_typeof(value) in ('number', 'string') and value #>> '{}' ~ '^[0-9]{1,12}(\.[0-9]{1,10})?$'
+    when case jsonb_typeof(value)
+        when 'number' then value::numeric >= 0 and data.is_amount(value::numeric)
+        when 'string' then data.to_amount(value #>> '{}') >= 0
+      end
     then (value #>> '{}')::numeric
   end
 $$;
@@ -36,30 +39,32 @@ as $$
   select
     c.cost,
     c.price_ids,
-    c.quantities,
+    case when c.has_text
+      then (select jsonb_object_agg(m.key, data.to_quantity(m.value)) from jsonb_each(meters) m)
+      else meters
+    end,
     case
-      when c.meter_count = 0 or c.has_bad_quantity then 'invalid_meters'
+      when c.meter_count = 0 or c.has_bad_quantity or c.cost >= 1e12 then 'invalid_meters'
       when c.has_unpriced and exists (
         select from data.price o
-        where o.config_node_id = price_meters.config_node_id and o.meter = any (c.unpriced) and o.effective_from <= at
+        where o.config_node_id = price_meters.config_node_id and o.currency <> price_meters.currency and o.effective_from <= at
+          and meters ? o.meter
       ) then 'currency_mismatch'
       when c.has_unpriced then 'price_not_found'
-      when c.cost >= 1e12 then 'invalid_meters'
     end
   from (
     select
       count(*) as meter_count,
+      coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
       coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
       coalesce(bool_or(q.quantity > 0 and p.id is null), false) as has_unpriced,
-      array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
-      jsonb_object_agg(m.key, q.quantity) as quantities,
-      coalesce(array_agg(p.id order by p.id) filter (where p.id is not null), '{}') as price_ids,
+      coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
       div(
-        2 * 1e10 * coalesce(sum(q.quantity * p.unit_price * div(3600000000, p.unit_size)), 0) + 3600000000,
-        2 * 3600000000::numeric
-      ) * 1e-10 as cost
+        20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
+        7200000000
+      ) * 0.0000000001 as cost
     from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
-    cross join lateral (select data.to_quantity(m.value) as quantity) q
+    cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
     left join lateral (
       select p.id, p.unit_price, p.unit_size
       from data.price p
@@ -77,6 +82,8 @@ $$;
 create or replace function data.forbid_change()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');

@@ -16,6 +16,8 @@ create or replace trigger append_only_truncate before truncate on data.usage_log
 create or replace function data.keep_account()
 returns trigger
 language plpgsql
+security definer
+set search_path = ''
 as $$
 begin
   if tg_op = 'UPDATE' and (new.account_id, new.owner_user_id, new.owner_tenant_id, new.currency)
@@ -97,6 +99,7 @@ $$;
 create or replace function data.lock_accounts(ids uuid[])
 returns data.account_balance[]
 language plpgsql
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_accounts data.account_balance[];
@@ -189,6 +192,8 @@ create or replace function data.post(
 )
 returns record
 language plpgsql
+-- a plan by key for any number of accounts; planning anew was a fifth of a call
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_ids uuid[] := array(select e.account_id from unnest(entries) e union select u.account_id from unnest(usage) u);

@@ -114,6 +114,7 @@ returns table (
 )
 language plpgsql
 stable
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 begin

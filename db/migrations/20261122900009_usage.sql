@@ -14,6 +14,7 @@ returns table (
 )
 language plpgsql
 stable
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 begin
@@ -23,8 +24,9 @@ begin
     r.event,
     r.account_id,
     row(
-      r.account_id, r.id, null, r.virtual_key_id, k.user_id, r.config_node_id, r.hold_id, coalesce(r.event -> 'final', 'true') <> 'false',
-      p.quantities, p.price_ids, p.cost, r.event ->> 'request_id', nullif(r.event -> 'metadata', 'null'), null
+      r.account_id, r.id, null, r.virtual_key_id, r.user_id, r.config_node_id, r.hold_id,
+      coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost, r.event ->> 'request_id',
+      nullif(r.event -> 'metadata', 'null'), null
     )::data.usage_log,
     case
       when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
@@ -33,35 +35,41 @@ begin
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
       when r.config_node_id is null then 'invalid_config_node_id'
-      when r.event ->> 'hold_id' is not null and r.hold_id is null then 'invalid_hold'
+      when r.hold_id is null and r.event ->> 'hold_id' is not null then 'invalid_hold'
       when jsonb_typeof(r.event -> 'final') not in ('boolean', 'null') then 'invalid_final'
       when length(r.event ->> 'request_id') > 512 then 'invalid_request_id'
-      when jsonb_typeof(r.event -> 'metadata') not in ('object', 'null') or octet_length(r.event ->> 'metadata') > 16384 then 'invalid_metadata'
-      when a.currency is null then 'account_not_found'
-      when k.user_id is null then 'virtual_key_unknown'
-      when n.id is null then 'config_node_not_found'
+      when jsonb_typeof(r.event -> 'metadata') not in ('object', 'null') or octet_length(r.event ->> 'metadata') > 16384
+        then 'invalid_metadata'
+      when r.currency is null then 'account_not_found'
+      when r.user_id is null then 'virtual_key_unknown'
+      when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id)
+        then 'config_node_not_found'
       -- a hold of another account is no hold of this one
-      when r.hold_id is not null and h.id is null then 'invalid_hold'
+      when r.hold_id is not null
+        and not exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id) then 'invalid_hold'
       else p.code
     end
   from (
     select
-      e.ord,
-      e.event,
-      data.to_uuidv7(e.event ->> 'id') as id,
-      data.to_uuid(e.event ->> 'account_id') as account_id,
-      data.to_uuid(e.event ->> 'virtual_key_id') as virtual_key_id,
-      data.to_uuid(e.event ->> 'config_node_id') as config_node_id,
-      data.to_uuid(e.event ->> 'hold_id') as hold_id
-    from jsonb_array_elements(events) with ordinality as e (event, ord)
-    offset 0 -- or each use would parse again
+      i.*,
+      (select a.currency from data.account_balance a where a.account_id = i.account_id) as currency,
+      (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id
+    from (
+      select
+        e.ord,
+        e.event,
+        data.to_uuidv7(e.event ->> 'id') as id,
+        data.to_uuid(e.event ->> 'account_id') as account_id,
+        data.to_uuid(e.event ->> 'virtual_key_id') as virtual_key_id,
+        data.to_uuid(e.event ->> 'config_node_id') as config_node_id,
+        data.to_uuid(e.event ->> 'hold_id') as hold_id
+      from jsonb_array_elements(events) with ordinality as e (event, ord)
+      offset 0 -- or each use would parse again
+    ) i
+    offset 0
   ) r
   cross join data.id_window() w
-  left join data.virtual_key k on k.id = r.virtual_key_id
-  left join data.config_node n on n.id = r.config_node_id
-  left join data.hold h on h.account_id = r.account_id and h.id = r.hold_id
-  left join data.account_balance a on a.account_id = r.account_id
-  left join lateral data.price_meters(r.config_node_id, r.event -> 'meters', a.currency, data.uuid_time(r.id)) p on true;
+  cross join lateral data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) p;
 end
 $$;
 
