@@ -23,7 +23,7 @@ export interface Answer {
 export async function callers(
   url: string,
   calls: Call[],
-  { processes = 4, lanes = 16, onReady = (): unknown => {} } = {},
+  { processes = 4, lanes = 16, onReady = async () => {} } = {},
 ): Promise<Answer[]> {
   const children = Array.from({ length: processes }, (_, i) => {
     const child = fork(fileURLToPath(new URL('caller.ts', import.meta.url)))
@@ -46,3 +46,18 @@ const said = (child: ChildProcess) =>
     child.once('message', resolve)
     child.once('exit', (code, signal) => reject(new Error(`a caller process ended with ${code ?? signal}`)))
   })
+
+/** A call of a batch function, as the gateway. */
+export const batch = (fn: string, elements: unknown[]): Call => ({
+  role: 'keyledger_gateway',
+  text: `select api.${fn}($1) as answers`,
+  values: [JSON.stringify(elements)],
+})
+
+/** The errors among the answers. */
+export const errors = (answers: Answer[]) =>
+  answers.filter((answer) => answer.error).map((answer) => answer.error)
+
+/** What the batch functions answered, element by element. */
+export const elements = (answers: Answer[]): Row[] =>
+  answers.flatMap((answer) => answer.rows[0]!.answers as Row[])

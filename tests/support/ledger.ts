@@ -1,7 +1,8 @@
-// Exact money in tests, ids, seeded chance, and the invariants that hold for every account at any time.
+// Exact money in tests, requests, seeded chance, and the invariants that hold for every account at any time.
 import { randomBytes } from 'node:crypto'
 import * as assert from 'uvu/assert'
 import type { Row, Sql } from './database.ts'
+import type { World } from './seed.ts'
 
 /** A decimal string in units of 1e-10. */
 export function units(decimal: string): bigint {
@@ -15,6 +16,23 @@ export function newId(): string {
   const variant = '89ab'[randomBytes(1)[0]! % 4]
   return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-7${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20)}`
 }
+
+/** A request to hold an amount for the world's key. */
+export const hold = ({ accountId, keyId }: World, amount: string, id = newId()) => ({
+  id,
+  account_id: accountId,
+  virtual_key_id: keyId,
+  amount,
+})
+
+/** An event without a hold; a million tokens cost 2.50. */
+export const event = ({ accountId, keyId, nodeId }: World, tokens: number, id = newId()) => ({
+  id,
+  account_id: accountId,
+  virtual_key_id: keyId,
+  config_node_id: nodeId,
+  meters: { input_tokens: tokens },
+})
 
 /** A seeded generator: `chance(n)` is one of 0 … n-1. The same seed gives the same run. */
 export function chances(seed: number): (n: number) => number {

@@ -1,0 +1,209 @@
+// cache_changes: no committed change is ever skipped, none that was rolled back appears, and a doubtful cursor starts anew.
+import type pg from 'pg'
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { database, type Row } from './support/database.ts'
+import { seed } from './support/seed.ts'
+
+const test = suite('cursor')
+const db = await database(test)
+
+type Changes = { cursor: { cluster: string; snapshot: string }; keys: string[]; reset: boolean }
+const changes = async (cursor?: unknown): Promise<Changes> =>
+  (
+    await db.gateway('select api.cache_changes($1) as c', [
+      cursor === undefined ? null : JSON.stringify(cursor),
+    ])
+  )[0]!.c
+
+let sessions: pg.Client[] = []
+async function begun(): Promise<pg.Client> {
+  const session = await db.session('keyledger_operator')
+  sessions.push(session)
+  await session.query('begin')
+  return session
+}
+test.after.each(async () => {
+  for (const session of sessions) await session.end()
+  sessions = []
+})
+const rename = (session: pg.Client, nodeId: string) =>
+  session.query('update api.config_nodes set model = gen_random_uuid()::text where id = $1', [nodeId])
+
+test('a transaction that began first and commits last is not skipped, however often others commit and we read', async () => {
+  const [slow, quick] = [await seed(db.operator), await seed(db.operator)]
+  const first = await begun()
+  await rename(first, slow.nodeId)
+  let { cursor } = await changes()
+  for (let i = 0; i < 3; i++) {
+    const other = await begun()
+    await rename(other, quick.nodeId)
+    await other.query('commit')
+    const next = await changes(cursor)
+    assert.equal(next, { cursor: next.cursor, keys: [`vk:${quick.keyHash}`], reset: false })
+    cursor = next.cursor
+  }
+  assert.equal((await changes(cursor)).keys, [])
+  await first.query('commit')
+  const last = await changes(cursor)
+  assert.equal(last.keys, [`vk:${slow.keyHash}`])
+  assert.equal((await changes(last.cursor)).keys, [])
+})
+
+test('a cursor read in the middle of many overlapping transactions sees each once, in whatever order they commit', async () => {
+  const worlds = await Promise.all(Array.from({ length: 6 }, () => seed(db.operator)))
+  const open = await Promise.all(worlds.map(begun))
+  let { cursor } = await changes()
+  const seen: string[] = []
+  for (const i of [3, 0, 5, 1, 4, 2]) {
+    await rename(open[i]!, worlds[i]!.nodeId)
+    await rename(open[i]!, worlds[i]!.nodeId)
+    const before = await changes(cursor) // taken while it is open
+    await open[i]!.query('commit')
+    const next = await changes(before.cursor)
+    cursor = next.cursor
+    seen.push(...before.keys, ...next.keys)
+  }
+  assert.equal(seen.sort(), worlds.map(({ keyHash }) => `vk:${keyHash}`).sort())
+})
+
+test('what a savepoint took back, or a transaction rolled back, never appears; what a subtransaction kept does', async () => {
+  const [kept, gone, nested] = await Promise.all([seed(db.operator), seed(db.operator), seed(db.operator)])
+  const { cursor } = await changes()
+  const one = await begun()
+  await one.query('savepoint a')
+  await rename(one, gone.nodeId)
+  await one.query('rollback to a')
+  await one.query('savepoint b')
+  await rename(one, kept.nodeId)
+  await one.query('savepoint c')
+  await rename(one, nested.nodeId)
+  await one.query('release c')
+  assert.equal((await changes(cursor)).keys, [])
+  const between = await changes(cursor) // while it is open
+  await one.query('commit')
+  const expected = [kept, nested].map(({ keyHash }) => `vk:${keyHash}`).sort()
+  assert.equal((await changes(cursor)).keys.sort(), expected)
+  assert.equal((await changes(between.cursor)).keys.sort(), expected)
+
+  const { cursor: after } = await changes()
+  const two = await begun()
+  await rename(two, gone.nodeId)
+  await two.query('rollback')
+  assert.equal((await changes(after)).keys, [])
+})
+
+test('a change made by a subtransaction only, older than its cursor, is not skipped', async () => {
+  const world = await seed(db.operator)
+  const session = await begun()
+  await session.query('select pg_current_xact_id()')
+  const { cursor: early } = await changes()
+  // other transactions pass; the subtransaction's own xid is past the cursor's xmax, its parent's is not
+  await seed(db.operator)
+  await session.query('savepoint a')
+  await rename(session, world.nodeId)
+  await session.query('release a')
+  const { cursor: late } = await changes(early)
+  await session.query('commit')
+  for (const cursor of [early, late]) assert.ok((await changes(cursor)).keys.includes(`vk:${world.keyHash}`))
+})
+
+test('rows older than 48 h are purged, and only the cursors that may have missed them start anew', async () => {
+  const [old, recent] = [await seed(db.operator), await seed(db.operator)]
+  const { cursor: before } = await changes()
+  const session = await begun()
+  await rename(session, old.nodeId)
+  await session.query('commit')
+  await db.sql(`update data.cache_invalidation set created_at = now() - interval '47 hours'`)
+  await db.operator('select api.maintain()')
+  assert.is((await changes(before)).reset, false)
+  assert.equal((await changes(before)).keys, [`vk:${old.keyHash}`])
+
+  await db.sql(`update data.cache_invalidation set created_at = now() - interval '49 hours'`)
+  const { cursor: after } = await changes()
+  await db.operator(`update api.config_nodes set model = 'new' where id = $1`, [recent.nodeId])
+  const [row] = await db.operator('select api.maintain() as m')
+  assert.ok(row!.m.cache_invalidations_purged > 0)
+  assert.is((await changes(before)).reset, true)
+  assert.equal((await changes(before)).keys, [])
+  const { reset, keys } = await changes(after)
+  assert.equal([reset, keys], [false, [`vk:${recent.keyHash}`]])
+})
+
+test('a row purged the moment its long transaction committed resets the cursors taken while it was open', async () => {
+  const world = await seed(db.operator)
+  const session = await begun()
+  await rename(session, world.nodeId)
+  await seed(db.operator)
+  const { cursor } = await changes()
+  await session.query('commit')
+  await db.sql(`update data.cache_invalidation set created_at = now() - interval '3 days'`)
+  await db.operator('select api.maintain()')
+  assert.is((await changes(cursor)).reset, true)
+})
+
+test('a cursor of another cluster or timeline, from the future, or none at all: drop everything', async () => {
+  const { cursor } = await changes()
+  assert.is((await changes(cursor)).reset, false)
+  const [system, timeline] = cursor.cluster.split(':') as [string, string]
+  const [xmin, xmax] = cursor.snapshot.split(':').map(BigInt) as [bigint, bigint]
+  const doubtful: unknown[] = [
+    undefined,
+    { ...cursor, cluster: `${BigInt(system) + 1n}:${timeline}` },
+    { ...cursor, cluster: `${system}:00000002` },
+    { ...cursor, snapshot: `${xmax + 1_000_000n}:${xmax + 1_000_000n}:` },
+    { ...cursor, snapshot: `${xmin}:${xmax + 1_000_000n}:` },
+  ]
+  for (const each of doubtful) {
+    const { reset, keys } = await changes(each)
+    assert.equal([reset, keys], [true, []], JSON.stringify(each))
+  }
+})
+
+test('a malformed cursor starts anew instead of failing', async () => {
+  const { cursor } = await changes()
+  const { cluster, snapshot } = cursor
+  const malformed: unknown[] = [
+    {},
+    [],
+    [cursor],
+    'cursor',
+    7,
+    true,
+    null,
+    { cluster },
+    { snapshot },
+    { cluster, snapshot: null },
+    { cluster, snapshot: '' },
+    { cluster, snapshot: 'x' },
+    { cluster, snapshot: '1:2' },
+    { cluster, snapshot: '2:1:' },
+    { cluster, snapshot: '1:9:8,3' },
+    { cluster, snapshot: '-1:-1:' },
+    { cluster, snapshot: '99999999999999999999999:99999999999999999999999:' },
+    { cluster, snapshot: { xmin: 1 } },
+    { cluster: null, snapshot },
+    { cluster: [cluster], snapshot },
+    { cluster: '', snapshot },
+  ]
+  for (const each of malformed) {
+    const answer = await changes(each)
+    assert.is(answer.reset, true, JSON.stringify(each))
+    assert.equal(answer.keys, [])
+    assert.equal((await changes(answer.cursor)).reset, false)
+  }
+})
+
+test('nobody but the gateway reads the outbox, and nobody forges it', async () => {
+  const denied = async (promise: Promise<Row[]>) =>
+    (await promise.then(
+      () => 'done',
+      ({ code }) => code,
+    )) === '42501'
+  assert.ok(await denied(db.operator('select api.cache_changes()')))
+  assert.ok(
+    await denied(db.gateway(`insert into data.cache_invalidation (entity, keys) values ('vk', '{x}')`)),
+  )
+})
+
+test.run()
