@@ -117,15 +117,20 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
       }
     }
     try {
-      const context = freeze(await withinTime(load(hash), maxStaleness))
-      remember(key, flight, context)
+      const reading = load(hash)
+      let context: Context | undefined
+      try {
+        context = await withinTime(reading, maxStaleness)
+      } catch {
+        const stale = await lastKnown(key)
+        if (stale) return { context: stale, tier: 'stale' }
+        // failed, and says why; or slow, and nothing better is known
+        context = await reading
+      }
+      remember(key, flight, freeze(context))
       const ttl = Math.floor(lifetime(context))
       if (lease && ttl > 0) shared?.store(lease, context, ttl).catch(() => {})
       return { context, tier: 'database' }
-    } catch (error) {
-      const context = await lastKnown(key)
-      if (!context) throw error
-      return { context, tier: 'stale' }
     } finally {
       if (flights.get(key) === flight) flights.delete(key)
     }

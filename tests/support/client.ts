@@ -20,7 +20,7 @@ export interface ClientOptions {
 }
 
 /** Called between a read of Postgres and what is done with its answer; for clients of this process. */
-export type Between = (fn: string, args: Record<string, unknown>) => Promise<void>
+export type Between = (fn: string, answer: unknown) => Promise<void>
 
 export interface Seen {
   accepted: boolean
@@ -42,7 +42,7 @@ export async function startClient(
   const source: Pick<Rpc, 'call'> = {
     async call<T>(fn: string, args: Record<string, unknown> = {}) {
       const answer = await rpc.call<T>(fn, args)
-      await between?.(fn, args)
+      await between?.(fn, answer)
       return answer
     },
   }

@@ -1,7 +1,7 @@
 // A TCP proxy in front of a server: to cut connections, refuse new ones, or let them hang half-open.
 import { createServer, connect as dial, type Socket } from 'node:net'
 
-export interface Proxy {
+export interface TcpProxy {
   /** The server's url with the proxy's port. */
   url: string
   /** `pass` (at first); `refuse` closes each new connection at once; `hang` takes what is sent and passes nothing on. */
@@ -13,7 +13,7 @@ export interface Proxy {
   close(): Promise<void>
 }
 
-export async function startProxy(serverUrl: string): Promise<Proxy> {
+export async function startProxy(serverUrl: string): Promise<TcpProxy> {
   const target = new URL(serverUrl)
   const sockets = new Set<Socket>()
   const add = (socket: Socket) => {
@@ -37,7 +37,7 @@ export async function startProxy(serverUrl: string): Promise<Proxy> {
   const url = new URL(serverUrl)
   url.port = String((server.address() as { port: number }).port)
 
-  const proxy: Proxy = {
+  const proxy: TcpProxy = {
     url: url.href,
     mode: 'pass',
     refused: 0,

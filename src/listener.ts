@@ -1,0 +1,215 @@
+// The listener: reads what has changed, evicts it from both tiers, and keeps or ends their trust.
+import { randomUUID } from 'node:crypto'
+import pgListen from 'pg-listen'
+import { type KeyCache, withinTime } from './cache.ts'
+import type { Cursor } from './redis.ts'
+import type { Rpc } from './rpc.ts'
+
+type Reader = Pick<Rpc, 'call'>
+
+export interface ListenerOptions {
+  cache: KeyCache<unknown>
+  /**
+   * Reads the changes, of the primary. Absent: this process follows the heartbeat that others keep in Redis, trusts
+   * the Redis tier by it, and has no memory tier.
+   */
+  rpc?: Reader
+  /** Where to LISTEN, any login of the database, not through a transaction pooler. Absent: changes are seen by polling alone. */
+  connectionString?: string
+}
+
+export interface ListenerState {
+  /** A LISTEN connection is up. */
+  listening: boolean
+  /** ms since the last complete read was sent; null before the first. */
+  age: number | null
+  /** What last went wrong, until a read succeeds again. */
+  error?: Error
+}
+
+export interface Listener {
+  /** Resolves after the first read, also if that failed: it goes on trying until `stop`. */
+  start(): Promise<void>
+  stop(): Promise<void>
+  state(): ListenerState
+}
+
+interface Changes {
+  cursor: Cursor
+  keys: string[]
+  reset: boolean
+}
+
+// half of the second within which a change is promised to be seen, wake-up or not
+const POLL_MS = 500
+const READ_MS = 5000
+const RECONNECT_MS = 500
+
+export function createListener({ cache, rpc, connectionString }: ListenerOptions): Listener {
+  const { redis } = cache
+  if (!rpc && !redis) throw new TypeError('createListener: without `rpc` the cache needs `redis` to follow')
+  let cursor: Cursor | undefined
+  let provenAt: number | undefined
+  let error: Error | undefined
+  let looks: { beat: number; generation: string; sentAt: number }[] = []
+  let listening = false
+  let stopped = false
+  let wakened = false
+  let reading: Promise<void> | undefined
+  let timer: NodeJS.Timeout | undefined
+  let connecting: Promise<void> | undefined
+  let release = () => {}
+  const released = new Promise<void>((resolve) => {
+    release = resolve
+  })
+
+  const changesSince = (since: Cursor | undefined, { call }: Reader) =>
+    withinTime(call<Changes>('cache_changes', { cursor: since ?? null }), READ_MS)
+
+  // Redis's own cursor is read first: its next value must come from a read sent after this one was written.
+  async function read(source: Reader) {
+    const sentAt = performance.now()
+    const found = await redis?.covered().catch(() => undefined)
+    const base = found?.coverage
+    const shares = found && (!cursor || same(cursor, base?.cursor))
+    const [theirs, mine] = await Promise.all([
+      found && changesSince(base?.cursor, source),
+      shares ? undefined : changesSince(cursor, source),
+    ])
+    const own = (mine ?? theirs)!
+    const keys = [...new Set([...own.keys, ...(theirs?.keys ?? [])])]
+
+    // Redis before memory, or memory could be filled again from what is about to go; memory even if Redis failed,
+    // since that ended trust in the Redis tier
+    const deleted =
+      found &&
+      (await redis!.del(keys).then(
+        () => true,
+        () => false,
+      ))
+    cache.forget(keys)
+    if (own.reset || !cursor) {
+      cache.forgetAll()
+      // not past what Redis has been rid of
+      cursor = (theirs ?? own).cursor
+    } else {
+      cursor = own.cursor
+    }
+    cache.trust.prove(sentAt)
+    provenAt = sentAt
+    error = undefined
+
+    if (!found || !theirs || !deleted) return
+    const generation = theirs.reset || !base ? randomUUID() : base.generation
+    const now = await redis!
+      .advance(found, { cursor: theirs.cursor, generation }, keys.length)
+      .catch(() => null)
+    // written by us, or by another listener onto the same generation; a third one's generation has to be read first
+    if (now?.generation === generation) redis!.prove(sentAt, generation)
+    else if (now !== null) wakened = true
+  }
+
+  // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
+  // since a look of ours, all that was committed before that look is evicted, whatever anybody's clock says.
+  async function follow() {
+    const sentAt = performance.now()
+    const { coverage } = await redis!.covered()
+    const last = looks.at(-1)
+    if (!coverage || (last && (last.generation !== coverage.generation || last.beat > coverage.beat))) {
+      redis!.trust.end()
+      looks = []
+    }
+    if (!coverage) throw new Error('no listener keeps vk:cursor in Redis')
+    looks = [...looks.filter((look) => look.beat < coverage.beat), { ...coverage, sentAt }]
+    const proof = looks.findLast((look) => look.beat <= coverage.beat - 2)
+    if (!proof) return
+    redis!.prove(proof.sentAt, proof.generation)
+    provenAt = proof.sentAt
+    error = undefined
+    looks = looks.slice(looks.indexOf(proof))
+  }
+
+  function endTrust() {
+    cache.trust.end()
+    redis?.trust.end()
+  }
+
+  // one read at a time; a wake-up during it means another one, since the change may be newer than its snapshot
+  function wake() {
+    clearTimeout(timer)
+    wakened = true
+    reading ??= (async () => {
+      const startedAt = performance.now()
+      while (wakened && !stopped) {
+        wakened = false
+        await (rpc ? read(rpc) : follow()).catch((reason) => {
+          error = reason
+          endTrust()
+        })
+      }
+      reading = undefined
+      if (!stopped) timer = setTimeout(wake, Math.max(0, startedAt + POLL_MS - performance.now()))
+    })()
+    return reading
+  }
+
+  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which ends by itself after
+  // retryTimeout (3 s) or if LISTEN fails, and doesn't end on close. The payload is never looked at: anyone can notify.
+  async function listen() {
+    while (!stopped) {
+      const subscriber = pgListen.default(
+        {
+          connectionString,
+          application_name: 'keyledger listener',
+          connectionTimeoutMillis: READ_MS,
+          query_timeout: READ_MS,
+        },
+        { retryLimit: 1, parse: String },
+      )
+      const lost = new Promise<void>((resolve) => {
+        subscriber.events.on('error', (reason) => {
+          error = reason
+          resolve()
+        })
+      })
+      subscriber.notifications.on('keyledger_cache', wake)
+      try {
+        await subscriber.connect()
+        await subscriber.listenTo('keyledger_cache')
+        listening = true
+        // what was committed before LISTEN took effect woke nobody
+        wake()
+        await Promise.race([lost, released])
+      } catch (reason) {
+        error = reason as Error
+      }
+      if (listening && !stopped) {
+        listening = false
+        endTrust()
+        wake()
+      }
+      await Promise.race([subscriber.close().catch(() => {}), pause(RECONNECT_MS)])
+      if (!stopped) await Promise.race([pause(RECONNECT_MS), released])
+    }
+    listening = false
+  }
+
+  return {
+    async start() {
+      if (connectionString) connecting ??= listen()
+      await wake()
+    },
+    async stop() {
+      stopped = true
+      clearTimeout(timer)
+      release()
+      await Promise.all([reading, connecting])
+      endTrust()
+    },
+    state: () => ({ listening, age: provenAt === undefined ? null : performance.now() - provenAt, error }),
+  }
+}
+
+const same = (a: Cursor, b: Cursor | undefined) => a.cluster === b?.cluster && a.snapshot === b.snapshot
+
+const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms))
