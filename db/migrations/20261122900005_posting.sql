@@ -95,28 +95,21 @@ as $$
 $$;
 
 -- Locks accounts, in account_id order, and settles what the clock has ended: holds past their expiry, grants past theirs.
--- Answers those that exist, in that order.
 create or replace function data.lock_accounts(ids uuid[])
-returns data.account_balance[]
+returns void
 language plpgsql
 set plan_cache_mode = force_generic_plan
 as $$
 declare
-  v_accounts data.account_balance[];
   v_now timestamptz;
   v_grant data.credit_grant;
-  v_settled boolean := false;
 begin
-  select array_agg(a) into v_accounts
-  from (
-    select * from data.account_balance b where b.account_id = any (ids) order by b.account_id for update
-  ) a;
+  perform from data.account_balance a where a.account_id = any (ids) order by a.account_id for update;
   v_now := clock_timestamp();
 
   if exists (
     select from data.hold h where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
   ) then
-    v_settled := true;
     with ended as (
       update data.hold h
       set status = 'expired', ended_at = v_now
@@ -134,16 +127,10 @@ begin
     where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now
     order by g.account_id, g.expires_at, g.seq
   loop
-    v_settled := true;
     update data.credit_grant g set remaining = 0 where g.account_id = v_grant.account_id and g.seq = v_grant.seq;
     perform data.post(entries => array[data.new_entry(v_grant.account_id, 'credit_expiry',
       free_credit_delta => -v_grant.remaining, metadata => jsonb_build_object('grant_seq', v_grant.seq))]);
   end loop;
-
-  if v_settled then
-    select array_agg(a order by a.account_id) into v_accounts from data.account_balance a where a.account_id = any (ids);
-  end if;
-  return coalesce(v_accounts, '{}');
 end
 $$;
 

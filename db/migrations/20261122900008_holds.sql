@@ -198,7 +198,9 @@ begin
   into v_ords, v_ids, v_holds, v_codes, v_account_ids
   from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
-  v_accounts := data.lock_accounts(v_account_ids);
+  perform data.lock_accounts(v_account_ids);
+  select array_agg(a order by a.account_id) into v_accounts
+  from data.account_balance a where a.account_id = any (v_account_ids);
   select array_agg(h order by u.i) into v_first_tries
   from unnest(v_holds) with ordinality as u (
     account_id, id, amount, captured, status, expires_at, virtual_key_id, config_node_id, meters, created_at, ended_at, i)

@@ -21,7 +21,8 @@ begin
   if length(entry.reference) not between 1 and 512 then
     perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
   end if;
-  v_account := (data.lock_accounts(array[entry.account_id]))[1];
+  perform data.lock_accounts(array[entry.account_id]);
+  select * into v_account from data.account_balance a where a.account_id = entry.account_id;
   if v_account.account_id is null then
     perform data.refuse(404, 'account_not_found', 'account ' || coalesce(entry.account_id::text, 'null'),
       'account_id is the id of the tenant or user that pays');
@@ -159,7 +160,8 @@ begin
     perform data.refuse(422, 'invalid_amount', 'credit_limit must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  v_account := (data.lock_accounts(array[set_credit_limit.account_id]))[1];
+  perform data.lock_accounts(array[set_credit_limit.account_id]);
+  select * into v_account from data.account_balance a where a.account_id = set_credit_limit.account_id;
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
     perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
   end if;
