@@ -1,0 +1,67 @@
+// Memory over ten replays of a trace through one gateway: what is left after each, once garbage is collected.
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
+import { Redis } from 'ioredis'
+import { fromSteps, toSteps } from '../scripts/money.ts'
+import { populate } from '../scripts/population.ts'
+import { replay } from '../scripts/replay.ts'
+import { makeTrace, seeded } from '../scripts/trace.ts'
+import { createBillingModule, pgRpc } from '../src/index.ts'
+import type { Stage, Verdict } from './support.ts'
+
+const replays = 10
+const requests = 5000
+// of the heap, by which the line through the replays may rise from the third (caches are full by then) to the last
+const allowedRise = 0.03
+
+export async function benchMemory({ url, redis }: Stage): Promise<Verdict[]> {
+  setFlagsFromString('--expose-gc')
+  const collect: () => void = runInNewContext('gc')
+  const random = seeded(1)
+  const prices = { input: toSteps('2.50')!, output: toSteps('10.00')! }
+  const funds = toSteps('1000000')!
+  const population = await populate({
+    ...{ databaseUrl: url, random, users: 500, tenants: 25, funds: fromSteps(funds) },
+    inputPrice: fromSteps(prices.input),
+    outputPrice: fromSteps(prices.output),
+  })
+  const trace = makeTrace(requests, random)
+  const rpc = pgRpc({ connectionString: url })
+  const connection = new Redis(redis.url)
+  const gateway = createBillingModule({ rpc, redis: connection, listen: url })
+  await gateway.start()
+
+  const heaps: number[] = []
+  console.log(`memory after each of ${replays} replays of ${requests} requests, in MB\n  heap    RSS`)
+  for (let n = 0; n < replays; n++) {
+    await replay({ gateways: [gateway], trace, population, prices, random, funds, speed: 'max' })
+    // what the last answers left in closures is gone a turn later
+    await new Promise((resolve) => setTimeout(resolve, 100))
+    collect()
+    const { heapUsed, rss } = process.memoryUsage()
+    heaps.push(heapUsed / 2 ** 20)
+    console.log(`  ${heaps.at(-1)!.toFixed(2)}  ${(rss / 2 ** 20).toFixed(1).padStart(6)}`)
+  }
+  await gateway.stop()
+  connection.disconnect()
+  await rpc.close()
+
+  const counted = heaps.slice(2)
+  const slope = slopeOf(counted)
+  const rise = (slope * (counted.length - 1)) / counted[0]!
+  return [
+    {
+      name: `memory over ${replays} replays`,
+      says: `heap rises ${(slope * 1024).toFixed(0)} kB a replay, ${(rise * 100).toFixed(1)} % in all, allowed ${allowedRise * 100} %`,
+      passes: rise <= allowedRise,
+    },
+  ]
+}
+
+// of the least-squares line, per step
+function slopeOf(values: number[]): number {
+  const middle = (values.length - 1) / 2
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length
+  const above = values.reduce((sum, value, n) => sum + (n - middle) * (value - mean), 0)
+  return above / values.reduce((sum, _, n) => sum + (n - middle) ** 2, 0)
+}
