@@ -194,7 +194,9 @@ function columnList(select: string[], of: string) {
 }
 
 const quoted = (name: string) => pg.escapeIdentifier(identifier(name))
-const literal = (value: string) => pg.escapeLiteral(toText(value))
+
+// most JSON of ours has nothing to escape, and escapeLiteral goes letter by letter: 4 ms for 500 events
+const literal = (value: string) => (/['\\]/.test(toText(value)) ? pg.escapeLiteral(value) : `'${value}'`)
 
 const isServerError = (error: unknown): error is ServerError & { severity: string } =>
   error instanceof Error && 'severity' in error

@@ -34,7 +34,7 @@ const same = (error: KeyledgerError, [code, status]: [string, number]) => {
 }
 
 const ID = '00000000-0000-7000-8000-000000000001'
-const NASTY = 'é😀 \\ \\\\ \' \'\' " `$1` -- /* \n\t\r \u0001 {a,b} E\'x\' \\u0000 %s ; drop'
+const NASTY = "é😀 \\ \\\\ ' '' \" `$1` -- /* \n\t\r \u0001 {a,b} E'x' \\u0000 %s ; drop"
 
 for (const [name, make] of Object.entries(transports)) {
   const rpc = make()
@@ -179,7 +179,10 @@ for (const [name, make] of Object.entries(transports)) {
     assert.is(refused.message, 'insufficient_funds: a detail (a hint)')
     const misspelt = await failure(rpc.call('add', { a: 1, c: 2 }))
     assert.match(misspelt.message, /api\.add\(a, c\).*names of its arguments/)
-    assert.match((await failure(rpc.call('forbidden'))).message, /permission denied for function forbidden.*role/)
+    assert.match(
+      (await failure(rpc.call('forbidden'))).message,
+      /permission denied for function forbidden.*role/,
+    )
     assert.match((await failure(rpc.call('fail', { state: 'XX000' }))).message, /XX000: said: a detail/)
   })
 
@@ -216,7 +219,15 @@ for (const [name, make] of Object.entries(transports)) {
     const ask = (amount: unknown) => rpc.call('check_budget', { user_id: userId, amount }, { select })
     assert.equal(await ask('12.34'), { allowed: true, available: '12.3400000000' })
     assert.equal(await ask('12.35'), { allowed: false, available: '12.3400000000' })
-    for (const amount of ['0', '-1', 'NaN', 'Infinity', '1e13', '0.12345678901', '0.000000000000000000000000000001'])
+    for (const amount of [
+      '0',
+      '-1',
+      'NaN',
+      'Infinity',
+      '1e13',
+      '0.12345678901',
+      '0.000000000000000000000000000001',
+    ])
       same(await failure(ask(amount)), ['invalid_amount', 422])
     for (const amount of [null, 'abc', '', {}]) {
       const { status } = await failure(ask(amount))
@@ -227,7 +238,10 @@ for (const [name, make] of Object.entries(transports)) {
       same(await failure(rpc.call('record_usage', { events: requests })), ['invalid_events', 422])
     }
     assert.equal(await rpc.call('place_holds', { requests: [] }), [])
-    same(await failure(rpc.call('top_up', { account_id: accountId, amount: '1' })), ['permission_denied', 403])
+    same(await failure(rpc.call('top_up', { account_id: accountId, amount: '1' })), [
+      'permission_denied',
+      403,
+    ])
   })
 
   the('5,000 elements in one call come back in order', async () => {
