@@ -1,0 +1,161 @@
+// The middleware in front of node:http: which header counts, what is set, and what each refusal looks like.
+import { createServer, type IncomingMessage, request } from 'node:http'
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { KeyledgerError } from '../src/errors.ts'
+import { createBillingModule, pgRpc, type UserContext } from '../src/index.ts'
+import { createMiddleware, type Middleware } from '../src/middleware.ts'
+import { database } from './support/database.ts'
+import { seed } from './support/seed.ts'
+
+const test = suite('middleware')
+const db = await database(test)
+
+// What a server with the middleware says to these headers; `passed` is what it says itself.
+async function serve(middleware: Middleware) {
+  const server = createServer((req, res) => {
+    middleware(req, res, () => {
+      const { userContext } = req as typeof req & { userContext?: UserContext }
+      res.end(JSON.stringify({ passed: userContext, url: req.url }))
+    })
+  })
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
+  const { port } = server.address() as { port: number }
+  const ask = async (headers: Record<string, string | string[]>, method = 'POST') => {
+    const response = await new Promise<IncomingMessage>((resolve, reject) => {
+      request({ port, host: '127.0.0.1', path: '/v1/chat', method, headers }, resolve)
+        .on('error', reject)
+        .end()
+    })
+    const text = (await response.toArray()).join('')
+    return { status: response.statusCode!, headers: response.headers, body: text && JSON.parse(text) }
+  }
+  const close = () => {
+    server.closeAllConnections()
+    server.close()
+  }
+  return { ask, close }
+}
+
+test('x-virtualkey counts before the bearer token, and that before x-api-key', async () => {
+  const seen: string[] = []
+  const { ask, close } = await serve(
+    createMiddleware(async (virtualKey) => {
+      seen.push(virtualKey)
+      return { user_id: virtualKey } as UserContext
+    }),
+  )
+  const cases: [headers: Record<string, string | string[]>, key: string | undefined][] = [
+    [{ 'x-virtualkey': 'a', authorization: 'Bearer b', 'x-api-key': 'c' }, 'a'],
+    [{ authorization: 'Bearer b', 'x-api-key': 'c' }, 'b'],
+    [{ 'x-api-key': 'c' }, 'c'],
+    [{ authorization: 'bearer b' }, 'b'],
+    [{ authorization: 'BEARER   b  ' }, 'b'],
+    [{ authorization: 'Bearer b b' }, 'b b'],
+    [{ authorization: 'Basic Yjpi', 'x-api-key': 'c' }, 'c'],
+    [{ authorization: 'Bearer ', 'x-api-key': 'c' }, 'c'],
+    [{ 'x-virtualkey': ' ', 'x-api-key': 'c' }, 'c'],
+    [{ 'x-virtualkey': ['a', 'a2'] }, 'a, a2'], // two keys are no key
+    [{}, undefined],
+    [{ authorization: 'Basic Yjpi' }, undefined],
+    [{ authorization: 'Bearer' }, undefined],
+    [{ authorization: 'vk_no_scheme' }, undefined],
+  ]
+  for (const [headers, key] of cases) {
+    const { status, body } = await ask(headers)
+    if (key === undefined) assert.equal([status, body.error.code], [401, 'virtual_key_missing'])
+    else assert.equal([status, body.passed], [200, { user_id: key }], JSON.stringify(headers))
+  }
+  assert.equal(
+    seen,
+    cases.flatMap(([, key]) => key ?? []),
+  )
+  close()
+})
+
+test('a list of headers, as a framework may make it, is no key either', async () => {
+  const seen: string[] = []
+  const middleware = createMiddleware(async (virtualKey) => {
+    seen.push(virtualKey)
+    return {} as UserContext
+  })
+  const req = { headers: { 'x-virtualkey': ['a', 'b'] } } as never
+  await middleware(req, {} as never, () => seen.push('passed'))
+  assert.equal(seen, ['a, b', 'passed'])
+})
+
+test('each refusal has its status, its headers and a body that says why', async () => {
+  const cases: [error: unknown, status: number, code: string, type: string][] = [
+    [new KeyledgerError('virtual_key_unknown', 401), 401, 'virtual_key_unknown', 'authentication_error'],
+    [new KeyledgerError('virtual_key_disabled', 401), 401, 'virtual_key_disabled', 'authentication_error'],
+    [new KeyledgerError('tenant_suspended', 403), 403, 'tenant_suspended', 'permission_error'],
+    [new KeyledgerError('unavailable', 503), 503, 'unavailable', 'server_error'],
+    [new KeyledgerError('timeout', 504), 503, 'unavailable', 'server_error'],
+    [new KeyledgerError('internal_error', 500), 503, 'unavailable', 'server_error'],
+    [new TypeError('secret inside'), 503, 'unavailable', 'server_error'],
+    ['thrown text', 503, 'unavailable', 'server_error'],
+  ]
+  let error: unknown
+  const { ask, close } = await serve(createMiddleware(() => Promise.reject(error)))
+  for (const [thrown, status, code, type] of cases) {
+    error = thrown
+    const { body, headers, ...answer } = await ask({ 'x-virtualkey': 'vk_given' })
+    assert.is(answer.status, status)
+    assert.equal(body, { error: { message: body.error.message, type, param: null, code } })
+    assert.match(body.error.message, code)
+    assert.not.match(JSON.stringify(body), /secret|vk_given/)
+    assert.is(headers['content-type'], 'application/json')
+    assert.is(headers['cache-control'], 'no-store')
+    assert.is(headers['www-authenticate'], status === 401 ? 'Bearer' : undefined)
+    assert.is(headers['retry-after'], status === 503 ? '1' : undefined)
+    assert.equal(
+      await ask({ 'x-virtualkey': 'vk_given' }, 'HEAD').then(({ status, body }) => [status, body]),
+      [status, ''],
+    )
+  }
+  close()
+})
+
+test('what fails after the middleware is not answered as a refused key', async () => {
+  const middleware = createMiddleware(async () => ({}) as UserContext)
+  const res = { writeHead: () => assert.unreachable('it answered') } as never
+  let thrown: unknown
+  await middleware({ headers: { 'x-virtualkey': 'a' } } as never, res, () => {
+    throw new RangeError('of the handler')
+  }).catch((error) => {
+    thrown = error
+  })
+  assert.instance(thrown, RangeError)
+})
+
+test('with the module on Postgres: the context without the key, and 401, 403, 503', async () => {
+  const world = await seed(db.operator)
+  const rpc = pgRpc({ connectionString: db.loginUrl })
+  const billing = createBillingModule({ rpc })
+  const { ask, close } = await serve(billing.middleware())
+  const status = async (key: string) => {
+    const { status, body } = await ask({ authorization: `Bearer ${key}` })
+    return [status, body.error?.code]
+  }
+  try {
+    const { body } = await ask({ authorization: `Bearer ${world.key}` })
+    assert.equal(body, { passed: await billing.validate(world.key), url: '/v1/chat' })
+    assert.ok(!JSON.stringify(body).includes(world.key) && !JSON.stringify(body).includes(world.keyHash))
+    assert.equal(await status(`${world.key}x`), [401, 'virtual_key_unknown'])
+    assert.equal(await status(`${world.key}, ${world.key}`), [401, 'virtual_key_unknown'])
+    assert.equal(await status('x'.repeat(5000)), [401, 'virtual_key_unknown'])
+    await db.operator(`update api.tenants set status = 'suspended' where id = $1`, [world.tenantId])
+    assert.equal(await status(world.key), [403, 'tenant_suspended'])
+    await db.operator(`update api.tenants set status = 'active' where id = $1`, [world.tenantId])
+    await db.operator('select api.revoke_virtual_key($1)', [world.keyId])
+    assert.equal(await status(world.key), [401, 'virtual_key_disabled'])
+    await rpc.close()
+    assert.equal(await status(`${world.key}y`), [503, 'unavailable'])
+  } finally {
+    close()
+    await billing.stop()
+    await rpc.close()
+  }
+})
+
+test.run()
