@@ -110,7 +110,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
   const states: { xid: string; last: bigint; was: bigint; available: bigint }[] = []
   for (const { xid, n, was, available } of log) {
     const state = states.at(-1)
-    if (state?.xid === xid) Object.assign(state, { last: BigInt(n), available: units(available) })
+    if (state && state.xid === xid) Object.assign(state, { last: BigInt(n), available: units(available) })
     else states.push({ xid, last: BigInt(n), was: units(was), available: units(available) })
   }
   const place = new Map(states.map(({ xid }, i) => [xid, i] as const))

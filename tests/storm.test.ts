@@ -94,7 +94,9 @@ test('a storm of every posting on many accounts in random orders: no deadlock, e
       one(`select api.adjust_balance($1, $2, 'storm')`, some(worlds, 1)[0]!.accountId, `-0.${1 + chance(9)}`),
     () =>
       one(
-        `select api.grant_credit($1, $2, now() + make_interval(secs => $3))`,
+        // two that run out at the same moment
+        `select api.grant_credit($1, $2, now() + make_interval(secs => $3)),
+          api.grant_credit($1, $2, now() + make_interval(secs => $3))`,
         some(worlds, 1)[0]!.accountId,
         `0.${1 + chance(9)}`,
         chance(20) / 10,
@@ -144,7 +146,7 @@ test('draw, release, extension and expiry of one hold at once: it ends once, and
   // all run out while they are being fought over
   const onReady = async () => {
     await db.sql(
-      `update data.hold set expires_at = clock_timestamp() + random() * interval '1 s' where account_id = $1`,
+      `update data.hold set expires_at = clock_timestamp() + power(random(), 4) * interval '5 s' where account_id = $1`,
       [world.accountId],
     )
     await db.sql('truncate watch.hold')
@@ -167,7 +169,7 @@ test('draw, release, extension and expiry of one hold at once: it ends once, and
   )
   assert.ok(having('released').every(({ captured }) => Number(captured) === 0))
   assert.ok(having('captured').every(({ captured }) => Number(captured) === 0.5))
-  assert.ok(['released', 'captured', 'expired'].every((status) => having(status).length > 10))
+  assert.ok(['released', 'captured', 'expired'].every((status) => having(status).length > 5))
   assert.is(Number((await account(world)).balance), 850)
   await holdsTrue(db.sql)
 })
