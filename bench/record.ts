@@ -1,7 +1,7 @@
 // Recording usage through the client and pg, against one transaction a request: an update and an insert, in one function.
 import pg from 'pg'
 import { v7 as uuidv7 } from 'uuid'
-import { createBillingModule, pgRpc } from '../src/index.ts'
+import { createBillingModule, pgRpc } from './library.ts'
 import { compare, perSecond, type Stage, type Verdict } from './support.ts'
 
 const inFlight = 64

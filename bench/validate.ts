@@ -2,7 +2,7 @@
 import { createHash } from 'node:crypto'
 import { Redis } from 'ioredis'
 import pg from 'pg'
-import { createBillingModule, pgRpc } from '../src/index.ts'
+import { createBillingModule, pgRpc } from './library.ts'
 import { compare, perSecondOver, type Stage, type Verdict } from './support.ts'
 
 const inFlight = 64
