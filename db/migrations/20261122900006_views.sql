@@ -14,20 +14,20 @@ select
 from (
   select
     pg_has_role(role, 'keyledger_gateway', 'usage') or pg_has_role(role, 'keyledger_operator', 'usage') as sees_all,
-    claims ->> 'user_id' as user_id,
-    claims ->> 'sub' as sub
+    coalesce(claims ->> 'user_id', claims ->> 'sub') as id,
+    case when claims ->> 'user_id' is null then claims ->> 'sub' end as external_id
   from data.caller
 ) c
 left join lateral (
-  select m.*
-  from data.user_profile m
-  where case
-      when c.user_id is not null then m.id::text = c.user_id
-      else m.external_id = c.sub or m.id::text = c.sub
-    end
-  order by (m.external_id is not distinct from c.sub) desc
+  -- by key each; the host's id comes first should one look like the other
+  select m.*, 1 as rank from data.user_profile m where not c.sees_all and m.external_id = c.external_id
+  union all
+  select m.*, 2 from data.user_profile m
+  where not c.sees_all
+    and m.id = case when c.id ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then c.id::uuid end
+  order by rank
   limit 1
-) u on not c.sees_all;
+) u on true;
 
 -- users a reader sees: all, else oneself, and a tenant admin the whole tenant
 create or replace view data.visible_user as

@@ -114,7 +114,6 @@ returns table (
 )
 language plpgsql
 stable
-set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 begin
@@ -172,6 +171,9 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_ords bigint[];
@@ -273,6 +275,9 @@ create or replace function data.end_or_extend_holds(
 )
 returns jsonb
 language plpgsql
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 declare
   v_answers jsonb[];
