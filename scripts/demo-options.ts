@@ -41,7 +41,7 @@ export function demoOptions(args = process.argv.slice(2)): DemoOptions {
   try {
     return read(args)
   } catch (error) {
-    wrongOption((error as Error).message)
+    wrongOption((error as Error).message.replaceAll('\n', ' '))
   }
 }
 
@@ -55,7 +55,12 @@ function read(args: string[]): DemoOptions {
   const text = { type: 'string' } as const
   const flag = { type: 'boolean' } as const
   const { values } = parseArgs({
-    args,
+    // parseArgs takes a negative number for an option of its own
+    args: args
+      .join('\0')
+      .replace(/(^|\0)(--[a-z-]+)\0(?=-[\d.])/g, '$1$2=')
+      .split('\0')
+      .filter(Boolean),
     options: {
       trace: text,
       speed: text,
