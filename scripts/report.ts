@@ -2,6 +2,8 @@
 import type { Proof } from './proof.ts'
 import { type Replayed, type Stage, stages } from './replay.ts'
 
+const listedProblems = 10
+
 /** Answers of `validate` by the tier they came from. */
 export type CacheAnswers = Record<'memory' | 'redis' | 'database', number>
 
@@ -82,8 +84,9 @@ export function table(run: Run): string {
   ]
   const line = (row?: string[]) =>
     row ? `  ${row[0]!.padEnd(11)} ${row[1]!.padStart(18)}  ${row[2]}`.trimEnd() : ''
-  const verdict = proof.problems.length
-    ? ['This run does NOT verify:', ...proof.problems.map((problem) => `  - ${problem}`)]
-    : ['Every cent is proved.']
+  const { problems } = proof
+  const listed = problems.slice(0, listedProblems).map((problem) => `  - ${problem}`)
+  if (problems.length > listed.length) listed.push(`  and ${problems.length - listed.length} more`)
+  const verdict = problems.length ? ['This run does NOT verify:', ...listed] : ['Every cent is proved.']
   return [title, '', ...rows.map(line), '', ...verdict].join('\n')
 }
