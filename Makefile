@@ -1,10 +1,10 @@
 # What there is to do here: `make help` lists it. It needs Node.js 20 or later, and make.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test demo bench build
+.PHONY: help install check test test-versions demo bench build
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: node_modules/.package-lock.json ## install the npm packages
 
@@ -17,6 +17,9 @@ check: install ## type check and lint
 
 test: install ## run the tests on real servers; ARGS='cache' runs tests/*cache*.test.ts, DATABASE_URL=… uses that server
 	@npm run -s test -- $(ARGS)
+
+test-versions: install ## run the tests on PostgreSQL 15, 16 and 18 as well (npm has them)
+	for version in 15 16 18; do PG_VERSION=$$version npm run -s test -- $(ARGS) || exit; done
 
 demo: install ## replay an hour of LLM traffic and prove every cent; ARGS='--help' lists the options
 	@npm run -s demo -- $(ARGS)

