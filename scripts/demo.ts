@@ -32,6 +32,11 @@ const funds = options.funds === undefined ? enough : toSteps(options.funds)!
 if (enough >= 10n ** 22n)
   wrongOption('the trace would cost 1e12 or more: lower --input-price and --output-price')
 
+process.on('uncaughtException', (error) => {
+  // our own words are enough; anything else needs its stack
+  console.error(error.constructor === Error ? `demo: ${error.message}` : error)
+  process.exit(1)
+})
 const say = (text: string) => void process.stderr.write(`${text}\n`)
 say(`starting Postgres${options.transport === 'postgrest' ? ', PostgREST' : ''} and Redis …`)
 const [postgres, redis] = await Promise.all([startPostgres(), startRedis()])
@@ -47,7 +52,11 @@ const population = await populate({ ...options, databaseUrl: url, random, funds:
 const bar = new cliProgress.SingleBar({
   format: '{bar} {value} of {total} requests, {eta_formatted} to go',
   clearOnComplete: true,
+  etaBuffer: 1000,
+  // the terminal stays as it is, whenever this ends
   hideCursor: null,
+  linewrap: null,
+  gracefulExit: false,
 })
 const rpcs = Array.from({ length: gatewayCount }, () =>
   postgrest ? postgrestRpc({ url: postgrest.url, token: token! }) : pgRpc({ connectionString: url }),
