@@ -55,7 +55,7 @@ const bar = new cliProgress.SingleBar({
   etaBuffer: 1000,
   // the terminal stays as it is, whenever this ends
   hideCursor: null,
-  linewrap: null,
+  linewrap: true,
   gracefulExit: false,
 })
 const rpcs = Array.from({ length: gatewayCount }, () =>
