@@ -20,7 +20,7 @@ $$;
 
 -- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
 -- Sizes divide 3600000000, so the sum is a whole number of 1e-20 / 3600000000 steps and is rounded once, half up, at 10 decimals.
--- A quantity of 0 needs no price.
+-- A quantity of 0 needs no price. At most 64 meters; a cost of a trillion or more is no cost.
 create or replace function data.price_meters(
   config_node_id uuid,
   meters jsonb,
@@ -37,14 +37,14 @@ language sql
 stable
 as $$
   select
-    c.cost,
+    case when c.cost < 1e12 then c.cost end,
     c.price_ids,
     case when c.has_text
       then (select jsonb_object_agg(m.key, data.to_quantity(m.value)) from jsonb_each(meters) m)
       else meters
     end,
     case
-      when c.meter_count = 0 or c.has_bad_quantity or c.cost >= 1e12 then 'invalid_meters'
+      when c.meter_count not between 1 and 64 or c.has_bad_quantity or c.cost >= 1e12 then 'invalid_meters'
       when c.has_unpriced and exists (
         select from data.price o
         where o.config_node_id = price_meters.config_node_id and o.currency <> price_meters.currency and o.effective_from <= at

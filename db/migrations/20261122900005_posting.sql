@@ -127,11 +127,14 @@ begin
     where a.account_id = e.account_id;
   end if;
 
-  for v_grant in
-    select * from data.credit_grant g
+  -- one at a time, asked anew each time: posting locks, and so settles, in its turn
+  loop
+    select * into v_grant
+    from data.credit_grant g
     where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now
     order by g.account_id, g.expires_at, g.seq
-  loop
+    limit 1;
+    exit when not found;
     update data.credit_grant g set remaining = 0 where g.account_id = v_grant.account_id and g.seq = v_grant.seq;
     perform data.post(entries => array[data.new_entry(v_grant.account_id, 'credit_expiry',
       free_credit_delta => -v_grant.remaining, metadata => jsonb_build_object('grant_seq', v_grant.seq))]);
