@@ -183,22 +183,25 @@ for (const [who, claims, expected] of readers)
 
 test("a role in the claims is no role: the database's decides", async () => {
   const session = await db.session('keyledger_member')
-  const claims = JSON.stringify({ role: 'keyledger_operator', user_id: ids.mary })
-  await session.query(`select set_config('request.jwt.claims', $1, false)`, [claims])
-  assert.equal(await sees(async (sql) => (await session.query(sql)).rows), mary)
-  // no claims, as a text that is none, and as JSON that is no object
-  for (const [text, expected] of [
-    ['', nothing],
-    ['null', nothing],
-    ['[]', nothing],
-    ['"keyledger_operator"', nothing],
-  ] as const) {
-    await session.query(`select set_config('request.jwt.claims', $1, false)`, [text])
-    assert.equal(await sees(async (sql) => (await session.query(sql)).rows), expected, text)
+  try {
+    const claims = JSON.stringify({ role: 'keyledger_operator', user_id: ids.mary })
+    await session.query(`select set_config('request.jwt.claims', $1, false)`, [claims])
+    assert.equal(await sees(async (sql) => (await session.query(sql)).rows), mary)
+    // no claims, as a text that is none, and as JSON that is no object
+    for (const [text, expected] of [
+      ['', nothing],
+      ['null', nothing],
+      ['[]', nothing],
+      ['"keyledger_operator"', nothing],
+    ] as const) {
+      await session.query(`select set_config('request.jwt.claims', $1, false)`, [text])
+      assert.equal(await sees(async (sql) => (await session.query(sql)).rows), expected, text)
+    }
+    await session.query(`select set_config('request.jwt.claims', 'no json', false)`)
+    for (const sql of Object.values(shown)) assert.is((await failure(session.query(sql))).code, '22P02', sql)
+  } finally {
+    await session.end()
   }
-  await session.query(`select set_config('request.jwt.claims', 'no json', false)`)
-  for (const sql of Object.values(shown)) assert.is((await failure(session.query(sql))).code, '22P02', sql)
-  await session.end()
 })
 
 test('a member sees every price, and no node, mount or parked event', async () => {
