@@ -265,9 +265,9 @@ test('every table has row-level security, with no policy, and every object its o
 test("every api function is security definer with an empty search path, the owner's, and commented", async () => {
   for (const { name, comment, ...is } of await db.sql(`
     select p.oid::regprocedure::text as name, p.proowner::regrole::text as owner, p.prosecdef as definer,
-      p.proconfig as settings, obj_description(p.oid, 'pg_proc') as comment
+      array(select s from unnest(p.proconfig) s where s like 'search_path=%') as path, obj_description(p.oid, 'pg_proc') as comment
     from pg_proc p where p.pronamespace = 'api'::regnamespace`)) {
-    assert.equal(is, { owner: 'keyledger_owner', definer: true, settings: ['search_path=""'] }, name)
+    assert.equal(is, { owner: 'keyledger_owner', definer: true, path: ['search_path=""'] }, name)
     assert.ok(comment, `${name} has a comment`)
   }
   const open = await db.sql(`select p.oid::regprocedure::text as name from pg_proc p
