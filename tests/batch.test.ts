@@ -335,6 +335,7 @@ test('flush resolves when what was added before is settled, rejected ones too', 
   calls[0]!.answer(bad)
   await rejected
   await until(() => calls.length === 2, 'the second call')
+  await turn()
   assert.is(flushed, false)
   const later = add(3, 'a')
   calls[1]!.answer()

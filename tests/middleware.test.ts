@@ -1,5 +1,5 @@
 // The middleware in front of node:http: which header counts, what is set, and what each refusal looks like.
-import { createServer, type IncomingMessage, request } from 'node:http'
+import { createServer, type IncomingMessage, request, type Server } from 'node:http'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { KeyledgerError } from '../src/errors.ts'
@@ -10,6 +10,7 @@ import { seed } from './support/seed.ts'
 
 const test = suite('middleware')
 const db = await database(test)
+const servers: Server[] = []
 
 // What a server with the middleware says to these headers; `passed` is what it says itself.
 async function serve(middleware: Middleware) {
@@ -30,16 +31,20 @@ async function serve(middleware: Middleware) {
     const text = (await response.toArray()).join('')
     return { status: response.statusCode!, headers: response.headers, body: text && JSON.parse(text) }
   }
-  const close = () => {
+  servers.push(server)
+  return ask
+}
+
+test.after.each(() => {
+  for (const server of servers.splice(0)) {
     server.closeAllConnections()
     server.close()
   }
-  return { ask, close }
-}
+})
 
 test('x-virtualkey counts before the bearer token, and that before x-api-key', async () => {
   const seen: string[] = []
-  const { ask, close } = await serve(
+  const ask = await serve(
     createMiddleware(async (virtualKey) => {
       seen.push(virtualKey)
       return { user_id: virtualKey } as UserContext
@@ -70,7 +75,6 @@ test('x-virtualkey counts before the bearer token, and that before x-api-key', a
     seen,
     cases.flatMap(([, key]) => key ?? []),
   )
-  close()
 })
 
 test('a list of headers, as a framework may make it, is no key either', async () => {
@@ -96,7 +100,7 @@ test('each refusal has its status, its headers and a body that says why', async 
     ['thrown text', 503, 'unavailable', 'server_error'],
   ]
   let error: unknown
-  const { ask, close } = await serve(createMiddleware(() => Promise.reject(error)))
+  const ask = await serve(createMiddleware(() => Promise.reject(error)))
   for (const [thrown, status, code, type] of cases) {
     error = thrown
     const { body, headers, ...answer } = await ask({ 'x-virtualkey': 'vk_given' })
@@ -113,7 +117,6 @@ test('each refusal has its status, its headers and a body that says why', async 
       [status, ''],
     )
   }
-  close()
 })
 
 test('what fails after the middleware is not answered as a refused key', async () => {
@@ -132,7 +135,7 @@ test('with the module on Postgres: the context without the key, and 401, 403, 50
   const world = await seed(db.operator)
   const rpc = pgRpc({ connectionString: db.loginUrl })
   const billing = createBillingModule({ rpc })
-  const { ask, close } = await serve(billing.middleware())
+  const ask = await serve(billing.middleware())
   const status = async (key: string) => {
     const { status, body } = await ask({ authorization: `Bearer ${key}` })
     return [status, body.error?.code]
@@ -152,7 +155,6 @@ test('with the module on Postgres: the context without the key, and 401, 403, 50
     await rpc.close()
     assert.equal(await status(`${world.key}y`), [503, 'unavailable'])
   } finally {
-    close()
     await billing.stop()
     await rpc.close()
   }

@@ -415,6 +415,20 @@ test('pg: nothing of a call is left on the connection, after an answer or an err
   }
 })
 
+test('pg: a call that is timed out is ended in Postgres too', async () => {
+  const holder = await db.session()
+  await holder.query('select pg_advisory_lock(1)')
+  const rpc = pgRpc({ connectionString: db.loginUrl, timeout: 100 })
+  try {
+    const error = await failure(rpc.call('wait'))
+    assert.match(error.detail, 'statement timeout')
+    assert.equal(await db.sql(`select from pg_locks where not granted`), [])
+  } finally {
+    await holder.end()
+    await rpc.close()
+  }
+})
+
 test('pg: text survives with standard_conforming_strings off', async () => {
   const url = new URL(db.loginUrl)
   url.searchParams.set('options', '-c standard_conforming_strings=off -c escape_string_warning=off')
