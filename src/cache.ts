@@ -7,7 +7,7 @@ import { createTrust, type Trust } from './trust.ts'
 export interface KeyCacheOptions<Context> {
   /** Reads Postgres, the primary: what the key with this sha-256 (hex) resolves to; undefined if it is known to be unknown. */
   load: (hash: string) => Promise<Context | undefined>
-  /** Shared tier; may be absent or down. Its commands are given 200 ms, whatever the client's own limits are. */
+  /** Shared tier, read from masters only; may be absent or down. Commands get 200 ms, whatever the client's own limits. */
   redis?: Redis | Cluster
   /** Known keys kept in memory, the least recently used go first; unknown ones are kept apart, a tenth of it. Default 100,000. */
   maxEntries?: number
@@ -52,6 +52,7 @@ interface Entry<Context> {
 interface Flight<Context> {
   answer: Promise<Answer<Context>>
   startedAt: number
+  callers: number
 }
 
 const KNOWN_MS = 24 * 3600 * 1000
@@ -97,42 +98,53 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
   // only while this flight is the key's: an eviction has taken the place of one it overtook
   function remember(key: string, flight: Flight<Context>, context: Context | undefined) {
     if (flights.get(key) !== flight) return
-    forget(key)
+    if (context) unknown.delete(key)
+    else known.delete(key)
     const entry = { context, until: Date.now() + lifetime(context), storedAt: performance.now() }
     ;(context ? known : unknown).set(key, entry)
   }
 
+  function answer(flight: Flight<Context>, tier: Tier, context: Context | undefined): Answer<Context> {
+    given[tier] += flight.callers
+    return { context, tier }
+  }
+
   async function resolve(key: string, hash: string, flight: Flight<Context>): Promise<Answer<Context>> {
-    let lease: Lease | undefined
-    if (shared?.trust.holds()) {
-      try {
-        const { raw, entry } = await shared.get(key)
-        if (entry && lifetime(entry.context) > 0) {
-          remember(key, flight, freeze(entry.context))
-          return { context: entry.context, tier: 'redis' }
-        }
-        lease = await shared.lease(key, raw)
-      } catch {
-        // it has ended the tier's trust
-      }
-    }
     try {
+      const found = await fromRedis(key)
+      if ('context' in found) {
+        remember(key, flight, found.context)
+        return answer(flight, 'redis', found.context)
+      }
       const reading = load(hash)
       let context: Context | undefined
       try {
         context = await withinTime(reading, maxStaleness)
       } catch {
         const stale = await lastKnown(key)
-        if (stale) return { context: stale, tier: 'stale' }
+        if (stale) return answer(flight, 'stale', stale)
         // failed, and says why; or slow, and nothing better is known
         context = await reading
       }
       remember(key, flight, freeze(context))
       const ttl = Math.floor(lifetime(context))
-      if (lease && ttl > 0) shared?.store(lease, context, ttl).catch(() => {})
-      return { context, tier: 'database' }
+      if (found.lease && ttl > 0) shared?.store(found.lease, context, ttl).catch(() => {})
+      return answer(flight, 'database', context)
     } finally {
       if (flights.get(key) === flight) flights.delete(key)
+    }
+  }
+
+  async function fromRedis(key: string): Promise<{ context: Context | undefined } | { lease?: Lease }> {
+    if (!shared?.trust.holds()) return {}
+    try {
+      const raw = await shared.get(key)
+      // after the answer: ioredis may have sent the command again, to a Redis that came back older
+      const entry = shared.trust.holds() ? shared.open(raw) : undefined
+      if (entry && lifetime(entry.context) > 0) return { context: freeze(entry.context) }
+      return { lease: await shared.lease(key, raw) }
+    } catch {
+      return {} // it has ended the tier's trust
     }
   }
 
@@ -142,29 +154,28 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
     const entry = remembered(key)
     if (entry && Math.max(entry.storedAt, trust.provenAt()) >= since) return entry.context
     if (!shared || shared.trust.provenAt() < since) return undefined
-    const found = await shared.getStale(key).catch(() => undefined)
+    const found = await shared.get(key).then(shared.open, () => undefined)
     return found && lifetime(found.context) > 0 ? freeze(found.context) : undefined
   }
 
   return {
-    async get(hash) {
+    get(hash) {
       const key = `vk:${hash}`
       const trusted = trust.holds()
       const entry = trusted ? remembered(key) : undefined
       if (entry) {
         given.memory++
-        return { context: entry.context, tier: 'memory' }
+        return Promise.resolve({ context: entry.context, tier: 'memory' })
       }
       let flight = flights.get(key)
       // without trust nobody ends a flight that a change has overtaken
       if (!flight || (!trusted && performance.now() - flight.startedAt >= JOINABLE_MS)) {
-        flight = { startedAt: performance.now() } as Flight<Context>
+        flight = { startedAt: performance.now(), callers: 0 } as Flight<Context>
         flights.set(key, flight)
         flight.answer = resolve(key, hash, flight)
       }
-      const answer = await flight.answer
-      given[answer.tier]++
-      return answer
+      flight.callers++
+      return flight.answer
     },
 
     forget: (keys) => keys.forEach(forget),

@@ -23,7 +23,7 @@ export interface ListenerState {
   listening: boolean
   /** ms since the last complete read was sent; null before the first. */
   age: number | null
-  /** What last went wrong, until a read succeeds again. */
+  /** Why the last read failed, else why LISTEN is not up. */
   error?: Error
 }
 
@@ -50,7 +50,8 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
   if (!rpc && !redis) throw new TypeError('createListener: without `rpc` the cache needs `redis` to follow')
   let cursor: Cursor | undefined
   let provenAt: number | undefined
-  let error: Error | undefined
+  let readError: Error | undefined
+  let listenError: Error | undefined
   let looks: { beat: number; generation: string; sentAt: number }[] = []
   let listening = false
   let stopped = false
@@ -97,7 +98,7 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
     }
     cache.trust.prove(sentAt)
     provenAt = sentAt
-    error = undefined
+    readError = undefined
 
     if (!found || !theirs || !deleted) return
     const generation = theirs.reset || !base ? randomUUID() : base.generation
@@ -125,7 +126,7 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
     if (!proof) return
     redis!.prove(proof.sentAt, proof.generation)
     provenAt = proof.sentAt
-    error = undefined
+    readError = undefined
     looks = looks.slice(looks.indexOf(proof))
   }
 
@@ -143,7 +144,7 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
       while (wakened && !stopped) {
         wakened = false
         await (rpc ? read(rpc) : follow()).catch((reason) => {
-          error = reason
+          readError = reason
           endTrust()
         })
       }
@@ -168,7 +169,7 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
       )
       const lost = new Promise<void>((resolve) => {
         subscriber.events.on('error', (reason) => {
-          error = reason
+          listenError ??= reason
           resolve()
         })
       })
@@ -177,11 +178,12 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
         await subscriber.connect()
         await subscriber.listenTo('keyledger_cache')
         listening = true
+        listenError = undefined
         // what was committed before LISTEN took effect woke nobody
         wake()
         await Promise.race([lost, released])
       } catch (reason) {
-        error = reason as Error
+        listenError = reason as Error
       }
       if (listening && !stopped) {
         listening = false
@@ -206,7 +208,11 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
       await Promise.all([reading, connecting])
       endTrust()
     },
-    state: () => ({ listening, age: provenAt === undefined ? null : performance.now() - provenAt, error }),
+    state: () => ({
+      listening,
+      age: provenAt === undefined ? null : performance.now() - provenAt,
+      error: readError ?? listenError,
+    }),
   }
 }
 

@@ -35,12 +35,12 @@ export interface Lease {
 
 export interface RedisTier<Context> {
   trust: Trust
-  /** One `get`. `entry` if the key holds a live one; `raw` is what to hand to `lease` if not. */
-  get(key: string): Promise<{ raw: string; entry?: { context?: Context } }>
-  /** The same whether trusted or not, for when nothing better can be had. */
-  getStale(key: string): Promise<{ context?: Context } | undefined>
+  /** What the key holds, for `open` or `lease`. */
+  get(key: string): Promise<string | null>
+  /** The entry, if it is one of the generation that was last proven. Ask whether `trust` holds after `get`, not before. */
+  open(raw: string | null): { context?: Context } | undefined
   /** Takes the place of `raw`; undefined if somebody else was first. Take it before reading Postgres. */
-  lease(key: string, raw: string): Promise<Lease | undefined>
+  lease(key: string, raw: string | null): Promise<Lease | undefined>
   /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. `undefined` is an unknown key. */
   store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
   /** Deletes entries and leases, one key a command. */
@@ -51,6 +51,12 @@ export interface RedisTier<Context> {
   /** Trusts entries of this generation, complete as of `sentAt`. */
   prove(sentAt: number, generation: string): void
   close(): void
+}
+
+interface Get {
+  key: string
+  resolve(value: string | null): void
+  reject(error: Error): void
 }
 
 const CURSOR = 'vk:cursor'
@@ -99,37 +105,55 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
           trust.end()
           reject(error)
         })
-      // after a pause of this process an answer may be here already: it is read before the immediate runs
+      // in an immediate: after a pause of this process, an answer that is here already is read before it
       const timer = setTimeout(() => setImmediate(fail, new Error('redis: no answer')), ANSWER_MS)
       if (redis.status !== 'ready') return fail(new Error(`redis: not connected (${redis.status})`))
       command().then((answer) => settle(() => resolve(answer)), fail)
     })
   }
 
-  const read = async (key: string) => (await ask(() => redis.get(key))) ?? ''
+  // The gets of one turn of the event loop leave in one write: each write by itself costs more than all the rest of a
+  // hit. Not in a Cluster, whose keys are not all in one place.
+  let gets: Get[] = []
 
-  function open(raw: string): { context?: Context } | undefined {
-    if (raw === '' || raw.startsWith(LEASE)) return undefined
-    const entry = parse<{ generation: string; context: Context | null }>(raw)
-    return entry?.generation === generation ? { context: entry.context ?? undefined } : undefined
+  function getTogether(key: string): Promise<string | null> {
+    if (gets.length === 0) process.nextTick(sendGets)
+    return new Promise((resolve, reject) => gets.push({ key, resolve, reject }))
+  }
+
+  function sendGets() {
+    const sent = gets
+    gets = []
+    ask(() => redis.pipeline(sent.map(({ key }) => ['get', key])).exec()).then(
+      (answers) => {
+        if (answers!.some(([error]) => error)) trust.end()
+        sent.forEach(({ resolve, reject }, i) => {
+          const [error, value] = answers![i]!
+          if (error) reject(error)
+          else resolve(value as string | null)
+        })
+      },
+      (error) => {
+        for (const { reject } of sent) reject(error)
+      },
+    )
   }
 
   return {
     trust,
+    get: (key) => (redis.isCluster ? ask(() => redis.get(key)) : getTogether(key)),
 
-    async get(key) {
-      const raw = await read(key)
-      // asked after the answer: ioredis may have sent the command again, to a Redis that came back older
-      return { raw, entry: trust.holds() ? open(raw) : undefined }
+    open(raw) {
+      if (!raw || raw.startsWith(LEASE)) return undefined
+      const entry = parse<{ generation: string; context: Context | null }>(raw)
+      return entry?.generation === generation ? { context: entry.context ?? undefined } : undefined
     },
 
-    getStale: async (key) => open(await read(key)),
-
     async lease(key, raw) {
-      if (raw.startsWith(LEASE)) return undefined
+      if (raw?.startsWith(LEASE)) return undefined
       // the generation of now: what is read from here on belongs to it, and to no later one
       const lease = { key, token: LEASE + randomUUID(), generation }
-      const held = await ask(() => redis.eval(REPLACE_FOR, 1, key, raw, lease.token, LEASE_MS))
+      const held = await ask(() => redis.eval(REPLACE_FOR, 1, key, raw ?? '', lease.token, LEASE_MS))
       return held === null ? lease : undefined
     },
 
@@ -145,7 +169,7 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
     },
 
     async covered() {
-      const raw = await read(CURSOR)
+      const raw = (await ask(() => redis.get(CURSOR))) ?? ''
       return { raw, coverage: inDoubt ? undefined : parse<Coverage>(raw), connection }
     },
 

@@ -417,6 +417,18 @@ test('redis: a hit is one get and nothing else', async () => {
   assert.equal(commands, ['get:calls=1'])
 })
 
+test('redis: a reader that is done is nobody to join', async () => {
+  const { postgres, get } = await sharedCache('done', { maxEntries: 1 })
+  const [hash, other] = [newHash(), newHash()]
+  for (const each of [hash, other]) {
+    postgres.holds.set(each, answer('a'))
+    await admin.set(`vk:${each}`, JSON.stringify({ generation: 'done', context: answer('old') }))
+    assert.is((await get(each)).tier, 'redis')
+  }
+  await admin.del(`vk:${hash}`)
+  assert.equal(await get(hash), { context: answer('a'), tier: 'database' })
+})
+
 test('redis: an answer that comes after the connection was lost is not trusted', async () => {
   const first = await sharedCache('resent')
   const second = await sharedCache('resent')
