@@ -19,7 +19,7 @@ begin
       'account_balance', 'account_now', 'accounting_snapshot', 'actor', 'amount', 'billing_transaction',
       'cache_horizon', 'cache_invalidation', 'caller', 'check_entry', 'config_node', 'config_node_updated',
       'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash', 'entry_kind', 'forbid_change',
-      'forbid_truncate', 'hold', 'id_window', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
+      'forbid_truncate', 'hold', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
       'keep_owner_identity', 'key_context', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
       'lock_user_parent', 'make_usage_partitions', 'moment', 'money', 'mount_deleted', 'mount_inserted',
       'mount_updated', 'new_entry', 'open_account', 'park', 'post', 'post_one', 'price', 'price_inserted',
@@ -94,8 +94,9 @@ $$;
 set local role keyledger_owner;
 
 grant usage on schema api to keyledger_gateway, keyledger_operator, keyledger_member;
--- functions are granted by name only
+-- functions are granted by name only, and types are the owner's
 alter default privileges for role keyledger_owner revoke execute on functions from public;
+alter default privileges for role keyledger_owner revoke usage on types from public;
 
 -- What one column must hold is a domain, checked once per value; a table's check constraint is planned anew by every
 -- statement (5 to 10 microseconds each, measured), so the hot tables keep those for what spans columns.

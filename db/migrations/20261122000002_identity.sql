@@ -1,5 +1,6 @@
 -- migrate:up
 -- Who: tenants, users, virtual keys, upstream nodes. No money here.
+-- Columns written through a view have plain types and checks: PostgREST casts to a column's type, and its roles have no right on data's.
 
 set local role keyledger_owner;
 
@@ -7,9 +8,10 @@ create table data.tenant (
   id uuid primary key default gen_random_uuid(),
   name text not null,
   external_id text unique,
-  currency data.currency not null default 'USD',
+  currency text not null default 'USD',
   status text not null default 'active',
   created_at timestamptz not null default now(),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
   constraint status_is_known check (status in ('active', 'suspended', 'closed'))
 );
 
@@ -19,11 +21,12 @@ create table data.user_profile (
   tenant_role text not null default 'member',
   external_id text unique,
   display_name text,
-  currency data.currency not null default 'USD',
+  currency text not null default 'USD',
   status text not null default 'active',
   -- the payer is decided here and nowhere else: the tenant if there is one, else the user
   account_id uuid not null generated always as (coalesce(tenant_id, id)) stored,
   created_at timestamptz not null default now(),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
   constraint status_is_known check (status in ('active', 'suspended', 'closed')),
   constraint tenant_role_is_known check (tenant_role in ('member', 'admin'))
 );
@@ -69,14 +72,16 @@ create table data.price (
   id bigint generated always as identity primary key,
   config_node_id uuid not null references data.config_node,
   meter text not null,
-  unit_price data.amount not null,
+  unit_price numeric not null,
   unit_size integer not null default 1,
-  currency data.currency not null default 'USD',
-  effective_from data.moment not null default now(),
+  currency text not null default 'USD',
+  effective_from timestamptz not null default now(),
   created_at timestamptz not null default now(),
   unique (config_node_id, meter, currency, effective_from),
   constraint meter_is_a_name check (meter ~ '^[a-z][a-z0-9_.]{0,62}$'),
-  constraint unit_price_is_below_a_trillion check (unit_price < 1e12),
+  constraint unit_price_is_an_amount check (unit_price >= 0 and unit_price < 1e12 and scale(trim_scale(unit_price)) <= 10),
+  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
+  constraint effective_from_is_a_moment check (isfinite(effective_from)),
   -- so that any sum of quantity * price / size is exact before its one rounding
   constraint unit_size_divides_3600000000 check (unit_size > 0 and mod(3600000000, unit_size::bigint) = 0)
 );

@@ -40,6 +40,7 @@ create table data.rejected_usage (
   account_id uuid,
   code text not null,
   created_at timestamptz not null default now(),
+  tried_at timestamptz not null default clock_timestamp(),
   resolved_at timestamptz,
   resolution text,
   constraint resolution_is_known check (resolution in ('charged', 'duplicate')),

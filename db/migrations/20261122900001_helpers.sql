@@ -57,7 +57,7 @@ $$;
 create or replace function data.uuid_floor(at timestamptz)
 returns uuid
 language sql
-immutable parallel safe
+stable parallel safe
 as $$
   select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid
 $$;
@@ -123,16 +123,18 @@ $$;
 -- a UUIDv7 for callers that can't make one
 create or replace function api.new_id()
 returns uuid
-language sql
+language plpgsql
 volatile
 security definer
 set search_path = ''
 as $$
-  select (
-    substr(lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0'), 1, 12)
+begin
+  return (
+    lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0')
     || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14, 3)
     || substr(replace(gen_random_uuid()::text, '-', ''), 17, 16)
-  )::uuid
+  )::uuid;
+end
 $$;
 comment on function api.new_id() is 'Makes an id for an event or a hold: a UUIDv7 of now.';
 grant execute on function api.new_id() to keyledger_gateway, keyledger_operator;

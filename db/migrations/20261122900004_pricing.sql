@@ -47,8 +47,7 @@ as $$
       when c.meter_count not between 1 and 64 or c.has_bad_quantity or c.cost >= 1e12 then 'invalid_meters'
       when c.has_unpriced and exists (
         select from data.price o
-        where o.config_node_id = price_meters.config_node_id and o.currency <> price_meters.currency and o.effective_from <= at
-          and meters ? o.meter
+        where o.config_node_id = price_meters.config_node_id and o.meter = any (c.unpriced) and o.effective_from <= at
       ) then 'currency_mismatch'
       when c.has_unpriced then 'price_not_found'
     end
@@ -58,6 +57,7 @@ as $$
       coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
       coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
       coalesce(bool_or(q.quantity > 0 and p.id is null), false) as has_unpriced,
+      array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
       coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
       div(
         20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,

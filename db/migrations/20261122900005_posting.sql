@@ -106,13 +106,23 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
+  v_has_holds boolean;
+  v_has_grants boolean;
   v_now timestamptz;
-  v_grant data.credit_grant;
+  v_grants data.credit_grant[];
 begin
-  perform from data.account_balance a where a.account_id = any (ids) order by a.account_id for update;
+  select bool_or(a.frozen_balance > 0), bool_or(a.free_credit > 0)
+  into v_has_holds, v_has_grants
+  from (
+    select b.frozen_balance, b.free_credit
+    from data.account_balance b
+    where b.account_id = any (ids)
+    order by b.account_id
+    for update
+  ) a;
   v_now := clock_timestamp();
 
-  if exists (
+  if v_has_holds and exists (
     select from data.hold h where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
   ) then
     with ended as (
@@ -127,18 +137,16 @@ begin
     where a.account_id = e.account_id;
   end if;
 
-  -- one at a time, asked anew each time: posting locks, and so settles, in its turn
-  loop
-    select * into v_grant
+  if v_has_grants then
+    select array_agg(g order by g.account_id, g.expires_at, g.seq) into v_grants
     from data.credit_grant g
-    where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now
-    order by g.account_id, g.expires_at, g.seq
-    limit 1;
-    exit when not found;
-    update data.credit_grant g set remaining = 0 where g.account_id = v_grant.account_id and g.seq = v_grant.seq;
-    perform data.post(entries => array[data.new_entry(v_grant.account_id, 'credit_expiry',
-      free_credit_delta => -v_grant.remaining, metadata => jsonb_build_object('grant_seq', v_grant.seq))]);
-  end loop;
+    where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now;
+    for i in 1 .. coalesce(cardinality(v_grants), 0) loop
+      update data.credit_grant g set remaining = 0 where g.account_id = v_grants[i].account_id and g.seq = v_grants[i].seq;
+      perform data.post(entries => array[data.new_entry(v_grants[i].account_id, 'credit_expiry',
+        free_credit_delta => -v_grants[i].remaining, metadata => jsonb_build_object('grant_seq', v_grants[i].seq))]);
+    end loop;
+  end if;
 end
 $$;
 
@@ -175,15 +183,15 @@ end
 $$;
 
 -- Posts one entry to each account named: money into or out of a bucket, a new credit limit, or what was used (its rows, priced).
+-- The caller holds the accounts' locks (lock_accounts); one who doesn't fails on the next seq's primary key.
 -- Restores the normal form (debt only when free credit and balance are spent to the limit), draws holds and grants, extends each
--- chain. At most one entry per account and call. Answers the accounts after it, in account_id order, how many usage rows were new,
--- and the accounts these were charged to.
+-- chain. At most one entry per account and call. Answers the accounts posted to, as they are then, in account_id order, and how many
+-- usage rows were new. Rare steps are statements of their own: to start one costs more than to run it.
 create or replace function data.post(
   entries data.billing_transaction[] default '{}',
   usage data.usage_log[] default '{}',
   out accounts data.account_balance[],
-  out charged bigint,
-  out charged_accounts uuid[]
+  out charged bigint
 )
 returns record
 language plpgsql
@@ -192,17 +200,15 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
-  v_ids uuid[] := array(select e.account_id from unnest(entries) e union select u.account_id from unnest(usage) u);
-  v_now timestamptz;
+  v_now timestamptz := clock_timestamp();
   v_actor text := data.actor();
   v_used data.billing_transaction[];
   v_drawing data.usage_log[];
+  v_ids uuid[];
+  v_spent uuid[];
 begin
-  perform data.lock_accounts(v_ids);
-  v_now := clock_timestamp();
+  accounts := '{}';
   charged := 0;
-  charged_accounts := '{}';
-
   if cardinality(usage) > 0 then
     -- a conflict is a retry: its first try was charged
     with new_row as (
@@ -211,8 +217,11 @@ begin
         cost, request_id, metadata, recorded_at)
       select u.account_id, u.id, a.balance_version + 1, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id, u.final,
         u.meters, u.price_ids, u.cost, u.request_id, u.metadata, v_now
-      from unnest(post.usage) u
-      cross join lateral (select * from data.account_balance b where b.account_id = u.account_id offset 0) a
+      from unnest(post.usage) with ordinality u
+      cross join lateral (
+        select b.balance_version from data.account_balance b where b.account_id = u.account_id offset 0
+      ) a
+      order by u.ordinality
       on conflict do nothing
       returning *
     ), used as (
@@ -225,74 +234,72 @@ begin
       array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.digest,
         null, null, null, null, null)::data.billing_transaction),
       coalesce(sum(u.events), 0),
-      coalesce(array_agg(u.account_id), '{}'),
       (select array_agg(n) from new_row n where n.hold_id is not null)
-    into v_used, charged, charged_accounts, v_drawing
+    into v_used, charged, v_drawing
     from used u;
+    entries := entries || v_used;
+  end if;
+  if entries = '{}' then
+    return;
   end if;
 
-  with wanted as (
-    select u.account_id, u.hold_id, sum(u.cost) as cost, bool_or(u.final) as final
-    from unnest(v_drawing) u
-    group by u.account_id, u.hold_id
-  ), drawn as (
-    select h.account_id, h.id, least(w.cost, h.amount - h.captured) as draw, h.amount - h.captured as unspent, w.final
-    from wanted w
-    cross join lateral (select * from data.hold b where b.account_id = w.account_id and b.id = w.hold_id offset 0) h
-    where h.status = 'open' and (h.expires_at is null or h.expires_at > v_now)
-  ), captured as (
-    update data.hold h
-    set captured = h.captured + d.draw,
-      status = case when d.final then 'captured' else h.status end,
-      ended_at = case when d.final then v_now end
-    from drawn d
-    where h.account_id = d.account_id and h.id = d.id
-  ), unfrozen as (
-    select d.account_id, sum(case when d.final then d.unspent else d.draw end) as amount from drawn d group by d.account_id
-  ), asked as (
-    -- what exceeds the limit is debt, and so is what was used, until it is paid below
+  if v_drawing is not null then
+    with wanted as (
+      select u.account_id, u.hold_id, sum(u.cost) as cost, bool_or(u.final) as final
+      from unnest(v_drawing) u
+      group by u.account_id, u.hold_id
+    ), drawn as (
+      select h.account_id, h.id, least(w.cost, h.amount - h.captured) as draw, h.amount - h.captured as unspent, w.final
+      from wanted w
+      cross join lateral (select * from data.hold b where b.account_id = w.account_id and b.id = w.hold_id offset 0) h
+      where h.status = 'open' and (h.expires_at is null or h.expires_at > v_now)
+    ), captured as (
+      update data.hold h
+      set captured = h.captured + d.draw,
+        status = case when d.final then 'captured' else h.status end,
+        ended_at = case when d.final then v_now end
+      from drawn d
+      where h.account_id = d.account_id and h.id = d.id
+    )
+    update data.account_balance a
+    set frozen_balance = a.frozen_balance - x.amount
+    from (
+      select d.account_id, sum(case when d.final then d.unspent else d.draw end) as amount from drawn d group by d.account_id
+    ) x
+    where a.account_id = x.account_id;
+  end if;
+
+  v_ids := array(select e.account_id from unnest(entries) e);
+  with filled as (
     select
-      e as entry,
-      a.balance as balance_before,
-      a.free_credit as free_credit_before,
-      a.outstanding_amount as outstanding_before,
-      a.balance_version,
-      a.head_hash,
-      greatest(v_now, a.head_at) as posted_at,
-      coalesce(x.amount, 0) as unfrozen,
-      l.credit_limit,
-      greatest(a.balance + e.balance_delta, -l.credit_limit) as balance,
-      a.free_credit + e.free_credit_delta as free_credit,
-      a.outstanding_amount + e.outstanding_delta + greatest(-l.credit_limit - a.balance - e.balance_delta, 0) as outstanding
-    from unnest(entries || v_used) e
-    cross join lateral (select * from data.account_balance b where b.account_id = e.account_id offset 0) a
-    left join unfrozen x on x.account_id = e.account_id
-    cross join lateral (select coalesce(e.credit_limit_after, a.credit_limit) as credit_limit) l
-  ), paid as (
-    -- debt is paid by free credit, then by balance down to the limit
-    select q.*, f.by_free_credit, least(q.outstanding - f.by_free_credit, q.balance + q.credit_limit) as by_balance
-    from asked q
-    cross join lateral (select least(q.outstanding, q.free_credit) as by_free_credit) f
-  ), filled as (
-    select
-      row((p.entry).account_id, p.balance_version + 1, (p.entry).kind,
+      -- what exceeds the limit is debt, and so is what was used, until it is paid: by free credit, then by balance down to the limit
+      row(e.account_id, a.balance_version + 1, e.kind,
         d.balance + d.free_credit - d.outstanding, d.balance, d.free_credit, d.outstanding,
-        p.balance_before + d.balance, p.free_credit_before + d.free_credit, p.outstanding_before + d.outstanding,
-        p.credit_limit, (p.entry).reference, v_actor, (p.entry).reason, (p.entry).usage_count, (p.entry).usage_digest,
-        (p.entry).refund_of_seq, (p.entry).metadata, p.head_hash, null, p.posted_at)::data.billing_transaction as entry,
-      p.unfrozen,
-      p.by_free_credit,
-      (p.entry).free_credit_delta as asked_free_credit
-    from paid p
+        a.balance + d.balance, a.free_credit + d.free_credit, a.outstanding_amount + d.outstanding,
+        q.credit_limit, e.reference, v_actor, e.reason, e.usage_count, e.usage_digest,
+        e.refund_of_seq, e.metadata, a.head_hash, null, greatest(v_now, a.head_at))::data.billing_transaction as entry,
+      f.paid as free_credit_paid
+    from unnest(entries) e
+    cross join lateral (select * from data.account_balance b where b.account_id = e.account_id offset 0) a
+    cross join lateral (select coalesce(e.credit_limit_after, a.credit_limit) as credit_limit offset 0) q
     cross join lateral (
       select
-        p.balance - p.by_balance - p.balance_before as balance,
-        p.free_credit - p.by_free_credit - p.free_credit_before as free_credit,
-        p.outstanding - p.by_free_credit - p.by_balance - p.outstanding_before as outstanding
+        greatest(a.balance + e.balance_delta, -q.credit_limit) as balance,
+        a.outstanding_amount + e.outstanding_delta + greatest(-q.credit_limit - a.balance - e.balance_delta, 0) as outstanding
+      offset 0
+    ) o
+    cross join lateral (select least(o.outstanding, a.free_credit + e.free_credit_delta) as paid offset 0) f
+    cross join lateral (select least(o.outstanding - f.paid, o.balance + q.credit_limit) as paid offset 0) b
+    cross join lateral (
+      select
+        o.balance - b.paid - a.balance as balance,
+        e.free_credit_delta - f.paid as free_credit,
+        o.outstanding - f.paid - b.paid - a.outstanding_amount as outstanding
+      offset 0
     ) d
     offset 0 -- or each use of a field would build the entry again
   ), hashed as materialized (
-    select f.*, data.entry_hash(f.entry) as hash from filled f
+    select f.entry, f.free_credit_paid, data.entry_hash(f.entry) as hash from filled f
   ), posted as (
     insert into data.billing_transaction
     select (h.entry).account_id, (h.entry).seq, (h.entry).kind, (h.entry).amount, (h.entry).balance_delta,
@@ -301,46 +308,50 @@ begin
       (h.entry).usage_count, (h.entry).usage_digest, (h.entry).refund_of_seq, (h.entry).metadata, (h.entry).prev_hash,
       h.hash, (h.entry).created_at
     from hashed h
-  ), granted as (
-    -- debt that a grant pays is drawn from it at once: while there is debt no other grant has anything left
-    insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
-    select (h.entry).account_id, (h.entry).seq, h.asked_free_credit, h.asked_free_credit - h.by_free_credit,
-      ((h.entry).metadata ->> 'priority')::integer, to_timestamp(((h.entry).metadata ->> 'expires_at')::double precision)
+  ), updated as (
+    update data.account_balance a
+    set balance = (h.entry).balance_after,
+      free_credit = (h.entry).free_credit_after,
+      outstanding_amount = (h.entry).outstanding_after,
+      credit_limit = (h.entry).credit_limit_after,
+      balance_version = (h.entry).seq,
+      head_hash = h.hash,
+      head_at = (h.entry).created_at,
+      last_charged_at = case when (h.entry).kind = 'usage' then (h.entry).created_at else a.last_charged_at end
     from hashed h
-    where (h.entry).kind = 'credit_grant'
-  ), spent as (
-    -- lowest priority number first, then soonest expiry, then oldest
-    update data.credit_grant g
-    set remaining = g.remaining - r.draw
-    from (
-      select c.account_id, c.seq, least(c.remaining, h.by_free_credit - c.before) as draw
-      from hashed h
-      cross join lateral (
-        select c.account_id, c.seq, c.remaining,
-          sum(c.remaining) over (order by c.priority, c.expires_at nulls last, c.seq) - c.remaining as before
-        from data.credit_grant c
-        where c.account_id = (h.entry).account_id and c.remaining > 0
-      ) c
-      where h.by_free_credit > c.before and (h.entry).kind <> 'credit_grant'
-    ) r
-    where g.account_id = r.account_id and g.seq = r.seq
+    where a.account_id = any (v_ids) and a.account_id = (h.entry).account_id
+    returning a as account, h.free_credit_paid
   )
-  update data.account_balance a
-  set balance = (h.entry).balance_after,
-    free_credit = (h.entry).free_credit_after,
-    outstanding_amount = (h.entry).outstanding_after,
-    credit_limit = (h.entry).credit_limit_after,
-    frozen_balance = a.frozen_balance - h.unfrozen,
-    balance_version = (h.entry).seq,
-    head_hash = h.hash,
-    head_at = (h.entry).created_at,
-    last_charged_at = case when (h.entry).kind = 'usage' then (h.entry).created_at else a.last_charged_at end
-  from hashed h
-  where a.account_id = any (v_ids) and a.account_id = (h.entry).account_id;
+  select array_agg(u.account order by (u.account).account_id),
+    array_agg((u.account).account_id) filter (where u.free_credit_paid > 0)
+  into accounts, v_spent
+  from updated u;
 
-  select array_agg(a order by a.account_id) into accounts from data.account_balance a where a.account_id = any (v_ids);
+  if (entries[1]).kind = 'credit_grant' then
+    insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
+    select e.account_id, a.balance_version, e.free_credit_delta, e.free_credit_delta,
+      (e.metadata ->> 'priority')::integer, to_timestamp((e.metadata ->> 'expires_at')::double precision)
+    from unnest(entries) e
+    join unnest(accounts) a on a.account_id = e.account_id;
+  end if;
+  if v_spent is not null then
+    -- lowest priority number first, then soonest expiry, then oldest; what is left in all is the account's free credit
+    update data.credit_grant g
+    set remaining = r.keeps
+    from (
+      select c.account_id, c.seq, c.remaining,
+        least(c.remaining, greatest(a.free_credit - coalesce(
+          sum(c.remaining) over (partition by c.account_id order by c.priority desc, c.expires_at desc nulls first, c.seq desc
+            rows between unbounded preceding and 1 preceding), 0), 0)) as keeps
+      from data.credit_grant c
+      join data.account_balance a on a.account_id = c.account_id
+      where c.account_id = any (v_spent) and c.remaining > 0
+    ) r
+    where g.account_id = any (v_spent) and g.account_id = r.account_id and g.seq = r.seq and r.keeps < r.remaining;
+  end if;
 end
 $$;
+
 reset role;
 
 -- migrate:down

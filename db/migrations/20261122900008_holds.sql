@@ -78,20 +78,6 @@ begin
 end
 $$;
 
--- the stored window as ids: first <= id < beyond
-create or replace function data.id_window(
-  out first uuid,
-  out beyond uuid
-)
-returns record
-language plpgsql
-stable
-as $$
-begin
-  select data.uuid_floor(w.floor), data.uuid_floor(w.ceiling) into first, beyond from data.usage_window w;
-end
-$$;
-
 -- seconds a hold stays open: 900 when absent, 1 to 2592000 (30 days), null when it is anything else
 create or replace function data.to_expires_in(value jsonb)
 returns integer
@@ -122,7 +108,7 @@ begin
     r.ord,
     r.request ->> 'id',
     row(
-      r.account_id, r.id, coalesce(p.cost, r.amount), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
+      r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
       r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null
     )::data.hold,
     case
@@ -157,10 +143,10 @@ begin
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     offset 0 -- or each use would parse again
   ) r
-  cross join data.id_window() w
-  left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id) k on true
+  cross join (select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0) w
+  left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
   left join lateral (
-    select * from data.price_meters(r.config_node_id, r.meters, k.currency, statement_timestamp()) where r.is_priced
+    select * from data.price_meters(r.config_node_id, r.meters, k.currency, statement_timestamp()) where r.is_priced offset 0
   ) p on true;
 end
 $$;
@@ -190,6 +176,7 @@ declare
   v_first_try data.hold;
   v_new data.hold[] := '{}';
   v_new_ids uuid[] := '{}';
+  v_new_from integer := 1;
   v_answer jsonb;
   v_answers jsonb[];
 begin
@@ -217,10 +204,11 @@ begin
       v_account := v_accounts[v_next];
       v_available := v_account.available;
       v_next := v_next + 1;
+      v_new_from := cardinality(v_new_ids) + 1;
     end loop;
 
-    v_first_try := coalesce(v_first_tries[i], v_new[array_position(v_new_ids, v_hold.id)]);
-    if v_first_try.id is not null and v_first_try.account_id = v_hold.account_id then
+    v_first_try := coalesce(v_first_tries[i], v_new[array_position(v_new_ids, v_hold.id::uuid, v_new_from)]);
+    if v_first_try.id is not null then
       -- a retry meets its first try, whatever has changed since
       v_answer := jsonb_build_object('status', 'duplicate', 'hold_status', v_first_try.status);
       if (v_first_try.virtual_key_id, v_first_try.config_node_id, v_first_try.meters)

@@ -67,8 +67,10 @@ begin
     ) i
     offset 0
   ) r
-  cross join data.id_window() w
-  cross join lateral data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) p;
+  cross join (select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0) w
+  cross join lateral (
+    select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
+  ) p;
 end
 $$;
 
@@ -108,9 +110,9 @@ declare
   v_usage data.usage_log[];
   v_codes text[];
   v_chargeable data.usage_log[];
+  v_ids uuid[];
   v_accounts data.account_balance[];
   v_charged bigint;
-  v_charged_accounts uuid[];
   v_event data.usage_log;
   v_account data.account_balance;
   v_next integer := 1;
@@ -121,19 +123,21 @@ declare
 begin
   perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
-  select array_agg(r.ord), array_agg(r.event), array_agg(r.usage), array_agg(r.code), array_agg(r.usage) filter (where r.code is null)
-  into v_ords, v_events, v_usage, v_codes, v_chargeable
+  select array_agg(r.ord), array_agg(r.event), array_agg(r.usage), array_agg(r.code),
+    array_agg(r.usage) filter (where r.code is null), array_agg(distinct r.account_id) filter (where r.code is null)
+  into v_ords, v_events, v_usage, v_codes, v_chargeable, v_ids
   from (select * from data.read_usage_events(events) e order by (e.usage).account_id, e.ord) r;
 
-  select p.accounts, p.charged, p.charged_accounts
-  into v_accounts, v_charged, v_charged_accounts
-  from data.post(usage => v_chargeable) p;
+  if v_chargeable is not null then
+    perform data.lock_accounts(v_ids);
+    select p.accounts, p.charged into v_accounts, v_charged from data.post(usage => v_chargeable) p;
+  end if;
 
   -- events and accounts are both in account_id order
   for i in 1 .. coalesce(cardinality(v_ords), 0) loop
     v_event := v_usage[i];
     if v_codes[i] is null then
-      while v_account.account_id is distinct from v_event.account_id and v_next <= cardinality(v_accounts) loop
+      while v_next <= cardinality(v_accounts) and (v_accounts[v_next]).account_id <= v_event.account_id loop
         v_account := v_accounts[v_next];
         v_next := v_next + 1;
       end loop;
@@ -154,22 +158,24 @@ begin
   -- fewer new rows than events: the others met their first try
   if v_charged < cardinality(v_chargeable) then
     for v_row in
-      select u.i, l.cost, l.transaction_seq,
+      select u.i, l.cost, l.transaction_seq, a.available,
         (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
           is distinct from
         (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata) as mismatch
       from (
         select n.*, n.ordinality as i, row_number() over (partition by n.account_id, n.id order by n.ordinality) as copy
         from unnest(v_usage) with ordinality n
+        where v_codes[n.ordinality] is null
       ) u
       join data.usage_log l on l.account_id = u.account_id and l.id = u.id
       join data.account_balance a on a.account_id = u.account_id
-      where v_codes[u.i] is null
-        -- all but the first copy of what this very call charged
-        and not (u.copy = 1 and l.transaction_seq = a.balance_version and u.account_id = any (v_charged_accounts))
+      -- all but the first copy of what this very call charged
+      where not (u.copy = 1 and exists (
+        select from unnest(v_accounts) p where p.account_id = u.account_id and p.balance_version = l.transaction_seq))
     loop
       v_answers[v_ords[v_row.i]] := v_answers[v_ords[v_row.i]]
-        || jsonb_build_object('status', 'duplicate', 'cost', v_row.cost::text, 'seq', v_row.transaction_seq)
+        || jsonb_build_object('status', 'duplicate', 'cost', v_row.cost::text, 'available', v_row.available::text,
+          'seq', v_row.transaction_seq)
         || case when v_row.mismatch then '{"mismatch": true}' else '{}'::jsonb end;
     end loop;
   end if;
@@ -203,14 +209,14 @@ declare
   v_answers jsonb;
 begin
   -- a wrong hold may mean a wrong account: such events are charged, without the hold, only when named
-  select array_agg(r.id order by r.created_at, r.id),
-    jsonb_agg(case when r.code = 'invalid_hold' then r.event - 'hold_id' else r.event end order by r.created_at, r.id)
+  select array_agg(r.id order by r.tried_at, r.id),
+    jsonb_agg(case when r.code = 'invalid_hold' then r.event - 'hold_id' else r.event end order by r.tried_at, r.id)
   into v_ids, v_events
   from (
     select * from data.rejected_usage r
     where r.resolved_at is null
       and case when ids is null then r.code <> 'invalid_hold' else r.id = any (ids) end
-    order by r.created_at, r.id
+    order by r.tried_at, r.id
     limit max_events
     for update skip locked
   ) r;
@@ -221,6 +227,7 @@ begin
   v_answers := api.record_usage(v_events);
   update data.rejected_usage r
   set code = coalesce(a.answer ->> 'code', r.code),
+    tried_at = clock_timestamp(),
     resolution = nullif(a.answer ->> 'status', 'parked'),
     resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end
   from unnest(v_ids) with ordinality as i (id, ord)
@@ -235,7 +242,7 @@ end
 $$;
 comment on function api.replay_rejected_usage(uuid[], integer) is
 'Charges parked events again, after a price or an account was fixed.
-Each is charged once, at the price in force at the event''s own time. `ids` (of rejected_usage) null: the oldest `max_events`, except those
+Each is charged once, at the price in force at the event''s own time. `ids` (of rejected_usage) null: the `max_events` tried longest ago, except those
 parked for invalid_hold; named, those are charged without their hold. Answers as record_usage does, with `rejected_id`.';
 grant execute on function api.replay_rejected_usage(uuid[], integer) to keyledger_operator;
 

@@ -124,8 +124,11 @@ set search_path = ''
 as $$
 begin
   perform data.require_positive_amount(amount);
-  if not isfinite(expires_at) then
-    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment', 'leave it out for credit that does not expire');
+  if not isfinite(expires_at) or (expires_at <= clock_timestamp() and not exists (
+    select from data.billing_transaction t
+    where t.account_id = grant_credit.account_id and t.reference = grant_credit.reference))
+  then
+    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment in the future', 'leave it out for credit that does not expire');
   end if;
   if priority is null then
     perform data.refuse(422, 'invalid_priority', 'priority must be an integer', 'lower numbers are spent first; the default is 100');

@@ -95,6 +95,17 @@ begin
   where c.expected <> c.actual
 
   union all
+  select coalesce(g.account_id, (e.entry).account_id), 'grant is not as its entry says', coalesce(g.seq, (e.entry).seq),
+    concat_ws(', ', (e.entry).amount, (e.entry).metadata ->> 'priority', (e.entry).metadata ->> 'expires_at'),
+    concat_ws(', ', g.amount, g.priority, extract(epoch from g.expires_at))
+  from (select * from entry x where (x.entry).kind = 'credit_grant') e
+  full join (
+    select * from data.credit_grant g where for_account_id is null or g.account_id = for_account_id
+  ) g on g.account_id = (e.entry).account_id and g.seq = (e.entry).seq
+  where (g.amount, g.priority, extract(epoch from g.expires_at)) is distinct from
+    ((e.entry).amount, ((e.entry).metadata ->> 'priority')::integer, ((e.entry).metadata ->> 'expires_at')::numeric)
+
+  union all
   select coalesce(u.account_id, (h.entry).account_id), c.problem, coalesce(u.seq, (h.entry).seq), c.expected, c.actual
   from charge h
   full join used u on u.account_id = (h.entry).account_id and u.seq = (h.entry).seq
