@@ -198,6 +198,7 @@ for (const [name, make] of Object.entries(transports)) {
       () => rpc.call('check_budget', { user_id: userId, amount: key }),
       () => rpc.call('same_ids', { value: [key] }),
       () => rpc.call('same_moment', { value: key }),
+      () => rpc.call('to_json', { value: 'vk_0123456789abcdef' }),
       () => operator.call('top_up', { account_id: userId, amount: '1', metadata: `${key}\u0000` }),
       () => rpc.rows('account_balances', { select: ['balance'], where: { user_id: key } }),
     ]

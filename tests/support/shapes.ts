@@ -14,6 +14,7 @@ export const shapes = `
   create function api.same_moment(value timestamptz) returns timestamptz language sql as 'select value';
   create function api.same_ids(value uuid[]) returns uuid[] language sql as 'select value';
   create function api.same_id(id uuid, out id_again uuid, out length integer) language sql as 'select id, length(id::text)';
+  create function api.to_json(value text) returns jsonb language sql as 'select value::jsonb';
   create function api.nothing() returns void language sql as 'select';
   create function api.numbers(up_to integer) returns setof integer language sql as 'select generate_series(1, up_to)';
   create function api.things() returns setof api.thing language sql as 'select * from api.thing order by id';
@@ -32,5 +33,5 @@ export const shapes = `
 
   revoke execute on all functions in schema api from public;
   grant execute on function api.add, api.same_text, api.same_json, api.same_numeric, api.same_moment, api.same_ids,
-    api.same_id, api.nothing, api.numbers, api.things, api.one_thing, api.no_thing, api.rows_of, api.caller, api.fail,
+    api.same_id, api.to_json, api.nothing, api.numbers, api.things, api.one_thing, api.no_thing, api.rows_of, api.caller, api.fail,
     api.write_and_fail, api.wait to keyledger_gateway, keyledger_member`
