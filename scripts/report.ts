@@ -67,7 +67,7 @@ export function table(run: Run): string {
       return [name, ms(percentile(samples, 0.5)), ms(percentile(samples, 0.99)).padStart(11)]
     }),
     undefined,
-    ['cache hits', count(cache.memory), 'from memory'],
+    ['validated', count(cache.memory), 'from memory'],
     ['', count(cache.redis), hasRedis ? 'from Redis' : 'from Redis, which is not installed'],
     ['', count(cache.database), 'from Postgres'],
     undefined,

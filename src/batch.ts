@@ -1,15 +1,15 @@
-// Batches by itself: elements queue while a call is in flight, in a few lanes by account, and go together in the next.
+// Batches by itself: elements queue while calls are in flight, and go together in the next, an account in one at a time.
 import { codeOf, isRetryable, KeyledgerError } from './errors.ts'
 import { toJson } from './rpc.ts'
 
 export interface BatcherOptions<Element, Answer> {
   /** Sends one batch; answers in the same order, once committed. */
   send: (elements: Element[]) => Promise<Answer[]>
-  /** Elements with the same account share a lane, so that they are sent in order and never contend with each other. */
+  /** An account's elements are in one batch in flight at a time: sent in order, they never contend with each other. */
   account: (element: Element) => string
   /** ms from `add` until an element that could not be delivered is given up. */
   deadline: number
-  /** Batches in flight at most, one per lane. Default 4. */
+  /** Batches in flight at most. Default 4. */
   lanes?: number
   /** Elements in a batch at most. Default 500. */
   maxBatch?: number
@@ -45,22 +45,17 @@ export interface Batcher<Element, Answer> {
 
 interface Item<Element, Answer> {
   element: Element
+  account: string
   bytes: number
   until: number
   resolve: (answer: Answer) => void
   reject: (error: unknown) => void
 }
 
-interface Lane<Element, Answer> {
-  queue: Item<Element, Answer>[]
-  running: boolean
-  added: number
-  settled: number
-  waiters: { from: number; resolve: () => void }[]
-}
-
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 2000
+// fewer are not worth a call of their own while another lane is free to take them
+const WORTH_A_CALL = 32
 // these say nothing about a single element: smaller batches would fail alike
 const everybodys = ['invalid_token', 'permission_denied', 'function_not_found', 'invalid_response']
 
@@ -74,10 +69,11 @@ export function createBatcher<Element, Answer>({
   maxQueue = 100_000,
 }: BatcherOptions<Element, Answer>): Batcher<Element, Answer> {
   type Items = Item<Element, Answer>[]
-  const lanes = Array.from({ length: width }, (): Lane<Element, Answer> => {
-    return { queue: [], running: false, added: 0, settled: 0, waiters: [] }
-  })
-  let queued = 0
+  let queue: Items = []
+  const busy = new Set<string>()
+  const pending = new Set<Promise<unknown>>()
+  let running = 0
+  let due = false
   let inFlight = 0
   let failed = 0
   let lastError: unknown
@@ -95,15 +91,29 @@ export function createBatcher<Element, Answer>({
     return late.length ? items.filter(({ until }) => until >= moment) : items
   }
 
-  function take(queue: Items): Items {
+  // A fair share of what is there, so that free lanes get theirs; and all of an account that has begun, or it would wait.
+  function take(): Items {
+    const share = Math.max(WORTH_A_CALL, Math.ceil((queue.length + inFlight) / width))
+    const batch: Items = []
+    const rest: Items = []
+    const taken = new Set<string>()
+    const passed = new Set<string>()
     let bytes = 0
-    let size = 0
     for (const item of queue) {
-      bytes += item.bytes
-      if (size === maxBatch || bytes > maxBytes) break
-      size++
+      const { account } = item
+      const fits = batch.length < maxBatch && bytes + item.bytes <= maxBytes
+      const wanted = taken.has(account) || (batch.length < share && !busy.has(account))
+      if (fits && wanted && !passed.has(account)) {
+        batch.push(item)
+        taken.add(account)
+        bytes += item.bytes
+      } else {
+        rest.push(item)
+        passed.add(account)
+      }
     }
-    return queue.splice(0, size)
+    queue = rest
+    return batch
   }
 
   /** Settles every item; never rejects. */
@@ -137,25 +147,35 @@ export function createBatcher<Element, Answer>({
     await deliver(items.slice(half))
   }
 
-  async function run(lane: Lane<Element, Answer>) {
-    while (lane.queue.length) {
-      const batch = take(lane.queue)
-      queued -= batch.length
-      inFlight += batch.length
-      // while calls fail, what is late goes unsent
-      await deliver(lastError === undefined ? batch : keep(batch, performance.now(), lastError))
-      inFlight -= batch.length
-      lane.settled += batch.length
-      while (lane.waiters[0] && lane.waiters[0].from <= lane.settled) lane.waiters.shift()!.resolve()
-    }
-    lane.running = false
+  async function run(batch: Items) {
+    const accounts = new Set(batch.map(({ account }) => account))
+    for (const account of accounts) busy.add(account)
+    running++
+    inFlight += batch.length
+    // while calls fail, what is late goes unsent
+    await deliver(lastError === undefined ? batch : keep(batch, performance.now(), lastError))
+    running--
+    inFlight -= batch.length
+    for (const account of accounts) busy.delete(account)
+    begin()
   }
 
-  function flush() {
-    const flushed = lanes
-      .filter((lane) => lane.settled < lane.added)
-      .map((lane) => new Promise<void>((resolve) => lane.waiters.push({ from: lane.added, resolve })))
-    return Promise.all(flushed).then(() => {})
+  // at the end of this turn, so that what comes with it goes with it
+  function begin() {
+    if (due || running === width || queue.length === 0) return
+    due = true
+    setImmediate(() => {
+      due = false
+      while (running < width && queue.length) {
+        const batch = take()
+        if (batch.length === 0) return
+        run(batch)
+      }
+    })
+  }
+
+  async function flush() {
+    await Promise.allSettled(pending)
   }
 
   return {
@@ -165,9 +185,9 @@ export function createBatcher<Element, Answer>({
           detail: 'the module was stopped',
           hint: 'send it elsewhere',
         })
-      if (queued >= maxQueue) {
+      if (queue.length >= maxQueue) {
         throw new KeyledgerError('overloaded', 503, {
-          detail: `${queued} elements are waiting`,
+          detail: `${queue.length} elements are waiting`,
           hint: 'try again later',
         })
       }
@@ -178,25 +198,21 @@ export function createBatcher<Element, Answer>({
           detail: `${bytes} bytes of JSON, of ${maxBytes} allowed`,
         })
       }
-      const lane = lanes[laneOf(account(element), width)]!
-      queued++
-      lane.added++
       const answer = new Promise<Answer>((resolve, reject) => {
-        // a copy: every try must send what was given first
-        const item = {
+        queue.push({
+          // a copy: every try must send what was given first
           element: JSON.parse(json),
+          account: account(element),
           bytes,
           until: performance.now() + deadline,
           resolve,
           reject,
-        }
-        lane.queue.push(item)
+        })
       })
-      if (!lane.running) {
-        lane.running = true
-        // at the end of this turn, so that what comes with it goes with it
-        setImmediate(run, lane)
-      }
+      pending.add(answer)
+      const settled = () => pending.delete(answer)
+      answer.then(settled, settled)
+      begin()
       return answer
     },
     flush,
@@ -205,17 +221,10 @@ export function createBatcher<Element, Answer>({
       return flush()
     },
     stats: () => ({
-      queued,
+      queued: queue.length,
       in_flight: inFlight,
       failed,
       error: lastError === undefined ? null : codeOf(lastError),
     }),
   }
-}
-
-// any even spread will do (FNV-1a)
-function laneOf(account: string, width: number): number {
-  let hash = 0x811c9dc5
-  for (let i = 0; i < account.length; i++) hash = Math.imul(hash ^ account.charCodeAt(i), 0x01000193)
-  return (hash >>> 0) % width
 }

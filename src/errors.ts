@@ -64,6 +64,7 @@ const meanings: Record<string, Meaning> = {
     'use a role that is granted it: `role` of pgRpc, claim `role` of the token',
   ],
   '42703': ['column_not_found', 400],
+  '42883': ['function_not_found', 404],
   '42P01': ['view_not_found', 404],
   '53': unavailable,
   '54': ['payload_too_large', 413],

@@ -3,6 +3,11 @@
 
 set local role keyledger_owner;
 
+comment on schema data is 'keyledger''s tables and internal functions; the owner''s alone.';
+comment on schema api is
+'keyledger: virtual keys, balances and exact charges
+Callers branch on codes: the message of an error, and the `code` of each answer of a function on many.';
+
 -- raise a coded refusal: PostgREST answers with the status, pg shows the same fields
 create or replace function data.refuse(
   status integer,

@@ -37,44 +37,49 @@ language sql
 stable
 as $$
   select
-    case when c.cost < 1e12 then c.cost end,
+    case when c.code is null then c.cost end,
     c.price_ids,
     case when c.has_text
       then (select jsonb_object_agg(m.key, data.to_quantity(m.value)) from jsonb_each(meters) m)
       else meters
     end,
-    case
-      when c.meter_count not between 1 and 64 or c.has_bad_quantity or c.cost >= 1e12 then 'invalid_meters'
-      when c.has_unpriced and exists (
-        select from data.price o
-        where o.config_node_id = price_meters.config_node_id and o.meter = any (c.unpriced) and o.effective_from <= at
-      ) then 'currency_mismatch'
-      when c.has_unpriced then 'price_not_found'
-    end
+    c.code
   from (
     select
-      count(*) as meter_count,
-      coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
-      coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
-      coalesce(bool_or(q.quantity > 0 and p.id is null), false) as has_unpriced,
-      array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
-      coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
-      div(
-        20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
-        7200000000
-      ) * 0.0000000001 as cost
-    from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
-    cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
-    left join lateral (
-      select p.id, p.unit_price, p.unit_size
-      from data.price p
-      where p.config_node_id = price_meters.config_node_id
-        and p.meter = m.key
-        and p.currency = price_meters.currency
-        and p.effective_from <= at
-      order by p.effective_from desc
-      limit 1
-    ) p on true
+      s.*,
+      case
+        when s.meter_count not between 1 and 64 or s.has_bad_quantity or s.cost >= 1e12 then 'invalid_meters'
+        when s.unpriced is not null and exists (
+          select from data.price o
+          where o.config_node_id = price_meters.config_node_id and o.meter = any (s.unpriced) and o.effective_from <= at
+        ) then 'currency_mismatch'
+        when s.unpriced is not null then 'price_not_found'
+      end as code
+    from (
+      select
+        count(*) as meter_count,
+        coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
+        coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
+        array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
+        coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
+        div(
+          20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
+          7200000000
+        ) * 0.0000000001 as cost
+      from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
+      cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
+      left join lateral (
+        select p.id, p.unit_price, p.unit_size
+        from data.price p
+        where p.config_node_id = price_meters.config_node_id
+          and p.meter = m.key
+          and p.currency = price_meters.currency
+          and p.effective_from <= at
+        order by p.effective_from desc
+        limit 1
+      ) p on true
+    ) s
+    offset 0
   ) c
 $$;
 

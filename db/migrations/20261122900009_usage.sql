@@ -242,8 +242,9 @@ end
 $$;
 comment on function api.replay_rejected_usage(uuid[], integer) is
 'Charges parked events again, after a price or an account was fixed.
-Each is charged once, at the price in force at the event''s own time. `ids` (of rejected_usage) null: the `max_events` tried longest ago, except those
-parked for invalid_hold; named, those are charged without their hold. Answers as record_usage does, with `rejected_id`.';
+Each is charged once, at the price in force at the event''s own time. Without `ids` (ids of rejected_usage) it takes the `max_events` tried
+longest ago, except those parked as invalid_hold: a wrong hold may mean a wrong account. Name such an event in `ids` to charge it without
+its hold. Answers as record_usage does, with `rejected_id`.';
 grant execute on function api.replay_rejected_usage(uuid[], integer) to keyledger_operator;
 
 reset role;

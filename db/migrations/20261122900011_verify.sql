@@ -120,7 +120,7 @@ end
 $$;
 comment on function api.verify_balances(uuid) is
 'Proves the ledger: answers one row per problem, none when every figure is proved.
-Per account (all when null): figures against the sums of their deltas, frozen against open holds, free credit against grants, seq gapless,
+Of one account (`for_account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free credit against grants, seq gapless,
 normal form, each entry against the one before, its hash, and charges against their usage rows.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;
 
