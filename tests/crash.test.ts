@@ -41,9 +41,8 @@ async function load(worlds: World[], sent: Sent[], gone: () => boolean) {
   const rpc = pgRpc({ connectionString: server.loginUrl, timeout: 2000 })
   const billing = createBillingModule({ rpc, holdDeadline: 1, recordDeadline: 1 })
   const caller = async (world: World, n: number) => {
+    const context = await billing.validate(world.key)
     while (!gone()) {
-      const context = await billing.validate(world.key).catch(() => undefined)
-      if (!context) continue
       const hold = await billing.hold(context, { amount: '0.01' }).catch(() => undefined)
       const event = {
         id: newId(),
