@@ -1,7 +1,7 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
-import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
 import { KeyledgerError, statusOf } from './errors.ts'
+import { newId } from './id.ts'
 import type { Rpc } from './rpc.ts'
 import type {
   ExtendAnswer,
@@ -69,7 +69,7 @@ export function createCharging({
 
   return {
     async hold({ account_id, virtual_key_id }, request) {
-      const { id = v7(), ...asked } = request
+      const { id = newId(), ...asked } = request
       const answer = await holds.add({ ...asked, id, account_id, virtual_key_id })
       const { amount = '0', available = '0', expires_at } = answer
       const code = refusal(answer)
@@ -81,7 +81,7 @@ export function createCharging({
 
     extend: ({ id, account_id }, expires_in) => extensions.add({ id, account_id, expires_in }),
 
-    recordUsage({ id = v7(), account_id, virtual_key_id, config_node_id, meters, ...about }) {
+    recordUsage({ id = newId(), account_id, virtual_key_id, config_node_id, meters, ...about }) {
       const { hold_id, final, request_id, metadata } = about
       const use = { id, account_id, virtual_key_id, config_node_id, meters }
       return quiet(events.add({ ...use, hold_id, final, request_id, metadata }))

@@ -10,7 +10,7 @@ export interface ErrorFields {
 /**
  * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`, `insufficient_funds`, …)
  * or, for what SQL has no words for, one of `unavailable`, `timeout`, `deadlock`, `serialization_failure`,
- * `permission_denied`, `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
+ * `lock_timeout`, `permission_denied`, `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
  * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`, `internal_error` and the names of
  * violated constraint kinds. `status` is the HTTP status that goes with it. Both are the same through either transport.
  */

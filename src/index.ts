@@ -1,5 +1,6 @@
 // What the package exports.
 export { isRetryable, KeyledgerError } from './errors.ts'
+export { newId } from './id.ts'
 export type { Middleware, WithUserContext } from './middleware.ts'
 export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
 export type { CallOptions, RowsQuery, Rpc } from './rpc.ts'

@@ -10,6 +10,7 @@ import {
   type BillingModule,
   type BillingModuleOptions,
   createBillingModule,
+  newId as makeId,
   pgRpc,
   postgrestRpc,
   type Rpc,
@@ -532,6 +533,17 @@ test('a hold given up at its deadline says so, and can be asked for again', asyn
     })
   } finally {
     await proxy.close()
+  }
+})
+
+test('an id made here is a UUIDv7 of now, and no other', () => {
+  const before = Date.now()
+  const ids = Array.from({ length: 10_000 }, makeId)
+  assert.is(new Set(ids).size, 10_000)
+  for (const id of ids) {
+    assert.match(id, /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/)
+    const time = Number.parseInt(id.slice(0, 8) + id.slice(9, 13), 16)
+    assert.ok(time >= before && time <= Date.now())
   }
 })
 
