@@ -69,7 +69,9 @@ export function createBatcher<Element, Answer>({
   maxQueue = 100_000,
 }: BatcherOptions<Element, Answer>): Batcher<Element, Answer> {
   type Items = Item<Element, Answer>[]
-  let queue: Items = []
+  // by account, the one that has waited longest first
+  const waiting = new Map<string, Items>()
+  let queued = 0
   const busy = new Set<string>()
   const pending = new Set<Promise<unknown>>()
   let running = 0
@@ -93,26 +95,22 @@ export function createBatcher<Element, Answer>({
 
   // A fair share of what is there, so that free lanes get theirs; and all of an account that has begun, or it would wait.
   function take(): Items {
-    const share = Math.max(WORTH_A_CALL, Math.ceil((queue.length + inFlight) / width))
+    const share = Math.min(maxBatch, Math.max(WORTH_A_CALL, Math.ceil((queued + inFlight) / width)))
     const batch: Items = []
-    const rest: Items = []
-    const taken = new Set<string>()
-    const passed = new Set<string>()
     let bytes = 0
-    for (const item of queue) {
-      const { account } = item
-      const fits = batch.length < maxBatch && bytes + item.bytes <= maxBytes
-      const wanted = taken.has(account) || (batch.length < share && !busy.has(account))
-      if (fits && wanted && !passed.has(account)) {
-        batch.push(item)
-        taken.add(account)
+    for (const [account, items] of waiting) {
+      if (busy.has(account)) continue
+      const begun = batch.length
+      for (const item of items) {
         bytes += item.bytes
-      } else {
-        rest.push(item)
-        passed.add(account)
+        if (batch.length === maxBatch || bytes > maxBytes) break
+        batch.push(item)
       }
+      items.splice(0, batch.length - begun)
+      if (items.length === 0) waiting.delete(account)
+      if (items.length > 0 || batch.length >= share) break
     }
-    queue = rest
+    queued -= batch.length
     return batch
   }
 
@@ -162,11 +160,11 @@ export function createBatcher<Element, Answer>({
 
   // at the end of this turn, so that what comes with it goes with it
   function begin() {
-    if (due || running === width || queue.length === 0) return
+    if (due || running === width || queued === 0) return
     due = true
     setImmediate(() => {
       due = false
-      while (running < width && queue.length) {
+      while (running < width && queued) {
         const batch = take()
         if (batch.length === 0) return
         run(batch)
@@ -185,9 +183,9 @@ export function createBatcher<Element, Answer>({
           detail: 'the module was stopped',
           hint: 'send it elsewhere',
         })
-      if (queue.length >= maxQueue) {
+      if (queued >= maxQueue) {
         throw new KeyledgerError('overloaded', 503, {
-          detail: `${queue.length} elements are waiting`,
+          detail: `${queued} elements are waiting`,
           hint: 'try again later',
         })
       }
@@ -198,17 +196,16 @@ export function createBatcher<Element, Answer>({
           detail: `${bytes} bytes of JSON, of ${maxBytes} allowed`,
         })
       }
+      const payer = account(element)
       const answer = new Promise<Answer>((resolve, reject) => {
-        queue.push({
-          // a copy: every try must send what was given first
-          element: JSON.parse(json),
-          account: account(element),
-          bytes,
-          until: performance.now() + deadline,
-          resolve,
-          reject,
-        })
+        const until = performance.now() + deadline
+        // a copy: every try must send what was given first
+        const item = { element: JSON.parse(json), account: payer, bytes, until, resolve, reject }
+        const items = waiting.get(payer)
+        if (items) items.push(item)
+        else waiting.set(payer, [item])
       })
+      queued++
       pending.add(answer)
       const settled = () => pending.delete(answer)
       answer.then(settled, settled)
@@ -221,7 +218,7 @@ export function createBatcher<Element, Answer>({
       return flush()
     },
     stats: () => ({
-      queued: queue.length,
+      queued,
       in_flight: inFlight,
       failed,
       error: lastError === undefined ? null : codeOf(lastError),

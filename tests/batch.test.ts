@@ -101,12 +101,15 @@ test('a promise is pending until its call is answered', async () => {
   assert.is(settled, true)
 })
 
-test('at most one call per lane; an account keeps to its lane', async () => {
+test('at most so many calls at once, in fair shares, and an account in one of them at a time', async () => {
   const { add, calls, stats } = held({ lanes: 3 })
   const accounts = Array.from({ length: 60 }, (_, i) => `account ${i}`)
   const promises = accounts.flatMap((account, i) => [add(i, account), add(100 + i, account)])
   await turn()
-  assert.is(calls.length, 3)
+  assert.equal(
+    calls.map(({ ids }) => ids.length),
+    [40, 40, 40],
+  )
   const laneOf = new Map(
     calls.flatMap(({ elements }, lane) => elements.map(({ account }) => [account, lane])),
   )
@@ -124,6 +127,34 @@ test('at most one call per lane; an account keeps to its lane', async () => {
   for (const call of calls.slice(3)) call.answer()
   assert.is((await Promise.all(promises)).length, 180)
   assert.equal(stats(), { queued: 0, in_flight: 0, failed: 0, error: null })
+})
+
+test('an account goes whole, and waits for its own call while lanes are free', async () => {
+  const { add, calls } = held()
+  const hot = Array.from({ length: 300 }, (_, i) => add(i, 'hot'))
+  await turn()
+  assert.is(calls[0]!.ids.length, 300)
+  hot.push(add(300, 'hot'))
+  const other = add(301, 'other')
+  await turn()
+  assert.equal(
+    calls.slice(1).map(({ ids }) => ids),
+    [[301]],
+  )
+  calls[1]!.answer()
+  assert.is(await other, 'done 301')
+  assert.is(calls.length, 2)
+  calls[0]!.answer()
+  await until(() => calls.length === 3, 'the next call')
+  assert.equal(calls[2]!.ids, [300])
+  calls[2]!.answer()
+  assert.is((await Promise.all(hot)).length, 301)
+})
+
+test('a few elements of many accounts are one call', async () => {
+  const { add, calls } = open(() => {})
+  await Promise.all(Array.from({ length: 30 }, (_, i) => add(i, `account ${i}`)))
+  assert.is(calls.length, 1)
 })
 
 test('a batch is bounded in elements and in bytes', async () => {

@@ -159,7 +159,7 @@ for (const [name, make] of Object.entries(transports)) {
     ['fail', { state: '23503' }, ['foreign_key_violation', 409]],
     ['fail', { state: '23514' }, ['check_violation', 400]],
     ['fail', { state: '23502' }, ['not_null_violation', 400]],
-    ['fail', { state: '42883' }, ['internal_error', 500]],
+    ['fail', { state: '42883' }, ['function_not_found', 404]],
     ['fail', { state: 'P0001' }, ['internal_error', 500]],
     ['fail', { state: 'XX000' }, ['internal_error', 500]],
   ]
