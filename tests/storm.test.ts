@@ -110,7 +110,7 @@ test('a storm of every posting on many accounts in random orders: no deadlock, e
   const raised = errors(answers).filter((error) => error!.message !== 'invalid_expires_at')
   assert.equal(raised, [])
   assert.equal(
-    answers.filter(({ rows: [row] }) => row!.problems),
+    answers.filter(({ rows: [row] }) => row?.problems),
     [],
   )
   await holdsTrue(db.sql)
