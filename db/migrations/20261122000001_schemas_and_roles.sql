@@ -12,23 +12,23 @@ begin
     union
     select p.pronamespace, p.proname from pg_proc p
     union
-    select t.typnamespace, t.typname from pg_type t where t.typtype = 'd'
+    select t.typnamespace, t.typname from pg_type t where t.typrelid = 0 and t.typelem = 0
   ) o
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_now', 'accounting_snapshot', 'actor', 'amount', 'billing_transaction',
       'cache_horizon', 'cache_invalidation', 'caller', 'check_entry', 'config_node', 'config_node_updated',
       'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash', 'entry_kind', 'forbid_change',
-      'forbid_truncate', 'hold', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
+      'forbid_truncate', 'hold', 'hold_open', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
       'keep_owner_identity', 'key_context', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
       'lock_user_parent', 'make_usage_partitions', 'moment', 'money', 'mount_deleted', 'mount_inserted',
       'mount_updated', 'new_entry', 'open_account', 'park', 'post', 'post_one', 'price', 'price_inserted',
-      'price_meters', 'read_hold_requests', 'read_usage_events', 'refuse', 'rejected_usage', 'require_array',
-      'require_positive_amount', 'sha256', 'tenant', 'tenant_updated', 'to_amount', 'to_expires_in',
-      'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_line', 'usage_log', 'usage_window', 'user_profile',
-      'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'viewer', 'virtual_key',
-      'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
-      'visible_account', 'visible_user'
+      'price_meters', 'read_hold_requests', 'read_usage_events', 'reference_is_used_once', 'refuse',
+      'rejected_usage', 'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'sha256',
+      'tenant', 'tenant_updated', 'to_amount', 'to_expires_in', 'to_quantity', 'to_uuid', 'to_uuidv7',
+      'usage_line', 'usage_log', 'usage_window', 'user_profile', 'user_profile_updated', 'uuid_floor',
+      'uuid_time', 'uuidv7', 'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted',
+      'virtual_key_inserted', 'virtual_key_updated', 'visible_account', 'visible_user', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'accounting_snapshots', 'adjust_balance', 'billing_accounts', 'billing_transactions',
@@ -82,9 +82,13 @@ do $$
 declare
   v_schema text;
 begin
-  -- a schema that was here before stays its owner's
   foreach v_schema in array array['data', 'api'] loop
-    if not has_schema_privilege('keyledger_owner', v_schema, 'create, usage') then
+    if (select nspowner from pg_namespace where nspname = v_schema) = 'keyledger_owner'::regrole then
+      execute format('comment on schema %I is %L', v_schema, case v_schema
+        when 'api' then E'keyledger: virtual keys, balances and exact charges\nCallers branch on codes: the message of an error, and the `code` of each answer of a function on many.'
+        else 'keyledger''s tables and internal functions; the owner''s alone.' end);
+    else
+      -- a schema that was here before stays its owner's
       execute format('grant create, usage on schema %I to keyledger_owner with grant option', v_schema);
     end if;
   end loop;

@@ -3,11 +3,6 @@
 
 set local role keyledger_owner;
 
-comment on schema data is 'keyledger''s tables and internal functions; the owner''s alone.';
-comment on schema api is
-'keyledger: virtual keys, balances and exact charges
-Callers branch on codes: the message of an error, and the `code` of each answer of a function on many.';
-
 -- raise a coded refusal: PostgREST answers with the status, pg shows the same fields
 create or replace function data.refuse(
   status integer,
@@ -91,6 +86,18 @@ begin
 exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
 end
+$$;
+
+-- what a caller gave to be kept, without the keys it may have put there by mistake
+create or replace function data.without_keys(value jsonb)
+returns jsonb
+language sql
+immutable parallel safe
+as $$
+  select case
+    when value::text ~ 'vk_[0-9A-Za-z_-]{43}' then regexp_replace(value::text, 'vk_[0-9A-Za-z_-]{43}', 'vk_…', 'g')::jsonb
+    else value
+  end
 $$;
 
 -- refuse an amount that is not positive money

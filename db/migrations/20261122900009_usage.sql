@@ -24,8 +24,8 @@ begin
       r.ord,
       row(
         r.account_id, r.id, null, r.virtual_key_id, r.user_id, r.config_node_id, r.hold_id,
-        coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost, r.event ->> 'request_id',
-        nullif(r.event -> 'metadata', 'null'), null
+        coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost, data.without_keys(r.event -> 'request_id') #>> '{}',
+        data.without_keys(nullif(r.event -> 'metadata', 'null')), null
       )::data.usage_log as usage,
       case
         when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
@@ -84,7 +84,8 @@ exception when invalid_text_representation or check_violation then
 end
 $$;
 
--- keep events that can't be charged; a digest of the event is its id, so a retry adds nothing
+-- Keep events that can't be charged. A digest of the event is its id, so a retry adds nothing; in its order, so that two batches don't
+-- wait for each other.
 create or replace function data.park(
   events jsonb[],
   codes text[]
@@ -95,12 +96,14 @@ volatile
 as $$
   insert into data.rejected_usage (id, event, usage_id, account_id, code)
   select
-    encode(substr(sha256(convert_to(p.event::text, 'UTF8')), 1, 16), 'hex')::uuid,
-    p.event,
-    data.to_uuid(p.event ->> 'id'),
-    data.to_uuid(p.event ->> 'account_id'),
+    encode(substr(sha256(convert_to(r.event::text, 'UTF8')), 1, 16), 'hex')::uuid as digest,
+    r.event,
+    data.to_uuid(r.event ->> 'id'),
+    data.to_uuid(r.event ->> 'account_id'),
     p.code
   from unnest(events, codes) as p (event, code)
+  cross join lateral (select data.without_keys(p.event) as event) r
+  order by digest
   on conflict do nothing
 $$;
 
