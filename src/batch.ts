@@ -160,7 +160,7 @@ export function createBatcher<Element, Answer>({
 
   // at the end of this turn, so that what comes with it goes with it
   function begin() {
-    if (due || running === width || queued === 0) return
+    if (due || queued === 0) return
     due = true
     setImmediate(() => {
       due = false

@@ -113,19 +113,19 @@ test('at most so many calls at once, in fair shares, and an account in one of th
   const laneOf = new Map(
     calls.flatMap(({ elements }, lane) => elements.map(({ account }) => [account, lane])),
   )
-  promises.push(...accounts.map((account, i) => add(200 + i, account)))
+  promises.push(...accounts.map((account, i) => add(200 + i, account)), add(300, 'new'))
   await turn()
   assert.is(calls.length, 3)
-  assert.equal(stats(), { queued: 60, in_flight: 120, failed: 0, error: null })
+  assert.equal(stats(), { queued: 61, in_flight: 120, failed: 0, error: null })
   for (const lane of [0, 1, 2]) {
     calls[lane]!.answer()
     await until(() => calls.length === 4 + lane, 'the next call')
     const { elements } = calls[3 + lane]!
     assert.ok(elements.length > 5) // spread
-    assert.ok(elements.every(({ account }) => laneOf.get(account) === lane))
+    assert.ok(elements.every(({ account }) => laneOf.get(account) === lane || account === 'new'))
   }
   for (const call of calls.slice(3)) call.answer()
-  assert.is((await Promise.all(promises)).length, 180)
+  assert.is((await Promise.all(promises)).length, 181)
   assert.equal(stats(), { queued: 0, in_flight: 0, failed: 0, error: null })
 })
 
