@@ -1,7 +1,8 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
+
+import { v7 as newId } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
 import { KeyledgerError, statusOf } from './errors.ts'
-import { newId } from './id.ts'
 import type { Rpc } from './rpc.ts'
 import type {
   ExtendAnswer,

@@ -1,6 +1,7 @@
 // What the package exports.
+
+export { v7 as newId } from 'uuid'
 export { isRetryable, KeyledgerError } from './errors.ts'
-export { newId } from './id.ts'
 export type { Middleware, WithUserContext } from './middleware.ts'
 export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
 export type { CallOptions, RowsQuery, Rpc } from './rpc.ts'

@@ -4,7 +4,7 @@
 export interface Trust {
   /** May the tier answer now? */
   holds(): boolean
-  /** All changes that were committed before `sentAt` are evicted. Ignored if trust ended after that moment. */
+  /** All changes that were committed before `sentAt` are evicted. Doesn't bring back trust that ended after it. */
   prove(sentAt: number): void
   /** Nothing proven so far counts any more: a connection broke, a read or an eviction failed. */
   end(): void
@@ -18,7 +18,7 @@ export function createTrust(maxStaleness: number): Trust {
   return {
     holds: () => provenAt > endedAt && performance.now() - provenAt <= maxStaleness,
     prove(sentAt) {
-      if (sentAt > endedAt) provenAt = Math.max(provenAt, sentAt)
+      provenAt = Math.max(provenAt, sentAt)
     },
     end() {
       endedAt = performance.now()
