@@ -1,6 +1,6 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
-import { v7 as newId } from 'uuid'
+import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
 import { KeyledgerError, statusOf } from './errors.ts'
 import type { Rpc } from './rpc.ts'
@@ -48,6 +48,9 @@ interface Element {
   account_id: string
   [field: string]: unknown
 }
+
+/** A UUIDv7 of now. Give it to an event or a hold that may be repeated. */
+export const newId = (): string => v7()
 
 export function createCharging({
   rpc,

@@ -1,6 +1,5 @@
 // What the package exports.
-
-export { v7 as newId } from 'uuid'
+export { newId } from './charging.ts'
 export { isRetryable, KeyledgerError } from './errors.ts'
 export type { Middleware, WithUserContext } from './middleware.ts'
 export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
