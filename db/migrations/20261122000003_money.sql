@@ -53,12 +53,15 @@ create table data.billing_transaction (
   usage_count integer not null,
   usage_digest data.sha256,
   refund_of_seq bigint,
+  refund_of_usage_id uuid,
   metadata jsonb,
   prev_hash bytea not null,
   hash data.sha256 not null,
   created_at timestamptz not null,
   primary key (account_id, seq)
 );
+-- the refunds of an entry
+create index on data.billing_transaction (account_id, refund_of_seq) where refund_of_seq is not null;
 -- a payment id is used once per account
 create unique index reference_is_used_once on data.billing_transaction (account_id, reference) where reference is not null;
 
@@ -75,6 +78,19 @@ create table data.credit_grant (
   constraint remaining_is_part_of_amount check (remaining <= amount)
 );
 create index on data.credit_grant (account_id) where remaining > 0;
+
+-- what each entry took from each grant, so that a refund can give it back
+create table data.grant_draw (
+  account_id uuid not null,
+  seq bigint not null,
+  grant_seq bigint not null,
+  amount data.amount not null,
+  returned data.amount not null default 0,
+  primary key (account_id, seq, grant_seq),
+  foreign key (account_id, seq) references data.billing_transaction,
+  foreign key (account_id, grant_seq) references data.credit_grant,
+  constraint returned_is_part_of_amount check (returned <= amount)
+);
 
 -- money set aside for one request; its unspent part is in the account's frozen_balance while it is open
 create table data.hold (
@@ -123,12 +139,14 @@ create table data.accounting_snapshot (
 alter table data.account_balance enable row level security;
 alter table data.billing_transaction enable row level security;
 alter table data.credit_grant enable row level security;
+alter table data.grant_draw enable row level security;
 alter table data.hold enable row level security;
 alter table data.accounting_snapshot enable row level security;
 
 comment on table data.account_balance is 'The figures of one payer; account_id is the owner''s id.';
 comment on table data.billing_transaction is 'The ledger: append-only, gapless per account, each entry chained to the one before.';
 comment on table data.credit_grant is 'Free credit as granted, with what remains of each grant.';
+comment on table data.grant_draw is 'What each entry took from each grant, and what of it came back.';
 comment on table data.hold is 'Money set aside for a request until it is captured, released or expires.';
 comment on table data.accounting_snapshot is 'Sealed statements, one per account and period.';
 

@@ -56,7 +56,9 @@ begin
       or (new.outstanding_after <> 0 and (new.free_credit_after <> 0 or new.balance_after <> -new.credit_limit_after))
       then 'buckets_after_are_in_normal_form'
     when (new.kind = 'usage') <> (new.usage_count > 0 and new.usage_digest is not null) then 'only_usage_counts_usage'
-    when (new.kind = 'refund') <> (coalesce(new.refund_of_seq, new.seq) < new.seq) then 'only_a_refund_refunds_what_came_before'
+    when (new.kind in ('refund', 'top_up_reversal')) <> (coalesce(new.refund_of_seq, new.seq) < new.seq)
+      or (new.refund_of_usage_id is not null and new.kind <> 'refund')
+      then 'only_a_refund_refunds_what_came_before'
   end;
   if v_broken is not null then
     raise check_violation using
@@ -90,7 +92,7 @@ as $$
     entry.account_id, entry.seq, entry.kind, entry.amount, entry.balance_delta, entry.free_credit_delta,
     entry.outstanding_delta, entry.balance_after, entry.free_credit_after, entry.outstanding_after,
     entry.credit_limit_after, entry.reference, entry.actor, entry.reason, entry.usage_count,
-    entry.refund_of_seq, entry.metadata, (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
+    entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata, (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
     || coalesce(entry.usage_digest, ''))
 $$;
 
@@ -232,7 +234,7 @@ begin
     )
     select
       array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.digest,
-        null, null, null, null, null)::data.billing_transaction),
+        null, null, null, null, null, null)::data.billing_transaction),
       coalesce(sum(u.events), 0),
       (select array_agg(n) from new_row n where n.hold_id is not null)
     into v_used, charged, v_drawing
@@ -277,7 +279,7 @@ begin
         d.balance + d.free_credit - d.outstanding, d.balance, d.free_credit, d.outstanding,
         a.balance + d.balance, a.free_credit + d.free_credit, a.outstanding_amount + d.outstanding,
         q.credit_limit, e.reference, v_actor, e.reason, e.usage_count, e.usage_digest,
-        e.refund_of_seq, e.metadata, a.head_hash, null, greatest(v_now, a.head_at))::data.billing_transaction as entry,
+        e.refund_of_seq, e.refund_of_usage_id, e.metadata, a.head_hash, null, greatest(v_now, a.head_at))::data.billing_transaction as entry,
       f.paid as free_credit_paid
     from unnest(entries) e
     cross join lateral (select * from data.account_balance b where b.account_id = e.account_id offset 0) a
@@ -305,8 +307,8 @@ begin
     select (h.entry).account_id, (h.entry).seq, (h.entry).kind, (h.entry).amount, (h.entry).balance_delta,
       (h.entry).free_credit_delta, (h.entry).outstanding_delta, (h.entry).balance_after, (h.entry).free_credit_after,
       (h.entry).outstanding_after, (h.entry).credit_limit_after, (h.entry).reference, (h.entry).actor, (h.entry).reason,
-      (h.entry).usage_count, (h.entry).usage_digest, (h.entry).refund_of_seq, (h.entry).metadata, (h.entry).prev_hash,
-      h.hash, (h.entry).created_at
+      (h.entry).usage_count, (h.entry).usage_digest, (h.entry).refund_of_seq, (h.entry).refund_of_usage_id, (h.entry).metadata,
+      (h.entry).prev_hash, h.hash, (h.entry).created_at
     from hashed h
   ), updated as (
     update data.account_balance a
@@ -336,18 +338,23 @@ begin
   end if;
   if v_spent is not null then
     -- lowest priority number first, then soonest expiry, then oldest; what is left in all is the account's free credit
-    update data.credit_grant g
-    set remaining = r.keeps
-    from (
-      select c.account_id, c.seq, c.remaining,
-        least(c.remaining, greatest(a.free_credit - coalesce(
-          sum(c.remaining) over (partition by c.account_id order by c.priority desc, c.expires_at desc nulls first, c.seq desc
-            rows between unbounded preceding and 1 preceding), 0), 0)) as keeps
-      from data.credit_grant c
-      join data.account_balance a on a.account_id = c.account_id
-      where c.account_id = any (v_spent) and c.remaining > 0
-    ) r
-    where g.account_id = any (v_spent) and g.account_id = r.account_id and g.seq = r.seq and r.keeps < r.remaining;
+    with drawn as (
+      update data.credit_grant g
+      set remaining = r.keeps
+      from (
+        select c.account_id, c.seq, c.remaining, a.balance_version as version,
+          least(c.remaining, greatest(a.free_credit - coalesce(
+            sum(c.remaining) over (partition by c.account_id order by c.priority desc, c.expires_at desc nulls first, c.seq desc
+              rows between unbounded preceding and 1 preceding), 0), 0)) as keeps
+        from data.credit_grant c
+        join data.account_balance a on a.account_id = c.account_id
+        where c.account_id = any (v_spent) and c.remaining > 0
+      ) r
+      where g.account_id = any (v_spent) and g.account_id = r.account_id and g.seq = r.seq and r.keeps < r.remaining
+      returning r.account_id, r.version, r.seq, r.remaining - r.keeps as amount
+    )
+    insert into data.grant_draw (account_id, seq, grant_seq, amount)
+    select d.account_id, d.version, d.seq, d.amount from drawn d;
   end if;
 end
 $$;

@@ -3,8 +3,71 @@
 
 set local role keyledger_owner;
 
--- Posts one rare entry, under the account's lock: an unknown account is refused, a reference seen before answers its entry (409 when
--- the content differs), and the version the caller decided on is checked. Answers the entry as shown.
+-- Locks an account for a rare posting; an unknown one is refused.
+create or replace function data.lock_account(account_id uuid)
+returns data.account_balance
+language plpgsql
+as $$
+declare
+  v_account data.account_balance;
+begin
+  perform data.lock_accounts(array[lock_account.account_id]);
+  select * into v_account from data.account_balance a where a.account_id = lock_account.account_id;
+  if not found then
+    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
+      'account_id is the id of the tenant or user that pays');
+  end if;
+  return v_account;
+end
+$$;
+
+-- The entry a reference was used for, under the account's lock: null when it is new, refused when it was used for anything else.
+-- Amount null: whatever the first try came to.
+create or replace function data.first_try(
+  entry data.billing_transaction,
+  amount numeric
+)
+returns data.billing_transaction
+language plpgsql
+as $$
+declare
+  v_first data.billing_transaction;
+begin
+  if length(entry.reference) not between 1 and 512 then
+    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
+  end if;
+  select * into v_first from data.billing_transaction t
+  where t.account_id = entry.account_id and t.reference = entry.reference;
+  if found
+    and (v_first.kind, v_first.refund_of_seq, v_first.refund_of_usage_id, v_first.metadata, v_first.amount)
+      is distinct from
+      (entry.kind, entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata, coalesce(first_try.amount, v_first.amount)::data.money)
+  then
+    perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || v_first.seq || ' with other content',
+      'use a new reference, or repeat the first call exactly');
+  end if;
+  return v_first;
+end
+$$;
+
+-- an entry as the views show it
+create or replace function data.shown(
+  account_id uuid,
+  seq bigint
+)
+returns api.billing_transactions
+language plpgsql
+stable
+as $$
+declare
+  v_shown api.billing_transactions;
+begin
+  select * into v_shown from api.billing_transactions t where t.account_id = shown.account_id and t.seq = shown.seq;
+  return v_shown;
+end
+$$;
+
+-- Posts one rare entry, or answers its first try; checks the version the caller decided on. Answers the entry as shown.
 create or replace function data.post_one(
   entry data.billing_transaction,
   expected_version bigint default null
@@ -13,39 +76,17 @@ returns api.billing_transactions
 language plpgsql
 as $$
 declare
-  v_account data.account_balance;
-  v_first data.billing_transaction;
-  v_seq bigint;
-  v_shown api.billing_transactions;
+  v_account data.account_balance := data.lock_account(entry.account_id);
+  v_first data.billing_transaction := data.first_try(entry, entry.balance_delta + entry.free_credit_delta);
 begin
-  if length(entry.reference) not between 1 and 512 then
-    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
+  if v_first.seq is not null then
+    return data.shown(entry.account_id, v_first.seq);
   end if;
-  perform data.lock_accounts(array[entry.account_id]);
-  select * into v_account from data.account_balance a where a.account_id = entry.account_id;
-  if v_account.account_id is null then
-    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(entry.account_id::text, 'null'),
-      'account_id is the id of the tenant or user that pays');
+  if expected_version <> v_account.balance_version then
+    perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version, 'read the account again');
   end if;
-
-  select * into v_first from data.billing_transaction t
-  where t.account_id = entry.account_id and t.reference = entry.reference;
-  if v_first.seq is null then
-    if expected_version <> v_account.balance_version then
-      perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version, 'read the account again');
-    end if;
-    perform data.post(entries => array[entry]);
-    v_seq := v_account.balance_version + 1;
-  elsif (v_first.kind, v_first.amount, v_first.metadata)
-    is distinct from (entry.kind, (entry.balance_delta + entry.free_credit_delta)::data.money, entry.metadata)
-  then
-    perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || v_first.seq || ' with other content',
-      'use a new reference, or repeat the first call exactly');
-  else
-    v_seq := v_first.seq;
-  end if;
-  select * into v_shown from api.billing_transactions t where t.account_id = entry.account_id and t.seq = v_seq;
-  return v_shown;
+  perform data.post(entries => array[entry]);
+  return data.shown(entry.account_id, v_account.balance_version + 1);
 end
 $$;
 
@@ -163,8 +204,7 @@ begin
     perform data.refuse(422, 'invalid_amount', 'credit_limit must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  perform data.lock_accounts(array[set_credit_limit.account_id]);
-  select * into v_account from data.account_balance a where a.account_id = set_credit_limit.account_id;
+  v_account := data.lock_account(account_id);
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
     perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
   end if;

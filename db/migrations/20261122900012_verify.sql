@@ -106,6 +106,15 @@ begin
     ((e.entry).amount, ((e.entry).metadata ->> 'priority')::integer, ((e.entry).metadata ->> 'expires_at')::numeric)
 
   union all
+  select (r.entry).account_id, 'more came back than was charged or topped up', (r.entry).refund_of_seq,
+    'at most ' || abs((o.entry).amount)::text, sum(abs((r.entry).amount))::text
+  from entry r
+  left join entry o on (o.entry).account_id = (r.entry).account_id and (o.entry).seq = (r.entry).refund_of_seq
+  where (r.entry).refund_of_seq is not null
+  group by (r.entry).account_id, (r.entry).refund_of_seq, o.entry
+  having coalesce(sum(abs((r.entry).amount)) > abs((o.entry).amount), true)
+
+  union all
   select coalesce(u.account_id, (h.entry).account_id), c.problem, coalesce(u.seq, (h.entry).seq), c.expected, c.actual
   from charge h
   full join used u on u.account_id = (h.entry).account_id and u.seq = (h.entry).seq
