@@ -15,6 +15,7 @@ async function history(): Promise<Payer> {
   await account.grant('3', { expires_at: '2099-01-01T00:00:00.123456Z', reference: 'g "1"' })
   await account.grant('2', { priority: 5, reason: 'ünïcode \u2028 \\ "quoted"\n\ttab \u0001 😀' })
   const hold_id = await account.hold('5')
+  const small = account.event('0.25')
   await account.record(
     account.event('1.5', {
       hold_id,
@@ -22,7 +23,7 @@ async function history(): Promise<Payer> {
       request_id: 'réq/1',
       metadata: { z: 1, aa: [1.5, null, 'x'], b: {} },
     }),
-    account.event('0.25'),
+    small,
     account.event('0'),
   )
   await account.use('20')
@@ -30,6 +31,14 @@ async function history(): Promise<Payer> {
   await account.topUp('50', { reference: 'pi_1' })
   await account.grant('4', { expires_at: '2099-01-01' })
   await account.limit('0')
+  await account.post('refund_charge', {
+    usage_id: small.id,
+    amount: '0.2',
+    reference: 'r "1"',
+    reason: 'sorry',
+  })
+  await account.post('refund_charge', { seq: 5, amount: '0.3' })
+  await account.post('reverse_top_up', { top_up_reference: 'pi_1', amount: '1' })
   return account
 }
 const account = await history()
@@ -54,7 +63,7 @@ test('the chain follows from the rows by its documented form', async () => {
     from data.billing_transaction where account_id = $1 order by seq`,
     [account.accountId],
   )
-  assert.is(entries.length, 10)
+  assert.is(entries.length, 13)
   let previous = Buffer.alloc(0)
   for (const [i, entry] of entries.entries()) {
     const usage = await db.sql(
@@ -88,6 +97,7 @@ test('the chain follows from the rows by its documented form', async () => {
       or(entry.reason),
       raw(entry.usage_count),
       or(entry.refund_of_seq, raw),
+      or(entry.refund_of_usage_id),
       or(entry.metadata, raw),
       entry.micros,
     ])
@@ -167,15 +177,36 @@ const tampering: [sql: string, problems: string[]][] = [
     ['chain is broken'],
   ],
   [
-    `update data.billing_transaction set reason = 'x' where ${own} and seq = 10;
-    update data.billing_transaction t set hash = data.entry_hash(t) where ${own} and seq = 10`,
+    `update data.billing_transaction set reason = 'x' where ${own} and seq = 13;
+    update data.billing_transaction t set hash = data.entry_hash(t) where ${own} and seq = 13`,
     ['head'],
+  ],
+  // more came back than came: of a charge, of a top-up, of what is not there
+  [
+    `update data.billing_transaction set amount = 1.6 where ${own} and seq = 12`,
+    ['more came back than was charged or topped up', 'entry was altered'],
+  ],
+  [
+    `update data.billing_transaction set amount = -0.4 where ${own} and seq = 5`,
+    ['more came back than was charged or topped up', 'entry was altered'],
+  ],
+  [
+    `update data.billing_transaction set amount = -50.0000000001 where ${own} and seq = 13`,
+    ['more came back than was charged or topped up', 'entry was altered'],
+  ],
+  [
+    `update data.billing_transaction set refund_of_seq = 99 where ${own} and seq = 13`,
+    ['more came back than was charged or topped up', 'entry was altered'],
+  ],
+  [
+    `update data.billing_transaction set refund_of_usage_id = null where ${own} and seq = 11`,
+    ['entry was altered'],
   ],
   [
     `delete from data.billing_transaction where ${own} and seq = 2`,
     ['seq has gaps', 'chain is broken', 'balance is not the sum of its deltas'],
   ],
-  [`delete from data.billing_transaction where ${own} and seq = 10`, ['balance_version is not the last seq']],
+  [`delete from data.billing_transaction where ${own} and seq = 13`, ['balance_version is not the last seq']],
   [
     `delete from data.billing_transaction where ${own}`,
     ['balance_version is not the last seq', 'balance is not the sum of its deltas'],
@@ -277,7 +308,7 @@ test('a problem is named with its account, its entry, and both figures', async (
       problem: 'balance is not the sum of its deltas',
       seq: null,
       expected: (await db.sql(`select balance from data.account_balance where ${own}`))[0]!.balance,
-      actual: '43.2500000000',
+      actual: '42.2500000000',
     },
   ])
 })

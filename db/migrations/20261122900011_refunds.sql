@@ -25,6 +25,7 @@ declare
   v_refunded numeric;
   v_left numeric;
   v_event_cost numeric;
+  v_debt numeric;
   v_money numeric;
   v_from_free numeric;
   v_draw data.grant_draw;
@@ -70,18 +71,19 @@ begin
   end if;
 
   -- Debt is paid first. Then what was paid with money comes back before what was free credit, which returns to the grants it
-  -- was drawn from as far as they have not expired; the rest of it to the balance.
+  -- was drawn from, the last drawn first, as far as they have not expired; the rest of it to the balance.
+  v_debt := least(amount, v_account.outstanding_amount);
   v_money := -v_charge.amount + v_charge.free_credit_delta;
   v_from_free := least(
     greatest(v_refunded + amount - v_money, 0) - greatest(v_refunded - v_money, 0),
-    amount - least(amount, v_account.outstanding_amount));
+    amount - v_debt);
   for v_draw in
     select d.*
     from data.grant_draw d
     join data.credit_grant g on g.account_id = d.account_id and g.seq = d.grant_seq
     where d.account_id = refund_charge.account_id and d.seq = v_charge.seq and d.returned < d.amount
       and (g.expires_at is null or g.expires_at > clock_timestamp())
-    order by d.grant_seq desc
+    order by g.priority desc, g.expires_at desc nulls first, g.seq desc
   loop
     v_back := least(v_from_free - v_to_grants, v_draw.amount - v_draw.returned);
     exit when v_back <= 0;
@@ -93,7 +95,8 @@ begin
   end loop;
 
   v_entry.free_credit_delta := v_to_grants;
-  v_entry.balance_delta := amount - v_to_grants;
+  v_entry.outstanding_delta := -v_debt;
+  v_entry.balance_delta := amount - v_debt - v_to_grants;
   perform data.post(entries => array[v_entry]);
   return data.shown(account_id, v_account.balance_version + 1);
 end

@@ -32,7 +32,7 @@ export function refusals(
   db: Database,
   through: Record<string, Rpcs>,
 ) {
-  const tables = ['account_balance', 'billing_transaction', 'credit_grant', 'hold', 'usage_log']
+  const tables = ['account_balance', 'billing_transaction', 'credit_grant', 'grant_draw', 'hold', 'usage_log']
   const parts = tables.map((table) => `(select jsonb_agg(t order by t::text) from data.${table} t)`)
   const state = async () =>
     (await db.sql(`select sha256(convert_to(concat_ws('|', ${parts.join(', ')}), 'UTF8'))::text as it`))[0]!
