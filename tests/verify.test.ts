@@ -199,6 +199,10 @@ const tampering: [sql: string, problems: string[]][] = [
     ['more came back than was charged or topped up', 'entry was altered'],
   ],
   [
+    `update data.billing_transaction set amount = 0.2500000001 where ${own} and seq = 11`,
+    ['more came back than the event cost', 'entry was altered'],
+  ],
+  [
     `update data.billing_transaction set refund_of_usage_id = null where ${own} and seq = 11`,
     ['entry was altered'],
   ],
@@ -269,6 +273,10 @@ const tampering: [sql: string, problems: string[]][] = [
   [`update data.credit_grant set expires_at = '2199-01-01' where ${own} and seq = 9`, ['grant']],
   [`update data.credit_grant set amount = amount + 1 where ${own} and seq = 9`, ['grant']],
   [`update data.credit_grant set priority = 0 where ${own} and seq = 9`, ['grant']],
+  // drawn again, or not at all: a refund would give back too much or too little
+  [`update data.grant_draw set returned = 0 where ${own} and returned > 0`, ['grant is not what is left']],
+  [`update data.grant_draw set amount = amount + 1 where ${own} and seq = 6`, ['grant is not what is left']],
+  [`delete from data.grant_draw where ${own} and seq = 6`, ['grant is not what is left']],
   [`delete from data.credit_grant where ${own} and seq = 9`, ['free_credit is not the sum of live grants']],
 ]
 

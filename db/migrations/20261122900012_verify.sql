@@ -115,6 +115,36 @@ begin
   having coalesce(sum(abs((r.entry).amount)) > abs((o.entry).amount), true)
 
   union all
+  select l.account_id, 'more came back than the event cost', l.transaction_seq, 'at most ' || l.cost::text, r.amount::text
+  from (
+    select (e.entry).account_id, (e.entry).refund_of_usage_id as usage_id, sum((e.entry).amount) as amount
+    from entry e
+    where (e.entry).refund_of_usage_id is not null
+    group by 1, 2
+  ) r
+  join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
+  where r.amount > l.cost
+
+  union all
+  select g.account_id, 'grant is not what is left of its draws', g.seq,
+    (g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0))::text, g.remaining::text
+  from data.credit_grant g
+  left join (
+    select w.account_id, w.grant_seq, sum(w.amount - w.returned) as amount
+    from data.grant_draw w
+    where for_account_id is null or w.account_id = for_account_id
+    group by 1, 2
+  ) d on d.account_id = g.account_id and d.grant_seq = g.seq
+  left join (
+    select (e.entry).account_id, (e.entry).metadata ->> 'grant_seq' as grant_seq, sum((e.entry).amount) as amount
+    from entry e
+    where (e.entry).kind = 'credit_expiry'
+    group by 1, 2
+  ) x on x.account_id = g.account_id and x.grant_seq = g.seq::text
+  where (for_account_id is null or g.account_id = for_account_id)
+    and g.remaining <> g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0)
+
+  union all
   select coalesce(u.account_id, (h.entry).account_id), c.problem, coalesce(u.seq, (h.entry).seq), c.expected, c.actual
   from charge h
   full join used u on u.account_id = (h.entry).account_id and u.seq = (h.entry).seq
@@ -129,8 +159,9 @@ end
 $$;
 comment on function api.verify_balances(uuid) is
 'Proves the ledger: answers one row per problem, none when every figure is proved.
-Of one account (`for_account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free credit against grants, seq gapless,
-normal form, each entry against the one before, its hash, and charges against their usage rows.';
+Of one account (`for_account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free credit against
+grants, grants against draws and expiries, seq gapless, normal form, refunds against what they refund, each entry against the one before,
+its hash, and charges against their usage rows.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;
 
 reset role;
