@@ -48,7 +48,7 @@ as $$
     select
       s.*,
       case
-        when s.meter_count not between 1 and 64 or s.has_bad_quantity or s.cost >= 1e12 then 'invalid_meters'
+        when s.meter_count not between 1 and 64 or s.has_bad_meter or s.cost >= 1e12 then 'invalid_meters'
         when s.unpriced is not null and exists (
           select from data.price o
           where o.config_node_id = price_meters.config_node_id and o.meter = any (s.unpriced) and o.effective_from <= at
@@ -59,7 +59,8 @@ as $$
       select
         count(*) as meter_count,
         coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
-        coalesce(bool_or(q.quantity is null), false) as has_bad_quantity,
+        -- a priced meter has a name already
+        coalesce(bool_or(q.quantity is null or (p.id is null and m.key !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
         div(

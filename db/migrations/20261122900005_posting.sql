@@ -127,10 +127,18 @@ begin
   if v_has_holds and exists (
     select from data.hold h where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
   ) then
-    with ended as (
+    -- some at a time, soonest first: after an outage there may be more than one call has time for; the others hold nothing either
+    with due as (
+      select h.account_id, h.id
+      from data.hold h
+      where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+      order by h.expires_at
+      limit 10000
+    ), ended as (
       update data.hold h
       set status = 'expired', ended_at = v_now
-      where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+      from due d
+      where h.account_id = d.account_id and h.id = d.id
       returning h.account_id, h.amount - h.captured as unspent
     )
     update data.account_balance a

@@ -29,20 +29,18 @@ left join lateral (
   limit 1
 ) u on true;
 
--- users a reader sees: all, else oneself, and a tenant admin the whole tenant
+-- Each view has a branch for those who see all and one for members, who are few rows: joined into one, a member's read would scan it all.
+
+-- users a member sees: oneself, and a tenant admin the whole tenant
 create or replace view data.visible_user as
-select u.* from data.user_profile u where (select v.sees_all from data.viewer v)
-union all
 select u.*
 from data.viewer v
 join data.user_profile u on u.id = v.user_id or u.tenant_id = v.managed_tenant_id
 where not v.sees_all;
 
--- accounts a reader sees: all, else one's own and the one that pays; `whole` where every row of it may be seen
+-- accounts a member sees: one's own and the one that pays; `whole` where every row of it may be seen
 create or replace view data.visible_account as
-select a.account_id, true as whole from data.account_balance a where (select v.sees_all from data.viewer v)
-union all
-select v.user_id, true from data.viewer v where not v.sees_all and v.user_id is not null
+select v.user_id as account_id, true as whole from data.viewer v where not v.sees_all and v.user_id is not null
 union all
 select v.account_id, v.managed_tenant_id is not null from data.viewer v where not v.sees_all and v.account_id <> v.user_id;
 
@@ -97,15 +95,21 @@ select
   a.available,
   a.balance_version,
   a.last_charged_at
-from data.visible_user u
-join data.account_now a on a.account_id = u.account_id;
+from (
+  select u.id, u.tenant_id, u.account_id from data.user_profile u where (select v.sees_all from data.viewer v)
+  union all
+  select u.id, u.tenant_id, u.account_id from data.visible_user u
+) u
+cross join lateral (select * from data.account_now n where n.account_id = u.account_id) a;
 comment on view api.account_balances is
 'Who pays for a user, and what they have: one row per user.
 A tenant''s figures repeat for each of its users: never sum this view. Select amounts as text: ?select=available::text.';
 grant select on api.account_balances to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_accounts with (security_barrier) as
-select a.* from data.account_now a join data.visible_account v on v.account_id = a.account_id;
+select a.* from data.account_now a where (select v.sees_all from data.viewer v)
+union all
+select a.* from data.account_now a where a.account_id = any (array(select v.account_id from data.visible_account v));
 comment on view api.billing_accounts is
 'An account''s figures: one row per payer.
 available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount.';
@@ -116,15 +120,23 @@ select
   k.id,
   k.key_prefix,
   k.user_id,
-  u.tenant_id,
+  k.tenant_id,
   k.name,
   k.status,
   k.expires_at,
   array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
   k.created_at,
   k.revoked_at
-from data.visible_user u
-join data.virtual_key k on k.user_id = u.id;
+from (
+  select k.*, u.tenant_id
+  from data.virtual_key k
+  join data.user_profile u on u.id = k.user_id
+  where (select v.sees_all from data.viewer v)
+  union all
+  select k.*, u.tenant_id
+  from data.visible_user u
+  join data.virtual_key k on k.user_id = u.id
+) k;
 comment on view api.virtual_keys is 'Virtual keys by their display prefix; neither the key nor its hash is shown.';
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
@@ -137,8 +149,12 @@ select
     when t.kind in ('credit_grant', 'credit_expiry') then 'promotion'
     when t.kind in ('adjustment', 'opening') then t.kind
   end as counter_account
-from data.billing_transaction t
-join data.visible_account v on v.account_id = t.account_id and v.whole;
+from (
+  select t.* from data.billing_transaction t where (select v.sees_all from data.viewer v)
+  union all
+  select t.* from data.billing_transaction t
+  where t.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
+) t;
 comment on view api.billing_transactions is
 'The ledger: every entry of an account, in order of seq, chained by hash.
 `amount` is what the entry did to the account: balance_delta + free_credit_delta - outstanding_delta.';
@@ -148,26 +164,38 @@ create or replace view api.usage_logs with (security_barrier) as
 select
   to_timestamp(('x' || substr(l.id::text, 1, 8) || substr(l.id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision) as used_at,
   l.*
-from data.usage_log l
-join data.visible_account v on v.account_id = l.account_id
-where v.whole or l.user_id = (select r.user_id from data.viewer r);
+from (
+  select l.* from data.usage_log l where (select v.sees_all from data.viewer v)
+  union all
+  select l.* from data.usage_log l
+  where l.account_id = any (array(select v.account_id from data.visible_account v))
+    and (l.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
+      or l.user_id = (select v.user_id from data.viewer v))
+) l;
 comment on view api.usage_logs is 'Each charged event: who used what, what it cost, and the ledger entry (transaction_seq) that charged it.';
 grant select on api.usage_logs to keyledger_operator, keyledger_member;
 
 create or replace view api.holds with (security_barrier) as
-select h.*
-from data.hold h
-join data.visible_account v on v.account_id = h.account_id
-where v.whole or h.virtual_key_id in (
-  select k.id from data.virtual_key k where k.user_id = (select r.user_id from data.viewer r)
-);
+select h.account_id, h.id, h.amount, h.captured,
+  case when h.status = 'open' and h.expires_at <= statement_timestamp() then 'expired' else h.status end as status,
+  h.expires_at, h.virtual_key_id, h.config_node_id, h.meters, h.created_at, h.ended_at
+from (
+  select h.* from data.hold h where (select v.sees_all from data.viewer v)
+  union all
+  select h.* from data.hold h
+  where h.account_id = any (array(select v.account_id from data.visible_account v))
+    and (h.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
+      or h.virtual_key_id = any (array(
+        select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v))))
+) h;
 comment on view api.holds is 'Money set aside for requests: open, captured, released or expired.';
 grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.accounting_snapshots with (security_barrier) as
-select s.*
-from data.accounting_snapshot s
-join data.visible_account v on v.account_id = s.account_id and v.whole;
+select s.* from data.accounting_snapshot s where (select v.sees_all from data.viewer v)
+union all
+select s.* from data.accounting_snapshot s
+where s.account_id = any (array(select v.account_id from data.visible_account v where v.whole));
 comment on view api.accounting_snapshots is 'Sealed statements.';
 grant select on api.accounting_snapshots to keyledger_operator, keyledger_member;
 

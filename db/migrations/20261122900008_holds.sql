@@ -167,10 +167,11 @@ declare
   v_holds data.hold[];
   v_codes text[];
   v_account_ids uuid[];
-  v_accounts data.account_balance[];
-  v_account data.account_balance;
+  v_availables numeric[];
+  v_account_id uuid;
   v_next integer := 1;
   v_available numeric;
+  v_now timestamptz;
   v_hold data.hold;
   v_first_tries data.hold[];
   v_first_try data.hold;
@@ -188,8 +189,10 @@ begin
   from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
   perform data.lock_accounts(v_account_ids);
-  select array_agg(a order by a.account_id) into v_accounts
-  from data.account_balance a where a.account_id = any (v_account_ids);
+  v_now := clock_timestamp();
+  select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id)
+  into v_account_ids, v_availables
+  from data.account_now a where a.account_id = any (v_account_ids);
   select array_agg(h order by u.i) into v_first_tries
   from unnest(v_holds) with ordinality as u (
     account_id, id, amount, captured, status, expires_at, virtual_key_id, config_node_id, meters, created_at, ended_at, i)
@@ -198,11 +201,9 @@ begin
   -- requests and accounts are both in account_id order; an account's requests are admitted in the order they came
   for i in 1 .. coalesce(cardinality(v_ords), 0) loop
     v_hold := v_holds[i];
-    while v_account.account_id is distinct from v_hold.account_id and v_next <= cardinality(v_accounts)
-      and (v_accounts[v_next]).account_id <= v_hold.account_id
-    loop
-      v_account := v_accounts[v_next];
-      v_available := v_account.available;
+    while v_next <= cardinality(v_account_ids) and v_account_ids[v_next] <= v_hold.account_id loop
+      v_account_id := v_account_ids[v_next];
+      v_available := v_availables[v_next];
       v_next := v_next + 1;
       v_new_from := cardinality(v_new_ids) + 1;
     end loop;
@@ -210,7 +211,8 @@ begin
     v_first_try := coalesce(v_first_tries[i], v_new[array_position(v_new_ids, v_hold.id::uuid, v_new_from)]);
     if v_first_try.id is not null then
       -- a retry meets its first try, whatever has changed since
-      v_answer := jsonb_build_object('status', 'duplicate', 'hold_status', v_first_try.status);
+      v_answer := jsonb_build_object('status', 'duplicate', 'hold_status',
+        case when v_first_try.status = 'open' and v_first_try.expires_at <= v_now then 'expired' else v_first_try.status end);
       if (v_first_try.virtual_key_id, v_first_try.config_node_id, v_first_try.meters)
           is distinct from (v_hold.virtual_key_id, v_hold.config_node_id, v_hold.meters)
         or (v_hold.meters is null and v_first_try.amount is distinct from v_hold.amount)
@@ -220,12 +222,15 @@ begin
       v_hold := v_first_try;
     elsif v_codes[i] is not null then
       v_answer := jsonb_build_object('status', 'refused', 'code', v_codes[i]);
-    elsif v_account.account_id is distinct from v_hold.account_id then
+    elsif v_account_id is distinct from v_hold.account_id then
       v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
     elsif v_hold.amount > v_available then
       v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
     else
       v_answer := jsonb_build_object('status', 'held');
+      -- its time begins now, not before the wait for the lock
+      v_hold.expires_at := v_now + (v_hold.expires_at - v_hold.created_at);
+      v_hold.created_at := v_now;
       v_available := v_available - v_hold.amount;
       v_new := v_new || v_hold;
       v_new_ids := v_new_ids || v_hold.id::uuid;
@@ -234,7 +239,7 @@ begin
     v_answers[v_ords[i]] := v_answer || jsonb_strip_nulls(jsonb_build_object(
       'id', v_ids[i],
       'amount', v_hold.amount::text,
-      'available', case when v_account.account_id = v_hold.account_id then v_available::text end,
+      'available', case when v_account_id = v_hold.account_id then v_available::text end,
       'expires_at', case when v_answer ->> 'status' <> 'refused' then v_hold.expires_at end
     ));
   end loop;
@@ -299,6 +304,7 @@ begin
       when v_account.account_id is null then 'account_not_found'
       when v_hold.id is null then 'hold_not_found'
       when v_hold.status <> 'open' then 'hold_' || v_hold.status
+      when v_hold.expires_at <= clock_timestamp() then 'hold_expired'
     end;
     if v_code is null and extend then
       update data.hold h

@@ -184,8 +184,9 @@ begin
         from unnest(v_usage) with ordinality n
         where v_codes[n.ordinality] is null
       ) u
-      join data.usage_log l on l.account_id = u.account_id and l.id = u.id
-      join data.account_balance a on a.account_id = u.account_id
+      -- by key, each: a join here read all that the account ever used
+      cross join lateral (select * from data.usage_log b where b.account_id = u.account_id and b.id = u.id offset 0) l
+      cross join lateral (select * from data.account_balance b where b.account_id = u.account_id offset 0) a
       -- all but the first copy of what this very call charged
       where not (u.copy = 1 and exists (
         select from unnest(v_accounts) p where p.account_id = u.account_id and p.balance_version = l.transaction_seq))
