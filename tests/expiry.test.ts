@@ -1,12 +1,12 @@
-// An account with a long history: retries and readers find their rows by key, and what ran out long ago is in nobody's way.
+// Holds that ran out: they are in nobody's way, however many, and never answered as open.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../scripts/supervise.ts'
 import { type Database, database, type Row } from './support/database.ts'
-import { event, hold, holdsTrue } from './support/ledger.ts'
+import { hold, holdsTrue } from './support/ledger.ts'
 import { seed } from './support/seed.ts'
 
-const test = suite('history')
+const test = suite('expiry')
 let db: Database
 test.before(async () => {
   db = await database(test)
@@ -14,26 +14,6 @@ test.before(async () => {
 
 const send = async (fn: string, elements: unknown[]): Promise<Row[]> =>
   (await db.gateway(`select api.${fn}($1) as answers`, [JSON.stringify(elements)]))[0]!.answers
-
-test('a retry of 500 events does not read what else the account used', async () => {
-  const world = await seed(db.operator, { funds: '1000' })
-  const batches = Array.from({ length: 20 }, () => Array.from({ length: 1000 }, () => event(world, 1)))
-  for (const events of batches) await send('record_usage', events)
-  await db.sql('analyze')
-  const session = await db.session('keyledger_gateway')
-  try {
-    // by key it takes hundredths of this; reading all that was used for each of the 500, several times it
-    await session.query(`set statement_timeout = '2s'`)
-    const { rows } = await session.query('select api.record_usage($1) as answers', [
-      JSON.stringify(batches[7]!.slice(0, 500)),
-    ])
-    const answers: Row[] = rows[0]!.answers
-    assert.is(answers.filter(({ status }) => status === 'duplicate').length, 500)
-  } finally {
-    await session.end()
-  }
-  await holdsTrue(db.sql)
-})
 
 test('12,000 holds that ran out refuse nothing, though one call settles only some of them', async () => {
   const world = await seed(db.operator, { funds: '120' })
