@@ -163,7 +163,9 @@ test('an expired hold gives its money back by the clock alone, and to the next h
   assert.is(brief((await account.place(account.request('0.1')))[0]), 'refused insufficient_funds')
   await until(async () => (await account.figures()).available === '9', 'the holds to expire')
   assert.equal(await account.figures(), { balance: '9', available: '9' })
-  assert.is(await account.holdNow(rest), 'open 0/6') // nobody has come by to settle it
+  assert.is(await account.holdNow(rest), 'expired 0/6')
+  const [settled] = await db.sql('select status from data.hold where id = $1', [rest])
+  assert.is(settled!.status, 'open') // nobody has come by to settle it: the view goes by the clock
   assert.is(brief((await account.place(account.request('9')))[0]), 'held')
   assert.is(await account.holdNow(rest), 'expired 0/6')
   assert.equal(await account.figures(), { balance: '9', frozen_balance: '9' })
