@@ -291,7 +291,9 @@ test('memory: a reader overtaken by an eviction stores nothing, and later caller
   postgres.holds.set(hash, answer('new'))
   postgres.gate = Promise.resolve()
   cache.forget([`vk:${hash}`])
-  assert.equal((await get(hash)).context, answer('new'), 'a later caller does not join the overtaken reader')
+  const later = get(hash)
+  await until(() => postgres.asked.length === 2, 'a later caller to read by itself', 5)
+  assert.equal((await later).context, answer('new'))
   paused.open()
   await before
   assert.equal(await get(hash), { context: answer('new'), tier: 'memory' }, 'the reader stored nothing')
@@ -324,7 +326,9 @@ test('memory: without trust a caller does not join a reader that started a secon
   await until(() => performance.now() - startedAt > 1000, 'the reader to be a second old')
   postgres.holds.set(hash, answer('new'))
   postgres.gate = Promise.resolve()
-  assert.equal((await get(hash)).context, answer('new'))
+  const later = get(hash)
+  await until(() => postgres.asked.length === 2, 'the caller to read by itself', 5)
+  assert.equal((await later).context, answer('new'))
   paused.open()
   await before
 })
@@ -484,7 +488,11 @@ test('redis hanging: an answer within a second, and the next callers do not wait
     const startedAt = performance.now()
     const hash = newHash()
     postgres.holds.set(hash, answer('a'))
-    assert.equal(await get(hash), { context: answer('a'), tier: 'database' })
+    let seen: unknown
+    get(hash).then((each) => {
+      seen = each
+    })
+    assert.equal(await until(() => seen, 'an answer', 5), { context: answer('a'), tier: 'database' })
     assert.ok(performance.now() - startedAt < 1000)
     assert.not(cache.redis!.trust.holds())
   } finally {
