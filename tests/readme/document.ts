@@ -1,0 +1,187 @@
+// A document, executed: every block of its examples is run in order, and prints what stands below it.
+import { spawnSync } from 'node:child_process'
+import {
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs'
+import { tmpdir } from 'node:os'
+import { delimiter, dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import pg from 'pg'
+import { suite, type Test } from 'uvu'
+import * as assert from 'uvu/assert'
+import { inPath } from '../../scripts/binaries.ts'
+import { freePort, secret, token } from '../../scripts/servers.ts'
+import { until } from '../../scripts/supervise.ts'
+import { type Database, database } from '../support/database.ts'
+import { psql, shell } from './runners.ts'
+
+export const root = dirname(dirname(dirname(fileURLToPath(import.meta.url))))
+
+export interface Block {
+  line: number
+  /** The `##` heading above it. */
+  section: string
+  language: string
+  code: string
+  /** The block of `text` right below it. */
+  printed: string
+}
+
+export interface Document {
+  /** Of the document; not run yet. */
+  test: Test
+  db: Database
+  /** The directory its shell and files are in, with our package installed. */
+  home: string
+  /** PATH with the programs that npm installed. */
+  PATH: string
+  blocks: Block[]
+}
+
+/**
+ * Makes a test of each block, in order, on servers of their own, and one of what the text names. `file` is its path in the
+ * project. Blocks of sections in `except` are the caller's to test. A program's file is named in its first line.
+ */
+export async function document(file: string, { except = [] as string[] } = {}): Promise<Document> {
+  const text = readFileSync(join(root, file), 'utf8')
+  const blocks = blocksOf(text)
+  const test = suite(file)
+  const db = await database(test)
+  const server = await db.postgrest()
+  const redis = await db.redis()
+
+  // a reader knows PostgREST's secret; ours is told another one
+  const jwtSecret = secret()
+  const login = new URL(db.loginUrl).username
+  await db.sql(`alter role ${login} in database ${db.name} set pgrst.jwt_secret = '${jwtSecret}'`)
+  await db.sql(`notify pgrst, 'reload config'`)
+  const authorization = `Bearer ${await token(jwtSecret, { role: 'keyledger_gateway' })}`
+  await until(async () => (await fetch(server.url, { headers: { authorization } })).ok, 'the other secret')
+
+  const top = mkdtempSync(join(tmpdir(), 'keyledger-readme-'))
+  db.onClose(() => rmSync(top, { recursive: true }))
+  const home = readersDirectory(top, blocks)
+  const PATH = [join(top, 'bin'), join(root, 'node_modules/.bin'), process.env.PATH].join(delimiter)
+  const { KEYLEDGER_TEST: _, ...env } = process.env
+  const known = { JWT_SECRET: jwtSecret, DATABASE_URL: db.loginUrl, REDIS_URL: redis.url }
+  const sh = shell(home, { ...env, ...known, PATH })
+  db.onClose(sh.close)
+
+  const raw = { getTypeParser: () => (text: string) => text }
+  const client = new pg.Client({ connectionString: db.loginUrl, types: raw })
+  await client.connect()
+  db.onClose(() => client.end())
+  const sql = psql(client)
+
+  const [gateway, upstream] = [String(await freePort()), String(await freePort())]
+  const addresses = { 'http://127.0.0.1:3000': server.url, 8080: gateway, 8081: upstream }
+  const here = (code: string) =>
+    Object.entries(addresses).reduce((code, [theirs, ours]) => code.replaceAll(theirs, ours), code)
+  const same = (actual: string, { line, printed }: Block) => {
+    if (!pattern(here(printed)).test(plain(actual)))
+      assert.is(actual, printed, `${file}:${line} prints something else`)
+  }
+  const write = (code: string) => {
+    const [, name] = /^\/\/ (\S+\.(?:[cm]?[jt]s))\n/.exec(code) ?? []
+    assert.ok(name, 'the first line names the file')
+    writeFileSync(join(home, name), here(code))
+  }
+
+  // what is written is run by the shell
+  const run: Record<string, (block: Block) => void | Promise<void>> = {
+    async sql(block) {
+      same(await sql(block.code), block)
+    },
+    async sh(block) {
+      const output = await sh.run(here(block.code))
+      // what runs in the background prints in its own time
+      if (/ &$/m.test(block.code))
+        await until(() => pattern(here(block.printed)).test(plain(output())), 'it').catch(() => {})
+      same(output(), block)
+    },
+    js: ({ code }) => write(code),
+    ts({ code }) {
+      write(code)
+      const { status, stdout } = spawnSync(join(root, 'node_modules/.bin/tsc'), {
+        cwd: home,
+        encoding: 'utf8',
+      })
+      assert.is(status, 0, stdout)
+    },
+  }
+  for (const block of blocks.filter(({ section }) => !except.includes(section))) {
+    const { line, section, language } = block
+    test(`${section}, line ${line}: the ${language} does what it says`, () => run[language]!(block))
+  }
+  test('what it names is there: make targets, files, headings', () => namesWhatIsThere(file, text))
+  return { test, db, home, PATH, blocks }
+}
+
+function blocksOf(text: string): Block[] {
+  const blocks: Block[] = []
+  for (const { index, 1: language, 2: code } of text.matchAll(/^```(\w+)\n(.*?)^```$/gms)) {
+    const before = text.slice(0, index)
+    const section = /.*^## (.*?)$/ms.exec(before)?.[1] ?? ''
+    if (language === 'text' && before.endsWith('```\n')) blocks.at(-1)!.printed = code!
+    else
+      blocks.push({ line: before.split('\n').length, section, language: language!, code: code!, printed: '' })
+  }
+  return blocks
+}
+
+// `…` stands for what is another each time; neither spaces nor the length of a rule matter
+const plain = (text: string) => text.replace(/\s+/g, '').replace(/-{2,}/g, '--')
+const pattern = (printed: string) => {
+  const parts = plain(printed).split('…')
+  return new RegExp(`^${parts.map((part) => part.replace(/[\\^$.*+?()[\]{}|]/g, '\\$&')).join('[^|",]+')}$`)
+}
+
+// `app` in the given directory: our package as npm would install it, if a program uses it, and what we use ourselves above
+function readersDirectory(top: string, blocks: Block[]): string {
+  const home = join(top, 'app')
+  const installed = join(home, 'node_modules/keyledger')
+  mkdirSync(installed, { recursive: true })
+  mkdirSync(join(top, 'bin'))
+  if (!inPath('curl')) symlinkSync(join(root, 'tests/readme/curl.mjs'), join(top, 'bin/curl'))
+  symlinkSync(join(root, 'node_modules'), join(top, 'node_modules'))
+  const tsconfig = {
+    extends: join(root, 'tsconfig.json'),
+    compilerOptions: { paths: {}, typeRoots: [join(root, 'node_modules/@types')] },
+    include: ['*.mts', '*.ts'],
+  }
+  writeFileSync(join(home, 'tsconfig.json'), JSON.stringify(tsconfig))
+  if (blocks.some(({ language }) => language === 'ts' || language === 'js')) {
+    copyFileSync(join(root, 'package.json'), join(installed, 'package.json'))
+    const built = ['-p', join(root, 'tsconfig.build.json'), '--outDir', join(installed, 'dist')]
+    const { status, stdout } = spawnSync(join(root, 'node_modules/.bin/tsc'), built, { encoding: 'utf8' })
+    assert.is(status, 0, stdout)
+  }
+  return home
+}
+
+function namesWhatIsThere(file: string, text: string) {
+  const makefile = readFileSync(join(root, 'Makefile'), 'utf8')
+  for (const [, target] of text.matchAll(/(?:^|`)make ([a-z-]+)/gm))
+    assert.match(makefile, new RegExp(`^${target}:`, 'm'))
+  for (const [, link] of text.matchAll(/\]\(((?!https?:)[^)]+)\)/g)) {
+    const [path, heading] = link!.split('#')
+    const target = path ? join(root, dirname(file), path) : join(root, file)
+    assert.ok(existsSync(target), link)
+    if (heading) assert.ok(headingsOf(readFileSync(target, 'utf8')).includes(heading), link)
+  }
+}
+
+const headingsOf = (text: string) =>
+  [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading]) =>
+    heading!
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N} _-]/gu, '')
+      .replaceAll(' ', '-'),
+  )
