@@ -1,7 +1,7 @@
 # What there is to do here: `make help` lists it. It needs Node.js 20 or later, and make.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-versions demo bench build
+.PHONY: help install check test test-versions demo dev bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -9,7 +9,7 @@ help: ## list the targets
 install: node_modules/.package-lock.json ## install the npm packages
 
 node_modules/.package-lock.json: package.json package-lock.json
-	npm ci
+	@npm ci >&2
 	@touch $@
 
 check: install ## type check and lint
@@ -23,6 +23,9 @@ test-versions: install ## run the tests on PostgreSQL 15, 16 and 18 as well (npm
 
 demo: install ## replay an hour of LLM traffic and prove every cent; ARGS='--help' lists the options
 	@npm run -s demo -- $(ARGS)
+
+dev: install ## run all servers with a small world until Ctrl-C, and print where they are
+	@node --import tsx scripts/dev.ts $(ARGS)
 
 bench: install ## measure against the baselines; ARGS picks some
 	@npm run -s bench -- $(ARGS)

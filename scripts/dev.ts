@@ -1,0 +1,100 @@
+// Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C. `--help` says more.
+import { parseArgs } from 'node:util'
+import pg from 'pg'
+import { migrate, prepareRoles, startPostgres, startPostgrest, startRedis, withDatabase } from './servers.ts'
+
+const help = `Starts Postgres, PostgREST and, if it is installed, Redis, with sample tenants, users, keys and prices. Prints where
+they are as lines for a shell, then \`ready\`, and runs until Ctrl-C; nothing is kept.
+
+  make dev ARGS='…'
+
+  --help    this
+
+DATABASE_URL is the superuser's: \`set role keyledger_operator\` to be one. The tokens don't expire.`
+
+try {
+  if (parseArgs({ options: { help: { type: 'boolean' } } }).values.help) {
+    console.log(help)
+    process.exit(0)
+  }
+} catch (error) {
+  console.error(`dev: ${(error as Error).message}`)
+  process.exit(2)
+}
+
+process.on('uncaughtException', (error) => {
+  console.error(error.constructor === Error ? `dev: ${error.message}` : error)
+  process.exit(1)
+})
+// keeps us running; make is our parent, and killed, it tells nobody
+const parent = process.ppid
+setInterval(() => process.ppid === parent || process.exit(1), 1000)
+
+const say = (text: string) => void process.stderr.write(`${text}\n`)
+say('starting Postgres, PostgREST and Redis …')
+const [postgres, redis] = await Promise.all([startPostgres(), startRedis()])
+const databaseUrl = withDatabase(postgres.url, 'keyledger')
+await migrate(databaseUrl)
+const { url: loginUrl } = await prepareRoles(databaseUrl)
+const postgrest = await startPostgrest({ databaseUrl: loginUrl })
+const world = await populate()
+
+const lines: Record<string, string | undefined> = {
+  DATABASE_URL: databaseUrl,
+  POSTGREST_URL: postgrest.url,
+  REDIS_URL: redis?.url,
+  GATEWAY_TOKEN: await postgrest.token({ role: 'keyledger_gateway' }),
+  OPERATOR_TOKEN: await postgrest.token({ role: 'keyledger_operator' }),
+  MEMBER_TOKEN: await postgrest.token({ role: 'keyledger_member', user_id: world.USER_ID }),
+  ...world,
+}
+say(`
+Acme (TENANT_ID) pays for Ann, its admin (USER_ID, MEMBER_TOKEN, VIRTUAL_KEY), and for Ben; Bob pays alone.
+Node ${world.NODE_ID} serves model demo, for USD 2.50 a million tokens in, 1.25 cached, 10.00 out.`)
+if (!redis) say('There is no REDIS_URL: redis-server is not installed.')
+say('Paste these lines into another terminal. Ctrl-C ends it all.\n')
+// nothing in them is special to a shell
+for (const [name, value] of Object.entries(lines)) if (value !== undefined) console.log(`${name}=${value}`)
+console.log('ready')
+
+/** Tenants, users, keys, a node and its prices, as an operator would make them. */
+async function populate() {
+  const client = new pg.Client(databaseUrl)
+  await client.connect()
+  const one = async (text: string, ...values: unknown[]) => (await client.query(text, values)).rows[0]
+  const user = async (display_name: string, tenant_id: string | null, tenant_role = 'member') => {
+    const { id } = await one(
+      `insert into api.user_profiles (display_name, tenant_id, tenant_role) values ($1, $2, $3) returning id`,
+      ...[display_name, tenant_id, tenant_role],
+    )
+    const nodes = [node.id]
+    const key = await one(
+      `select id, virtual_key from api.create_virtual_key($1, $2, config_node_ids => $3)`,
+      ...[id, `${display_name}'s key`, nodes],
+    )
+    return { id, key }
+  }
+  await client.query('set role keyledger_operator')
+  const node = await one(`insert into api.config_nodes (name, model) values ('demo', 'demo') returning id`)
+  // in force since before the first event, whose time has only milliseconds
+  await client.query(
+    `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from)
+     select $1, meter, unit_price, 1000000, now() - interval '1 minute'
+     from (values ('input_tokens', 2.50), ('cached_input_tokens', 1.25), ('output_tokens', 10)) as p (meter, unit_price)`,
+    [node.id],
+  )
+  const acme = await one(`insert into api.tenants (name) values ('Acme') returning id`)
+  const ann = await user('Ann', acme.id, 'admin')
+  await user('Ben', acme.id)
+  const bob = await user('Bob', null)
+  await one(`select from api.top_up($1, 25, reference => 'invoice-1')`, acme.id)
+  await one(`select from api.top_up($1, 5, reference => 'card-1')`, bob.id)
+  await client.end()
+  return {
+    VIRTUAL_KEY: ann.key.virtual_key as string,
+    KEY_ID: ann.key.id as string,
+    USER_ID: ann.id as string,
+    TENANT_ID: acme.id as string,
+    NODE_ID: node.id as string,
+  }
+}

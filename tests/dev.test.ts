@@ -1,0 +1,179 @@
+// `make dev` as a command: the lines it prints and what they are good for, and that nothing is left of it.
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
+import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { inPath } from '../scripts/binaries.ts'
+import { until } from '../scripts/supervise.ts'
+import { createBillingModule, pgRpc, postgrestRpc } from '../src/index.ts'
+import { once } from './support/database.ts'
+
+const test = suite('dev')
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const servers = [
+  'DATABASE_URL',
+  'POSTGREST_URL',
+  'REDIS_URL',
+  'GATEWAY_TOKEN',
+  'OPERATOR_TOKEN',
+  'MEMBER_TOKEN',
+]
+const world = ['VIRTUAL_KEY', 'KEY_ID', 'USER_ID', 'TENANT_ID', 'NODE_ID']
+
+const running: { child: ChildProcess; dir: string; left: () => string[] }[] = []
+test.after.each(async () => {
+  for (const { child, dir, left } of running.splice(0)) {
+    child.kill('SIGKILL')
+    await until(() => left().length === 0, `nothing left of ${left()}`)
+    rmSync(dir, { recursive: true })
+  }
+})
+
+// Starts it from the given program and waits until it is ready; its servers have a temporary directory of their own.
+async function dev(argv = ['make', '--silent', 'dev'], env: Record<string, string> = {}) {
+  const dir = mkdtempSync('/tmp/keyledger-dev-test-')
+  chmodSync(dir, 0o1777)
+  const [program, ...args] = argv
+  const { KEYLEDGER_TEST: _, MAKEFLAGS: __, ...inherited } = process.env
+  const child: ChildProcess = spawn(program!, args, {
+    cwd: root,
+    detached: true,
+    env: { ...inherited, TMPDIR: dir, ...env },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  })
+  let [out, err] = ['', '']
+  child.stdout!.setEncoding('utf8').on('data', (text) => {
+    out += text
+  })
+  child.stderr!.setEncoding('utf8').on('data', (text) => {
+    err += text
+  })
+  const homes = () => readdirSync(dir).filter((name) => name.startsWith('keyledger-'))
+  const pids = () =>
+    homes().flatMap((home) => {
+      const file = join(dir, home, 'pid')
+      return existsSync(file) ? Number(readFileSync(file, 'utf8')) : []
+    })
+  let known: number[] = []
+  // what still runs, and what is left of its files
+  const left = () => [...new Set([...known, ...pids()])].filter(runs).map(String).concat(homes())
+  running.push({ child, dir, left })
+  await until(() => out.endsWith('ready\n') || child.exitCode !== null, 'ready', 60)
+  known = pids()
+  assert.match(out, /ready\n$/, err)
+  return {
+    child,
+    left,
+    err: () => err,
+    out: () => out,
+    pids: () => known,
+    values: evaluated(out.replace(/ready\n$/, '')),
+  }
+}
+
+// as a shell understands the lines
+function evaluated(lines: string): Record<string, string> {
+  const names = [...lines.matchAll(/^(\w+)=/gm)].map(([, name]) => name!)
+  const script = `set -eu; ${lines}\nfor name in ${names.join(' ')}; do eval "printf '%s\\n' \\"\\$$name\\""; done`
+  const printed = execFileSync('sh', ['-c', script], { encoding: 'utf8', env: {} }).split('\n')
+  return Object.fromEntries(names.map((name, n) => [name, printed[n]!]))
+}
+
+function runs(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch {
+    return false
+  }
+}
+
+const exited = (child: ChildProcess) => until(() => child.exitCode !== null || child.signalCode, 'its end')
+
+test('prints the promised lines, each good for what it says; ends by Ctrl-C', async () => {
+  const { child, values, out, left, pids } = await dev()
+  assert.equal(out().match(/^\w+/gm), [...servers, ...world, 'ready'])
+  const { POSTGREST_URL, GATEWAY_TOKEN, OPERATOR_TOKEN, MEMBER_TOKEN, USER_ID, TENANT_ID } = values
+  const get = async (path: string, token = '') => {
+    const response = await fetch(`${POSTGREST_URL}/${path}`, {
+      headers: { authorization: `Bearer ${token}` },
+    })
+    return response.ok ? response.json() : response.status
+  }
+  const balance = `account_balances?user_id=eq.${USER_ID}&select=account_id,balance::text`
+  const acme = [{ account_id: TENANT_ID, balance: '25.0000000000' }]
+  for (const token of [GATEWAY_TOKEN, OPERATOR_TOKEN, MEMBER_TOKEN])
+    assert.equal(await get(balance, token), acme)
+  // the member is an admin of its tenant, and no more
+  assert.equal((await get('user_profiles?select=display_name&order=display_name', MEMBER_TOKEN)) as unknown, [
+    { display_name: 'Ann' },
+    { display_name: 'Ben' },
+  ])
+  assert.is(await get('tenants', GATEWAY_TOKEN), 403)
+  assert.is(await get('tenants'), 401)
+
+  const { DATABASE_URL, REDIS_URL, VIRTUAL_KEY, KEY_ID, NODE_ID } = values
+  assert.equal(await once(DATABASE_URL!, 'select * from api.verify_balances()'), [])
+  assert.match(REDIS_URL!, /^redis:\/\/:\w+@127\.0\.0\.1:\d+$/)
+  for (const rpc of [
+    pgRpc({ connectionString: DATABASE_URL! }),
+    postgrestRpc({ url: POSTGREST_URL!, token: GATEWAY_TOKEN! }),
+  ]) {
+    const billing = createBillingModule({ rpc })
+    const context = await billing.validate(VIRTUAL_KEY!)
+    assert.equal(
+      [context.virtual_key_id, context.account_id, context.config_node_ids],
+      [KEY_ID, TENANT_ID, [NODE_ID]],
+    )
+    const meters = { input_tokens: 1000, cached_input_tokens: 1000, output_tokens: 1000 }
+    const charged = await billing.recordUsage({ ...context, config_node_id: NODE_ID!, meters })
+    assert.equal([charged.status, charged.cost], ['charged', '0.0137500000'])
+    await billing.stop()
+    await rpc.close()
+  }
+
+  // a terminal sends it to all in the foreground
+  process.kill(-child.pid!, 'SIGINT')
+  await exited(child)
+  assert.equal(pids().length, 3)
+  assert.equal(left(), [])
+})
+
+test('says so where redis-server is not installed', async () => {
+  const { values, err } = await dev([process.execPath, '--import', 'tsx', 'scripts/dev.ts'], {
+    PATH: pathWithoutRedis(),
+  })
+  assert.is(values.REDIS_URL, undefined)
+  assert.match(err(), /no REDIS_URL: redis-server is not installed/)
+})
+
+for (const signal of ['SIGTERM', 'SIGKILL'] as const)
+  test(`nothing is left after ${signal} of make alone`, async () => {
+    const { child, left } = await dev()
+    assert.ok(left().length >= 6)
+    child.kill(signal)
+    await until(() => left().length === 0, 'nothing left')
+    await exited(child)
+  })
+
+test('a wrong option gets one line and exit code 2', async () => {
+  const child = spawn(process.execPath, ['--import', 'tsx', 'scripts/dev.ts', '--bogus'], { cwd: root })
+  const err: string[] = []
+  child.stderr.setEncoding('utf8').on('data', (text) => err.push(text))
+  await exited(child)
+  assert.is(child.exitCode, 2)
+  assert.match(err.join(''), /^dev: .*'--bogus'.*\n$/)
+})
+
+test.run()
+
+// the programs it needs, and no redis-server among them
+function pathWithoutRedis(): string {
+  const bin = mkdtempSync('/tmp/keyledger-dev-bin-')
+  chmodSync(bin, 0o755)
+  test.after(() => rmSync(bin, { recursive: true }))
+  for (const name of ['sh', 'id', 'test', 'sleep', 'mv', 'rm', 'chown'])
+    symlinkSync(inPath(name)!, join(bin, name))
+  return bin
+}
