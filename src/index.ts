@@ -1,7 +1,13 @@
 // What the package exports.
 export { newId } from './charging.ts'
 export { isRetryable, KeyledgerError } from './errors.ts'
-export type { Middleware, WithUserContext } from './middleware.ts'
+export type {
+  Authentication,
+  Middleware,
+  Refusal,
+  RequestHeaders,
+  WithUserContext,
+} from './middleware.ts'
 export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
 export type { CallOptions, RowsQuery, Rpc } from './rpc.ts'
 export { type PgRpcOptions, pgRpc } from './rpc-pg.ts'

@@ -1,4 +1,4 @@
-// Connect-style middleware: who makes this request, or why it goes no further.
+// Who makes a request, by its headers, or why it goes no further; for any framework, and as Connect-style middleware.
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { KeyledgerError } from './errors.ts'
 import type { UserContext } from './types.ts'
@@ -13,34 +13,61 @@ export type Middleware = (
   next: () => void,
 ) => Promise<void>
 
+/** Names in lower case, as node:http, Express and Fastify have them; of a `Headers`, `Object.fromEntries(headers)`. */
+export type RequestHeaders = Record<string, string | string[] | undefined>
+
+/** The answer to a request that goes no further; `body` is JSON. */
+export interface Refusal {
+  status: number
+  headers: Record<string, string>
+  body: string
+}
+
+/** One of the two. */
+export type Authentication =
+  | { userContext: UserContext; refusal?: undefined }
+  | { userContext?: undefined; refusal: Refusal }
+
 const RETRY_SECONDS = 1
 
 /**
  * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, and `x-api-key`. The headers are
- * left as they are: whoever forwards the request takes them out first, or the upstream sees the key. What is refused is
- * answered in the shape OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key
- * (`virtual_key_missing`), an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
+ * left as they are: whoever forwards the request takes them out first, or the upstream sees the key. A refusal is in
+ * the shape OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
+ * an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
  */
-export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
-  return async (req, res, next) => {
-    let userContext: UserContext
+export function createAuthenticate(validate: (virtualKey: string) => Promise<UserContext>) {
+  return async (headers: RequestHeaders): Promise<Authentication> => {
     try {
-      const virtualKey = keyOf(req.headers)
+      const virtualKey = keyOf(headers)
       if (virtualKey === undefined) {
         throw new KeyledgerError('virtual_key_missing', 401, {
           hint: 'send it as `authorization: Bearer …`, `x-virtualkey` or `x-api-key`',
         })
       }
-      userContext = await validate(virtualKey)
+      return { userContext: await validate(virtualKey) }
     } catch (error) {
-      return refuse(res, error)
+      return { refusal: refusalOf(error) }
+    }
+  }
+}
+
+/** `createAuthenticate` for whoever takes Connect-style middleware. */
+export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
+  const authenticate = createAuthenticate(validate)
+  return async (req, res, next) => {
+    const { userContext, refusal } = await authenticate(req.headers)
+    if (refusal) {
+      res.writeHead(refusal.status, refusal.headers)
+      res.end(refusal.body)
+      return
     }
     req.userContext = userContext
     next()
   }
 }
 
-function keyOf(headers: IncomingMessage['headers']): string | undefined {
+function keyOf(headers: RequestHeaders): string | undefined {
   const bearer = /^bearer +(.*)$/is.exec(one(headers.authorization) ?? '')
   return one(headers['x-virtualkey']) || bearer?.[1]?.trim() || one(headers['x-api-key'])
 }
@@ -49,21 +76,19 @@ function keyOf(headers: IncomingMessage['headers']): string | undefined {
 const one = (header: string | string[] | undefined) =>
   (Array.isArray(header) ? header.join(', ') : header)?.trim() || undefined
 
-function refuse(res: ServerResponse, error: unknown) {
+function refusalOf(error: unknown): Refusal {
   const refused = error instanceof KeyledgerError && (error.status === 401 || error.status === 403)
   const status = refused ? error.status : 503
   const headers: Record<string, string> = { 'content-type': 'application/json', 'cache-control': 'no-store' }
   if (status === 401) headers['www-authenticate'] = 'Bearer'
   if (status === 503) headers['retry-after'] = String(RETRY_SECONDS)
-  res.writeHead(status, headers)
-  res.end(
-    JSON.stringify({
-      error: {
-        message: refused ? error.message : 'unavailable: the key could not be checked (try again)',
-        type: status === 401 ? 'authentication_error' : status === 403 ? 'permission_error' : 'server_error',
-        param: null,
-        code: refused ? error.code : 'unavailable',
-      },
-    }),
-  )
+  const body = JSON.stringify({
+    error: {
+      message: refused ? error.message : 'unavailable: the key could not be checked (try again)',
+      type: status === 401 ? 'authentication_error' : status === 403 ? 'permission_error' : 'server_error',
+      param: null,
+      code: refused ? error.code : 'unavailable',
+    },
+  })
+  return { status, headers, body }
 }

@@ -5,8 +5,15 @@ import { createKeyCache, type KeyCacheOptions, type Tier } from './cache.ts'
 import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
 import { codeOf, KeyledgerError, keyStatus } from './errors.ts'
 import { createListener } from './listener.ts'
-import { createMiddleware, type Middleware } from './middleware.ts'
-import type { Balance, BudgetAnswer, KeyContext, UserContext } from './types.ts'
+import {
+  type Authentication,
+  createAuthenticate,
+  createMiddleware,
+  type Middleware,
+  type RequestHeaders,
+} from './middleware.ts'
+import { createNodes } from './nodes.ts'
+import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UserContext } from './types.ts'
 
 /** `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It stays yours to close. */
 export interface BillingModuleOptions
@@ -40,8 +47,18 @@ export interface BillingModule extends Charging {
    * 403 `user_suspended`, `tenant_suspended`. Any failure to find out is 503 `unavailable`, never a refusal.
    */
   validate(virtualKey: string): Promise<UserContext>
-  /** Connect-style: sets `req.userContext`, or answers 401, 403 or 503 by itself. */
+  /**
+   * `validate` for a request: the key is the first found of `x-virtualkey`, a bearer token and `x-api-key`. What is refused
+   * has its whole answer, 401, 403 or 503, in the shape of OpenAI's errors. Never rejects.
+   */
+  authenticate(headers: RequestHeaders): Promise<Authentication>
+  /** `authenticate`, Connect-style: sets `req.userContext`, or answers by itself. */
   middleware(): Middleware
+  /**
+   * The active nodes mounted on the key, by name: what a gateway calls. Not a read each time: a change of a node is seen
+   * within 5 s, a new mount as soon as `validate` sees it.
+   */
+  nodes(context: Pick<UserContext, 'config_node_ids'>): Promise<ConfigNode[]>
   /** Who pays for the user, and what they have. 404 `user_not_found`. */
   getBalance(userId: string): Promise<Balance>
   /** Advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
@@ -120,7 +137,9 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   return {
     ...charging,
     validate,
+    authenticate: createAuthenticate(validate),
     middleware: () => createMiddleware(validate),
+    nodes: createNodes(rpc),
 
     async getBalance(user_id) {
       const [balance] = await rpc.rows<Balance>('account_balances', { select: BALANCE, where: { user_id } })

@@ -28,6 +28,17 @@ export type UserContext = Omit<
   'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until'
 >
 
+/** An upstream instance, as the operator set it up. */
+export interface ConfigNode {
+  readonly id: string
+  readonly name: string
+  readonly provider: string | null
+  readonly model: string | null
+  /** Where it is called. */
+  readonly endpoint: string | null
+  readonly created_at: string
+}
+
 /** Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal strings. */
 export type Meters = Record<string, number | string>
 

@@ -4,7 +4,7 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { KeyledgerError } from '../src/errors.ts'
 import { createBillingModule, pgRpc, type UserContext } from '../src/index.ts'
-import { createMiddleware, type Middleware } from '../src/middleware.ts'
+import { createAuthenticate, createMiddleware, type Middleware } from '../src/middleware.ts'
 import { database } from './support/database.ts'
 import { seed } from './support/seed.ts'
 
@@ -129,6 +129,20 @@ test('what fails after the middleware is not answered as a refused key', async (
     thrown = error
   })
   assert.instance(thrown, RangeError)
+})
+
+test('without a server: the context, or the answer that turns the request away', async () => {
+  const userContext = { user_id: 'a' } as UserContext
+  const authenticate = createAuthenticate(async (virtualKey) => {
+    if (virtualKey === 'a') return userContext
+    throw new KeyledgerError('virtual_key_unknown', 401)
+  })
+  const headers = Object.fromEntries(new Headers({ 'X-VirtualKey': 'a' }))
+  assert.equal(await authenticate(headers), { userContext })
+  const { refusal } = await authenticate({ 'x-virtualkey': 'b' })
+  assert.is(refusal!.status, 401)
+  assert.is(refusal!.headers['www-authenticate'], 'Bearer')
+  assert.is(JSON.parse(refusal!.body).error.code, 'virtual_key_unknown')
 })
 
 test('with the module on Postgres: the context without the key, and 401, 403, 503', async () => {

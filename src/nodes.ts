@@ -1,0 +1,41 @@
+// The nodes that may serve a key: what a gateway needs to call them, read now and then rather than at each request.
+import type { Rpc } from './rpc.ts'
+import type { ConfigNode, UserContext } from './types.ts'
+
+const MAX_AGE_MS = 5000
+const COLUMNS = ['id', 'name', 'provider', 'model', 'endpoint', 'created_at']
+
+/** Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a new node at once. */
+export function createNodes(rpc: Pick<Rpc, 'rows'>) {
+  let known = new Map<string, ConfigNode>()
+  let readAt = Number.NEGATIVE_INFINITY
+  let reading: Promise<void> | undefined
+
+  async function read() {
+    const began = performance.now()
+    const query = { select: COLUMNS, where: { status: 'active' }, order: 'name' }
+    known = new Map((await rpc.rows<ConfigNode>('config_nodes', query)).map((node) => [node.id, node]))
+    readAt = began
+  }
+
+  const refresh = () => {
+    reading ??= read().finally(() => {
+      reading = undefined
+    })
+    return reading
+  }
+
+  return async ({ config_node_ids: ids }: Pick<UserContext, 'config_node_ids'>): Promise<ConfigNode[]> => {
+    const complete = () => ids.every((id) => known.has(id))
+    if (!complete() || performance.now() - readAt > MAX_AGE_MS) {
+      const joined = reading !== undefined
+      await refresh().catch((error) => {
+        // what is known will do
+        if (!complete()) throw error
+      })
+      // one that was under way may not have seen it
+      if (joined && !complete()) await refresh()
+    }
+    return [...known.values()].filter(({ id }) => ids.includes(id))
+  }
+}
