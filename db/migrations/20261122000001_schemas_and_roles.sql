@@ -17,17 +17,18 @@ begin
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_now', 'accounting_snapshot', 'actor', 'amount', 'billing_transaction',
-      'cache_horizon', 'cache_invalidation', 'caller', 'check_entry', 'config_node', 'config_node_updated',
-      'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash', 'entry_kind', 'first_try',
-      'forbid_change', 'forbid_truncate', 'grant_draw', 'hold', 'hold_open', 'invalidate', 'is_amount',
-      'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'lock_account',
+      'broken_fact', 'cache_horizon', 'cache_invalidation', 'caller', 'check_entry', 'config_node',
+      'config_node_updated', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash', 'entry_kind',
+      'first_try', 'forbid_change', 'forbid_truncate', 'grant_draw', 'hold', 'hold_open', 'invalidate',
+      'is_amount', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'lock_account',
       'lock_accounts', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent', 'make_usage_partitions',
       'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated', 'new_entry', 'open_account',
       'park', 'post', 'post_one', 'price', 'price_inserted', 'price_meters', 'read_hold_requests',
       'read_usage_events', 'reference_is_used_once', 'refuse', 'rejected_usage', 'rejected_usage_unresolved',
       'require_array', 'require_positive_amount', 'sha256', 'shown', 'tenant', 'tenant_updated', 'to_amount',
-      'to_expires_in', 'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_line', 'usage_log', 'usage_window',
-      'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'viewer', 'virtual_key',
+      'to_expires_in', 'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log',
+      'usage_seal', 'usage_window', 'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7',
+      'verify_entries', 'verify_figures', 'verify_grants', 'verify_usage', 'viewer', 'virtual_key',
       'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
       'visible_account', 'visible_user', 'without_keys'
     ]))

@@ -51,7 +51,8 @@ create table data.billing_transaction (
   actor text not null,
   reason text,
   usage_count integer not null,
-  usage_digest data.sha256,
+  -- 32 bytes for each usage row, in id order: its id, and the first half of its line's sha-256
+  usage_list bytea,
   refund_of_seq bigint,
   refund_of_usage_id uuid,
   metadata jsonb,
@@ -60,6 +61,8 @@ create table data.billing_transaction (
   created_at timestamptz not null,
   primary key (account_id, seq)
 );
+-- hashes don't compress, and a slice can be read alone
+alter table data.billing_transaction alter column usage_list set storage external;
 -- the refunds of an entry
 create index on data.billing_transaction (account_id, refund_of_seq) where refund_of_seq is not null;
 -- a payment id is used once per account

@@ -34,7 +34,49 @@ create or replace trigger keep_account before delete or update of account_id, ow
 create or replace trigger keep_account_truncate before truncate on data.account_balance
   for each statement execute function data.keep_account();
 
--- the facts of an entry that span columns
+-- The facts of an entry that span columns: the name of the first one it breaks, null when it keeps them all.
+-- Plain columns, not the row: so it is inlined where it is called.
+create or replace function data.broken_fact(
+  seq bigint,
+  kind text,
+  amount numeric,
+  balance_delta numeric,
+  free_credit_delta numeric,
+  outstanding_delta numeric,
+  balance_after numeric,
+  free_credit_after numeric,
+  outstanding_after numeric,
+  credit_limit_after numeric,
+  usage_count integer,
+  usage_bytes integer,
+  refund_of_seq bigint,
+  refund_of_usage_id uuid,
+  is_first boolean
+)
+returns text
+language sql
+immutable parallel safe
+as $$
+  select case
+    when seq < 1 or (seq = 1) <> is_first then 'only_the_first_entry_has_no_previous'
+    when amount <> balance_delta + free_credit_delta - outstanding_delta then 'amount_is_the_net_of_the_deltas'
+    when case
+        when kind in ('usage') then amount > 0
+        when kind in ('top_up', 'refund', 'credit_grant') then amount <= 0
+        when kind in ('top_up_reversal', 'credit_expiry') then amount >= 0
+        when kind = 'limit_change' then amount <> 0
+        when kind = 'adjustment' then amount = 0
+      end then 'amount_has_the_sign_of_its_kind'
+    when balance_after < -credit_limit_after
+      or (outstanding_after <> 0 and (free_credit_after <> 0 or balance_after <> -credit_limit_after))
+      then 'buckets_after_are_in_normal_form'
+    when (kind = 'usage') <> (usage_count > 0) or coalesce(usage_bytes, 0) <> 32 * usage_count then 'only_usage_counts_usage'
+    when (kind in ('refund', 'top_up_reversal')) <> (coalesce(refund_of_seq, seq) < seq)
+      or (refund_of_usage_id is not null and kind <> 'refund')
+      then 'only_a_refund_refunds_what_came_before'
+  end
+$$;
+
 create or replace function data.check_entry()
 returns trigger
 language plpgsql
@@ -42,24 +84,10 @@ as $$
 declare
   v_broken text;
 begin
-  v_broken := case
-    when new.seq < 1 or (new.seq = 1) <> (new.prev_hash = '') then 'only_the_first_entry_has_no_previous'
-    when new.amount <> new.balance_delta + new.free_credit_delta - new.outstanding_delta then 'amount_is_the_net_of_the_deltas'
-    when case
-        when new.kind in ('usage') then new.amount > 0
-        when new.kind in ('top_up', 'refund', 'credit_grant') then new.amount <= 0
-        when new.kind in ('top_up_reversal', 'credit_expiry') then new.amount >= 0
-        when new.kind = 'limit_change' then new.amount <> 0
-        when new.kind = 'adjustment' then new.amount = 0
-      end then 'amount_has_the_sign_of_its_kind'
-    when new.balance_after < -new.credit_limit_after
-      or (new.outstanding_after <> 0 and (new.free_credit_after <> 0 or new.balance_after <> -new.credit_limit_after))
-      then 'buckets_after_are_in_normal_form'
-    when (new.kind = 'usage') <> (new.usage_count > 0 and new.usage_digest is not null) then 'only_usage_counts_usage'
-    when (new.kind in ('refund', 'top_up_reversal')) <> (coalesce(new.refund_of_seq, new.seq) < new.seq)
-      or (new.refund_of_usage_id is not null and new.kind <> 'refund')
-      then 'only_a_refund_refunds_what_came_before'
-  end;
+  v_broken := data.broken_fact(
+    new.seq, new.kind, new.amount, new.balance_delta, new.free_credit_delta, new.outstanding_delta,
+    new.balance_after, new.free_credit_after, new.outstanding_after, new.credit_limit_after,
+    new.usage_count, octet_length(new.usage_list), new.refund_of_seq, new.refund_of_usage_id, new.prev_hash = '');
   if v_broken is not null then
     raise check_violation using
       message = 'new row for relation "billing_transaction" violates check "' || v_broken || '"',
@@ -75,7 +103,7 @@ create or replace trigger check_entry before insert on data.billing_transaction
 create or replace function data.usage_line(usage data.usage_log)
 returns text
 language sql
-stable
+stable parallel safe
 as $$
   select jsonb_build_array(
     usage.account_id, usage.id, usage.transaction_seq, usage.virtual_key_id, usage.user_id, usage.config_node_id,
@@ -83,17 +111,26 @@ as $$
     (extract(epoch from usage.recorded_at) * 1000000)::bigint)::text
 $$;
 
+-- a usage row in its entry's list: its id, and 128 bits that only this content gives
+create or replace function data.usage_seal(usage data.usage_log)
+returns bytea
+language sql
+stable parallel safe
+as $$
+  select uuid_send(usage.id) || substr(sha256(convert_to(data.usage_line(usage), 'UTF8')), 1, 16)
+$$;
+
 create or replace function data.entry_hash(entry data.billing_transaction)
 returns bytea
 language sql
-stable
+stable parallel safe
 as $$
   select sha256(entry.prev_hash || convert_to(jsonb_build_array(
     entry.account_id, entry.seq, entry.kind, entry.amount, entry.balance_delta, entry.free_credit_delta,
     entry.outstanding_delta, entry.balance_after, entry.free_credit_after, entry.outstanding_after,
     entry.credit_limit_after, entry.reference, entry.actor, entry.reason, entry.usage_count,
     entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata, (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
-    || coalesce(entry.usage_digest, ''))
+    || coalesce(sha256(entry.usage_list), ''))
 $$;
 
 -- The hot functions below and in the next files fix their plans: by index for any number of rows, made once. Else a plan made on an
@@ -236,12 +273,12 @@ begin
       returning *
     ), used as (
       select n.account_id, count(*) as events, sum(n.cost) as cost,
-        sha256(convert_to(string_agg(data.usage_line(n), E'\n' order by n.id), 'UTF8')) as digest
+        string_agg(data.usage_seal(n), '' order by n.id) as list
       from new_row n
       group by n.account_id
     )
     select
-      array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.digest,
+      array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.list,
         null, null, null, null, null, null)::data.billing_transaction),
       coalesce(sum(u.events), 0),
       (select array_agg(n) from new_row n where n.hold_id is not null)
@@ -286,7 +323,7 @@ begin
       row(e.account_id, a.balance_version + 1, e.kind,
         d.balance + d.free_credit - d.outstanding, d.balance, d.free_credit, d.outstanding,
         a.balance + d.balance, a.free_credit + d.free_credit, a.outstanding_amount + d.outstanding,
-        q.credit_limit, e.reference, v_actor, e.reason, e.usage_count, e.usage_digest,
+        q.credit_limit, e.reference, v_actor, e.reason, e.usage_count, e.usage_list,
         e.refund_of_seq, e.refund_of_usage_id, e.metadata, a.head_hash, null, greatest(v_now, a.head_at))::data.billing_transaction as entry,
       f.paid as free_credit_paid
     from unnest(entries) e
@@ -315,7 +352,7 @@ begin
     select (h.entry).account_id, (h.entry).seq, (h.entry).kind, (h.entry).amount, (h.entry).balance_delta,
       (h.entry).free_credit_delta, (h.entry).outstanding_delta, (h.entry).balance_after, (h.entry).free_credit_after,
       (h.entry).outstanding_after, (h.entry).credit_limit_after, (h.entry).reference, (h.entry).actor, (h.entry).reason,
-      (h.entry).usage_count, (h.entry).usage_digest, (h.entry).refund_of_seq, (h.entry).refund_of_usage_id, (h.entry).metadata,
+      (h.entry).usage_count, (h.entry).usage_list, (h.entry).refund_of_seq, (h.entry).refund_of_usage_id, (h.entry).metadata,
       (h.entry).prev_hash, h.hash, (h.entry).created_at
     from hashed h
   ), updated as (

@@ -61,7 +61,8 @@ select
   a.available + h.due - g.due as available,
   a.balance_version,
   a.last_charged_at,
-  a.created_at
+  a.created_at,
+  encode(a.head_hash, 'hex') as head
 from data.account_balance a
 cross join lateral (
   select coalesce(sum(h.amount - h.captured), 0) as due
@@ -112,7 +113,8 @@ union all
 select a.* from data.account_now a where a.account_id = any (array(select v.account_id from data.visible_account v));
 comment on view api.billing_accounts is
 'An account''s figures: one row per payer.
-available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount.';
+available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is the last entry''s hash, in hex: kept
+elsewhere, it lets verify_ledger prove that no entry up to it was changed since.';
 grant select on api.billing_accounts to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.virtual_keys with (security_barrier) as
@@ -142,7 +144,10 @@ grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as
 select
-  t.*,
+  t.account_id, t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta,
+  t.balance_after, t.free_credit_after, t.outstanding_after, t.credit_limit_after,
+  t.reference, t.actor, t.reason, t.usage_count, sha256(t.usage_list) as usage_digest,
+  t.refund_of_seq, t.refund_of_usage_id, t.metadata, t.prev_hash, t.hash, t.created_at,
   case
     when t.kind in ('top_up', 'top_up_reversal') then 'cash'
     when t.kind in ('usage', 'refund') then 'revenue'

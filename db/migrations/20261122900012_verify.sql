@@ -1,7 +1,312 @@
 -- migrate:up
 -- Proof: what the figures say equals what the ledger, the holds, the grants and the usage log say, in one consistent read.
+-- Each data.verify_… proves one topic, set-based, of one account or of all (null); api.verify_balances is all of them together.
 
 set local role keyledger_owner;
+
+-- accounts: figures against the sums of their deltas, open holds, live grants and the last entry
+create or replace function data.verify_figures(for_account_id uuid)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+as $$
+begin
+  return query
+  with total as (
+    select t.account_id, count(*) as entries, max(t.seq) as last_seq, sum(t.balance_delta) as balance,
+      sum(t.free_credit_delta) as free_credit, sum(t.outstanding_delta) as outstanding,
+      max(t.created_at) filter (where t.kind = 'usage') as charged_at
+    from data.billing_transaction t
+    where for_account_id is null or t.account_id = for_account_id
+    group by t.account_id
+  ), frozen as (
+    select h.account_id, sum(h.amount - h.captured) as amount
+    from data.hold h
+    where h.status = 'open' and (for_account_id is null or h.account_id = for_account_id)
+    group by h.account_id
+  ), granted as (
+    select g.account_id, sum(g.remaining) as amount
+    from data.credit_grant g
+    where for_account_id is null or g.account_id = for_account_id
+    group by g.account_id
+  )
+  select coalesce(a.account_id, t.account_id, f.account_id, g.account_id), c.problem, null::bigint, c.expected, c.actual
+  from (
+    select b.* from data.account_balance b where for_account_id is null or b.account_id = for_account_id
+  ) a
+  full join total t on t.account_id = a.account_id
+  full join frozen f on f.account_id = coalesce(a.account_id, t.account_id)
+  full join granted g on g.account_id = coalesce(a.account_id, t.account_id, f.account_id)
+  left join data.billing_transaction l on l.account_id = a.account_id and l.seq = a.balance_version
+  cross join lateral (
+    values
+      ('account is missing', null, null, a.account_id is null),
+      ('balance is not the sum of its deltas', coalesce(t.balance, 0), a.balance, null),
+      ('free_credit is not the sum of its deltas', coalesce(t.free_credit, 0), a.free_credit, null),
+      ('outstanding_amount is not the sum of its deltas', coalesce(t.outstanding, 0), a.outstanding_amount, null),
+      ('frozen_balance is not the sum of open holds', coalesce(f.amount, 0), a.frozen_balance, null),
+      ('free_credit is not the sum of live grants', coalesce(g.amount, 0), a.free_credit, null),
+      ('balance_version is not the last seq', coalesce(t.last_seq, 0), a.balance_version, null),
+      ('seq has gaps', coalesce(t.last_seq, 0), coalesce(t.entries, 0), null),
+      ('credit_limit is not the last entry''s', coalesce(l.credit_limit_after, 0), a.credit_limit, null)
+  ) as v (problem, should_be, held, is_bad)
+  cross join lateral (select v.problem, v.should_be::text as expected, v.held::text as actual where coalesce(v.is_bad, v.should_be <> v.held)) c
+
+  union all
+  select a.account_id, c.problem, null, c.expected, c.actual
+  from data.account_balance a
+  left join data.billing_transaction l on l.account_id = a.account_id and l.seq = a.balance_version
+  left join total t on t.account_id = a.account_id
+  cross join lateral (
+    select 'head is not the last entry''s hash' as problem, encode(coalesce(l.hash, ''), 'hex') as expected, encode(a.head_hash, 'hex') as actual
+    where a.head_hash <> coalesce(l.hash, '')
+    union all
+    select 'head_at is not the last entry''s time', coalesce(l.created_at, '-infinity')::text, a.head_at::text
+    where a.head_at <> coalesce(l.created_at, '-infinity')
+    union all
+    select 'last_charged_at is not the last charge''s time', t.charged_at::text, a.last_charged_at::text
+    where a.last_charged_at is distinct from t.charged_at
+    union all
+    select 'figures are not in normal form', 'debt only when free credit and balance are spent', null
+    where a.balance < -a.credit_limit or (a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit))
+  ) c
+  where for_account_id is null or a.account_id = for_account_id;
+end
+$$;
+
+-- the ledger: each entry by itself, against the one before, and against what it gives back
+create or replace function data.verify_entries(for_account_id uuid)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+as $$
+begin
+  return query
+  select e.account_id, c.problem, e.seq, c.expected, c.actual
+  from (
+    select t.*,
+      lag(t.hash) over w as previous_hash, lag(t.created_at) over w as previous_at, lag(t.balance_after) over w as previous_balance,
+      lag(t.free_credit_after) over w as previous_free_credit, lag(t.outstanding_after) over w as previous_outstanding
+    from (
+      select t.account_id, t.seq, t.prev_hash, t.hash, t.created_at, t.balance_after, t.balance_delta, t.free_credit_after,
+        t.free_credit_delta, t.outstanding_after, t.outstanding_delta, data.entry_hash(t) as content_hash,
+        data.broken_fact(t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.balance_after,
+          t.free_credit_after, t.outstanding_after, t.credit_limit_after, t.usage_count, octet_length(t.usage_list),
+          t.refund_of_seq, t.refund_of_usage_id, t.prev_hash = '') as broken_fact
+      from data.billing_transaction t
+      where for_account_id is null or t.account_id = for_account_id
+    ) t
+    window w as (partition by t.account_id order by t.seq)
+  ) e
+  cross join lateral (
+    select 'entry was altered' as problem, encode(e.hash, 'hex') as expected, encode(e.content_hash, 'hex') as actual
+    where e.content_hash <> e.hash
+    union all
+    select 'chain is broken', encode(coalesce(e.previous_hash, ''), 'hex'), encode(e.prev_hash, 'hex')
+    where e.prev_hash <> coalesce(e.previous_hash, '')
+    union all
+    select 'entry is not as entries are', e.broken_fact, null
+    where e.broken_fact is not null
+    union all
+    select 'entry is older than the one before', 'at least ' || e.previous_at::text, e.created_at::text
+    where e.created_at < e.previous_at
+    union all
+    select 'entry does not follow from the one before: ' || f.figure, f.should_be::text, f.held::text
+    from (
+      values
+        ('balance', coalesce(e.previous_balance, 0) + e.balance_delta, e.balance_after),
+        ('free_credit', coalesce(e.previous_free_credit, 0) + e.free_credit_delta, e.free_credit_after::numeric),
+        ('outstanding', coalesce(e.previous_outstanding, 0) + e.outstanding_delta, e.outstanding_after::numeric)
+    ) as f (figure, should_be, held)
+    where f.should_be <> f.held
+  ) c;
+
+  return query
+  select r.account_id, 'more came back than was charged or topped up', r.refund_of_seq, 'at most ' || abs(o.amount)::text, r.amount::text
+  from (
+    select t.account_id, t.refund_of_seq, sum(abs(t.amount)) as amount
+    from data.billing_transaction t
+    where t.refund_of_seq is not null and (for_account_id is null or t.account_id = for_account_id)
+    group by t.account_id, t.refund_of_seq
+  ) r
+  left join data.billing_transaction o on o.account_id = r.account_id and o.seq = r.refund_of_seq
+  where coalesce(r.amount > abs(o.amount), true)
+
+  union all
+  select l.account_id, 'more came back than the event cost', l.transaction_seq, 'at most ' || l.cost::text, r.amount::text
+  from (
+    select t.account_id, t.refund_of_usage_id as usage_id, sum(t.amount) as amount
+    from data.billing_transaction t
+    where t.refund_of_usage_id is not null and (for_account_id is null or t.account_id = for_account_id)
+    group by t.account_id, t.refund_of_usage_id
+  ) r
+  join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
+  where r.amount > l.cost;
+end
+$$;
+
+-- free credit: each grant against its entry, its draws and its expiry; each entry's draws against the free credit it spent
+create or replace function data.verify_grants(for_account_id uuid)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+as $$
+begin
+  return query
+  select coalesce(g.account_id, e.account_id), 'grant is not as its entry says', coalesce(g.seq, e.seq),
+    concat_ws(', ', e.amount, e.metadata ->> 'priority', e.metadata ->> 'expires_at'),
+    concat_ws(', ', g.amount, g.priority, extract(epoch from g.expires_at))
+  from (
+    select * from data.billing_transaction t
+    where t.kind = 'credit_grant' and (for_account_id is null or t.account_id = for_account_id)
+  ) e
+  full join (
+    select * from data.credit_grant c where for_account_id is null or c.account_id = for_account_id
+  ) g on g.account_id = e.account_id and g.seq = e.seq
+  where (g.amount, g.priority, extract(epoch from g.expires_at)) is distinct from
+    (e.amount, (e.metadata ->> 'priority')::integer, (e.metadata ->> 'expires_at')::numeric)
+
+  union all
+  select g.account_id, 'grant is not what is left of its draws', g.seq,
+    (g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0))::text, g.remaining::text
+  from data.credit_grant g
+  left join (
+    select w.account_id, w.grant_seq, sum(w.amount - w.returned) as amount
+    from data.grant_draw w
+    where for_account_id is null or w.account_id = for_account_id
+    group by w.account_id, w.grant_seq
+  ) d on d.account_id = g.account_id and d.grant_seq = g.seq
+  left join (
+    select t.account_id, t.metadata ->> 'grant_seq' as grant_seq, sum(t.amount) as amount
+    from data.billing_transaction t
+    where t.kind = 'credit_expiry' and (for_account_id is null or t.account_id = for_account_id)
+    group by t.account_id, t.metadata ->> 'grant_seq'
+  ) x on x.account_id = g.account_id and x.grant_seq = g.seq::text
+  where (for_account_id is null or g.account_id = for_account_id)
+    and g.remaining <> g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0)
+
+  union all
+  -- an expiry takes from one grant and a refund gives back; all else that spends free credit draws it
+  select coalesce(e.account_id, d.account_id), 'free credit spent is not what was drawn from grants', coalesce(e.seq, d.seq),
+    e.amount::text, d.amount::text
+  from (
+    select t.account_id, t.seq, case when t.kind = 'credit_grant' then t.amount else 0 end - t.free_credit_delta as amount
+    from data.billing_transaction t
+    where t.kind not in ('refund', 'credit_expiry') and (for_account_id is null or t.account_id = for_account_id)
+  ) e
+  full join (
+    select w.account_id, w.seq, sum(w.amount) as amount
+    from data.grant_draw w
+    where for_account_id is null or w.account_id = for_account_id
+    group by w.account_id, w.seq
+  ) d on d.account_id = e.account_id and d.seq = e.seq
+  where coalesce(e.amount, 0) <> coalesce(d.amount, 0);
+end
+$$;
+
+-- What differs between an entry's list of usage rows and the list of the rows found, in id order. A row that retention dropped
+-- (its id is below `first_kept`) is not missing.
+create or replace function data.usage_faults(
+  listed bytea,
+  present bytea,
+  first_kept uuid
+)
+returns table (
+  problem text,
+  usage_id uuid,
+  expected text,
+  actual text
+)
+language plpgsql
+immutable parallel safe
+as $$
+begin
+  return query
+  select
+    case when l.id is null then 'usage row was inserted' when f.id is null then 'usage row is missing' else 'usage row was altered' end,
+    coalesce(l.id, f.id), l.seal, f.seal
+  from (
+    select encode(substr(listed, n, 16), 'hex')::uuid as id, encode(substr(listed, n + 16, 16), 'hex') as seal
+    from generate_series(1, octet_length(listed), 32) n
+  ) l
+  full join (
+    select encode(substr(present, n, 16), 'hex')::uuid as id, encode(substr(present, n + 16, 16), 'hex') as seal
+    from generate_series(1, octet_length(present), 32) n
+  ) f on f.id = l.id
+  where f.seal is distinct from l.seal and (f.id is not null or l.id >= first_kept)
+  order by 2;
+end
+$$;
+
+-- usage: each charge against the rows it lists, and no event called charged that isn't
+create or replace function data.verify_usage(for_account_id uuid)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+as $$
+declare
+  v_first_kept uuid := (select data.uuid_floor(w.floor) from data.usage_window w);
+begin
+  return query
+  with used as (
+    select s.account_id, s.seq, count(*) as events, sum(s.cost) as cost, string_agg(s.seal, '' order by s.id) as list
+    from (
+      select l.account_id, l.transaction_seq as seq, l.id, l.cost, data.usage_seal(l) as seal
+      from data.usage_log l
+      where for_account_id is null or l.account_id = for_account_id
+    ) s
+    group by s.account_id, s.seq
+  )
+  select coalesce(e.account_id, u.account_id), c.problem, coalesce(e.seq, u.seq), c.expected, c.actual
+  from (
+    select t.account_id, t.seq, t.amount, t.usage_count, t.usage_list
+    from data.billing_transaction t
+    where t.usage_list is not null and (for_account_id is null or t.account_id = for_account_id)
+  ) e
+  full join used u on u.account_id = e.account_id and u.seq = e.seq
+  cross join lateral (
+    select f.problem, concat_ws(' ', f.usage_id, coalesce(f.expected, 'no row')) as expected,
+      concat_ws(' ', f.usage_id, coalesce(f.actual, 'no row')) as actual
+    from data.usage_faults(e.usage_list, u.list, v_first_kept) f
+    where u.list is distinct from e.usage_list
+      -- all dropped by retention: its last row was
+      and (u.list is not null or substr(e.usage_list, octet_length(e.usage_list) - 31, 16) >= uuid_send(v_first_kept))
+    union all
+    select 'charge is not the cost of its usage', u.cost::text, (-e.amount)::text
+    where u.events = e.usage_count and u.cost <> -e.amount
+  ) c
+
+  union all
+  select r.account_id, 'resolved event is not charged', null, r.usage_id::text, null
+  from data.rejected_usage r
+  where r.resolution is not null and r.usage_id >= v_first_kept and (for_account_id is null or r.account_id = for_account_id)
+    and not exists (select from data.usage_log l where l.account_id = r.account_id and l.id = r.usage_id);
+end
+$$;
 
 create or replace function api.verify_balances(
   for_account_id uuid default null
@@ -17,151 +322,27 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+-- planned for the account given, or for all
+set plan_cache_mode = force_custom_plan
 as $$
 begin
-  -- one statement, one snapshot: true under traffic too
+  -- stable: all of it reads the snapshot of the one statement that calls it, so that it is true under traffic too
   return query
-  with account as (
-    select * from data.account_balance a where for_account_id is null or a.account_id = for_account_id
-  ), entry as (
-    select t as entry, lag(t) over (partition by t.account_id order by t.seq) as previous
-    from data.billing_transaction t
-    where for_account_id is null or t.account_id = for_account_id
-  ), total as (
-    select (e.entry).account_id, count(*) as entries, max((e.entry).seq) as last_seq,
-      sum((e.entry).balance_delta) as balance, sum((e.entry).free_credit_delta) as free_credit,
-      sum((e.entry).outstanding_delta) as outstanding
-    from entry e
-    group by 1
-  ), frozen as (
-    select h.account_id, sum(h.amount - h.captured) as amount
-    from data.hold h
-    where h.status = 'open' and (for_account_id is null or h.account_id = for_account_id)
-    group by 1
-  ), granted as (
-    select g.account_id, sum(g.remaining) as amount
-    from data.credit_grant g
-    where for_account_id is null or g.account_id = for_account_id
-    group by 1
-  ), used as (
-    select l.account_id, l.transaction_seq as seq, count(*) as events, sum(l.cost) as cost,
-      sha256(convert_to(string_agg(data.usage_line(l), E'\n' order by l.id), 'UTF8')) as digest
-    from data.usage_log l
-    where for_account_id is null or l.account_id = for_account_id
-    group by 1, 2
-  ), charge as (
-    select e.entry from entry e where (e.entry).kind = 'usage'
-  )
-  select a.account_id, c.problem, null::bigint, c.expected, c.actual
-  from account a
-  left join total t on t.account_id = a.account_id
-  left join frozen f on f.account_id = a.account_id
-  left join granted g on g.account_id = a.account_id
-  left join entry l on (l.entry).account_id = a.account_id and (l.entry).seq = a.balance_version
-  cross join lateral (
-    values
-      ('balance is not the sum of its deltas', coalesce(t.balance, 0)::data.money::text, a.balance::text),
-      ('free_credit is not the sum of its deltas', coalesce(t.free_credit, 0)::data.money::text, a.free_credit::text),
-      ('outstanding_amount is not the sum of its deltas', coalesce(t.outstanding, 0)::data.money::text, a.outstanding_amount::text),
-      ('frozen_balance is not the sum of open holds', coalesce(f.amount, 0)::data.money::text, a.frozen_balance::text),
-      ('free_credit is not the sum of live grants', coalesce(g.amount, 0)::data.money::text, a.free_credit::text),
-      ('balance_version is not the last seq', coalesce(t.last_seq, 0)::text, a.balance_version::text),
-      ('seq has gaps', coalesce(t.last_seq, 0)::text, coalesce(t.entries, 0)::text),
-      ('credit_limit is not the last entry''s', coalesce((l.entry).credit_limit_after, 0)::data.money::text, a.credit_limit::text),
-      ('head is not the last entry''s hash', encode(coalesce((l.entry).hash, ''), 'hex'), encode(a.head_hash, 'hex'))
-  ) as c (problem, expected, actual)
-  where c.expected <> c.actual
-
-  union all
-  select a.account_id, 'figures are not in normal form', null, 'debt only when free credit and balance are spent', null
-  from account a
-  where a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit)
-
-  union all
-  select (e.entry).account_id, c.problem, (e.entry).seq, c.expected, c.actual
-  from entry e
-  cross join lateral (
-    values
-      ('entry does not follow from the one before: balance',
-        (coalesce((e.previous).balance_after, 0) + (e.entry).balance_delta)::text, (e.entry).balance_after::text),
-      ('entry does not follow from the one before: free_credit',
-        (coalesce((e.previous).free_credit_after, 0) + (e.entry).free_credit_delta)::text, (e.entry).free_credit_after::text),
-      ('entry does not follow from the one before: outstanding',
-        (coalesce((e.previous).outstanding_after, 0) + (e.entry).outstanding_delta)::text, (e.entry).outstanding_after::text),
-      ('chain is broken', encode(coalesce((e.previous).hash, ''), 'hex'), encode((e.entry).prev_hash, 'hex')),
-      ('entry was altered', encode(data.entry_hash(e.entry), 'hex'), encode((e.entry).hash, 'hex')),
-      ('entry is older than the one before', 'false', ((e.entry).created_at < (e.previous).created_at)::text)
-  ) as c (problem, expected, actual)
-  where c.expected <> c.actual
-
-  union all
-  select coalesce(g.account_id, (e.entry).account_id), 'grant is not as its entry says', coalesce(g.seq, (e.entry).seq),
-    concat_ws(', ', (e.entry).amount, (e.entry).metadata ->> 'priority', (e.entry).metadata ->> 'expires_at'),
-    concat_ws(', ', g.amount, g.priority, extract(epoch from g.expires_at))
-  from (select * from entry x where (x.entry).kind = 'credit_grant') e
-  full join (
-    select * from data.credit_grant g where for_account_id is null or g.account_id = for_account_id
-  ) g on g.account_id = (e.entry).account_id and g.seq = (e.entry).seq
-  where (g.amount, g.priority, extract(epoch from g.expires_at)) is distinct from
-    ((e.entry).amount, ((e.entry).metadata ->> 'priority')::integer, ((e.entry).metadata ->> 'expires_at')::numeric)
-
-  union all
-  select (r.entry).account_id, 'more came back than was charged or topped up', (r.entry).refund_of_seq,
-    'at most ' || abs((o.entry).amount)::text, sum(abs((r.entry).amount))::text
-  from entry r
-  left join entry o on (o.entry).account_id = (r.entry).account_id and (o.entry).seq = (r.entry).refund_of_seq
-  where (r.entry).refund_of_seq is not null
-  group by (r.entry).account_id, (r.entry).refund_of_seq, o.entry
-  having coalesce(sum(abs((r.entry).amount)) > abs((o.entry).amount), true)
-
-  union all
-  select l.account_id, 'more came back than the event cost', l.transaction_seq, 'at most ' || l.cost::text, r.amount::text
+  select p.account_id, p.problem, p.seq, p.expected, p.actual
   from (
-    select (e.entry).account_id, (e.entry).refund_of_usage_id as usage_id, sum((e.entry).amount) as amount
-    from entry e
-    where (e.entry).refund_of_usage_id is not null
-    group by 1, 2
-  ) r
-  join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
-  where r.amount > l.cost
-
-  union all
-  select g.account_id, 'grant is not what is left of its draws', g.seq,
-    (g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0))::text, g.remaining::text
-  from data.credit_grant g
-  left join (
-    select w.account_id, w.grant_seq, sum(w.amount - w.returned) as amount
-    from data.grant_draw w
-    where for_account_id is null or w.account_id = for_account_id
-    group by 1, 2
-  ) d on d.account_id = g.account_id and d.grant_seq = g.seq
-  left join (
-    select (e.entry).account_id, (e.entry).metadata ->> 'grant_seq' as grant_seq, sum((e.entry).amount) as amount
-    from entry e
-    where (e.entry).kind = 'credit_expiry'
-    group by 1, 2
-  ) x on x.account_id = g.account_id and x.grant_seq = g.seq::text
-  where (for_account_id is null or g.account_id = for_account_id)
-    and g.remaining <> g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0)
-
-  union all
-  select coalesce(u.account_id, (h.entry).account_id), c.problem, coalesce(u.seq, (h.entry).seq), c.expected, c.actual
-  from charge h
-  full join used u on u.account_id = (h.entry).account_id and u.seq = (h.entry).seq
-  cross join lateral (
-    values
-      ('charge is not the cost of its usage', coalesce(u.cost, 0)::numeric(28, 10)::text, (-coalesce((h.entry).amount, 0))::numeric(28, 10)::text),
-      ('usage rows are missing or added', coalesce(u.events, 0)::text, coalesce((h.entry).usage_count, 0)::text),
-      ('usage row was altered', encode(u.digest, 'hex'), encode((h.entry).usage_digest, 'hex'))
-  ) as c (problem, expected, actual)
-  where c.expected is distinct from c.actual;
+    select * from data.verify_figures(for_account_id)
+    union all select * from data.verify_entries(for_account_id)
+    union all select * from data.verify_grants(for_account_id)
+    union all select * from data.verify_usage(for_account_id)
+  ) p
+  order by p.account_id, p.seq nulls first, p.problem;
 end
 $$;
 comment on function api.verify_balances(uuid) is
 'Proves the ledger: answers one row per problem, none when every figure is proved.
 Of one account (`for_account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free credit against
-grants, grants against draws and expiries, seq gapless, normal form, refunds against what they refund, each entry against the one before,
-its hash, and charges against their usage rows.';
+grants, grants against draws and expiries, seq gapless, normal form, the sign of each amount, refunds against what they refund, each entry
+against the one before, its hash, and charges against their usage rows. Usage that retention dropped is no problem.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;
 
 reset role;
