@@ -44,6 +44,23 @@ exception when invalid_text_representation or check_violation then
 end
 $$;
 
+-- the text as a moment, null when it isn't one
+create or replace function data.to_moment(value text)
+returns timestamptz
+language plpgsql
+stable
+as $$
+begin
+  -- words (now, tomorrow, infinity) are no way to write one
+  if value ~ '^[0-9]{4}-' then
+    return value::timestamptz;
+  end if;
+  return null;
+exception when data_exception then
+  return null;
+end
+$$;
+
 -- the moment a UUIDv7 carries, to the millisecond
 create or replace function data.uuid_time(id uuid)
 returns timestamptz

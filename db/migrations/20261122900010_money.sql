@@ -185,6 +185,132 @@ Spent lowest `priority` first, then soonest `expires_at`, then oldest; what is l
 entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount, invalid_expires_at.';
 grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) to keyledger_operator;
 
+-- Reads openings: the account of each, its amounts in full, and the code of what can't be read.
+create or replace function data.read_openings(openings jsonb)
+returns jsonb
+language sql
+stable
+as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'ord', r.ord,
+    'account_id', a.account_id,
+    'balance', r.balance,
+    'free_credit', r.free_credit,
+    'credit_limit', r.credit_limit,
+    'reference', r.opening ->> 'reference',
+    'code', case
+      when jsonb_typeof(r.opening) <> 'object' then 'invalid_opening'
+      when num_nonnulls(r.opening ->> 'account_id', r.opening ->> 'tenant_external_id', r.opening ->> 'user_external_id') <> 1
+        or (r.account_id is null and r.opening ->> 'account_id' is not null) then 'invalid_account_id'
+      when a.account_id is null then 'account_not_found'
+      when r.balance is null then 'invalid_balance'
+      when r.free_credit is null or r.free_credit < 0 then 'invalid_free_credit'
+      when r.credit_limit is null or r.credit_limit < 0 then 'invalid_credit_limit'
+      when jsonb_typeof(r.opening -> 'reference') not in ('string', 'null')
+        or length(r.opening ->> 'reference') not between 1 and 512 then 'invalid_reference'
+    end
+  ) order by r.ord), '[]')
+  from (
+    select
+      e.ord,
+      e.opening,
+      data.to_uuid(e.opening ->> 'account_id') as account_id,
+      data.to_amount(e.opening ->> 'balance')::data.money as balance,
+      data.to_amount(coalesce(e.opening ->> 'free_credit', '0'))::data.money as free_credit,
+      data.to_amount(coalesce(e.opening ->> 'credit_limit', '0'))::data.money as credit_limit
+    from jsonb_array_elements(openings) with ordinality as e (opening, ord)
+    offset 0 -- or each use would parse again
+  ) r
+  left join lateral (
+    select b.account_id from data.account_balance b where b.account_id = r.account_id
+    union all
+    select t.id from data.tenant t where t.external_id = r.opening ->> 'tenant_external_id'
+    union all
+    select u.id from data.user_profile u where u.external_id = r.opening ->> 'user_external_id'
+    limit 1
+  ) a on true
+$$;
+
+create or replace function api.record_openings(openings jsonb)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_read jsonb;
+  v_new uuid[];
+begin
+  perform data.require_array('openings', openings);
+  v_read := data.read_openings(openings);
+  perform data.lock_accounts(array(
+    select distinct r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null));
+  v_new := array(
+    select a.account_id
+    from data.account_balance a
+    where a.balance_version = 0 and a.account_id = any (array(
+      select r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)));
+
+  -- what was asked for is kept with the entry, so that a retry can be told from another opening
+  perform data.post(entries => array(
+    select distinct on (r.account_id) data.new_entry(
+      r.account_id, 'opening', balance_delta => r.balance, credit_limit => r.credit_limit, reference => r.reference,
+      metadata => jsonb_build_object(
+        'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text))
+    from jsonb_to_recordset(v_read) as r (
+      ord bigint, account_id uuid, balance data.money, free_credit data.money, credit_limit data.money, reference text, code text)
+    where r.code is null and r.account_id = any (v_new)
+    order by r.account_id, r.ord));
+  -- free credit is a grant, as any other; where there is debt, it pays that first
+  perform data.post(entries => array(
+    select data.new_entry(f.account_id, 'credit_grant', free_credit_delta => f.free_credit, reason => 'opening',
+      metadata => '{"priority": 100, "expires_at": null}')
+    from (
+      select distinct on (r.account_id) r.account_id, r.free_credit
+      from jsonb_to_recordset(v_read) as r (ord bigint, account_id uuid, free_credit data.money, code text)
+      where r.code is null and r.account_id = any (v_new)
+      order by r.account_id, r.ord
+    ) f
+    where f.free_credit > 0));
+
+  return (
+    select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+      'account_id', o.account_id,
+      'status', case when o.code is not null then 'refused' when o.is_new then 'opened' else 'duplicate' end,
+      'code', o.code,
+      'seq', case when o.code is null then 1 end,
+      'available', o.available::text)) order by o.ord), '[]')
+    from (
+      select
+        r.ord,
+        r.account_id,
+        r.account_id = any (v_new) and row_number() over (partition by r.account_id, r.code order by r.ord) = 1 as is_new,
+        a.available,
+        case
+          when r.code is not null then r.code
+          when t.kind <> 'opening' then 'account_in_use'
+          when (t.reference, t.metadata) is distinct from (r.reference, jsonb_build_object(
+            'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text)) then 'opening_mismatch'
+        end as code
+      from jsonb_to_recordset(v_read) as r (
+        ord bigint, account_id uuid, balance data.money, free_credit data.money, credit_limit data.money, reference text, code text)
+      left join lateral (select * from data.account_balance b where b.account_id = r.account_id offset 0) a on true
+      left join lateral (
+        select * from data.billing_transaction b where b.account_id = r.account_id and b.seq = 1 and r.code is null offset 0
+      ) t on true
+    ) o
+  );
+end
+$$;
+comment on function api.record_openings(jsonb) is
+'Opens accounts with what they had elsewhere: each account''s first entry.
+Takes [{account_id | tenant_external_id | user_external_id, balance, free_credit?, credit_limit?, reference?}] and answers in the same order
+[{account_id, status: opened | duplicate | refused, code?, seq, available}]. A negative balance is owed: what exceeds the credit limit becomes
+debt. Free credit is granted without an end, and pays debt first. An account opens once: repeated with the same content it is a duplicate,
+with other content opening_mismatch; account_in_use: it has other entries already. Others: account_not_found, invalid_….';
+grant execute on function api.record_openings(jsonb) to keyledger_operator;
+
 create or replace function api.set_credit_limit(
   account_id uuid,
   credit_limit numeric,
