@@ -9,6 +9,7 @@ export type {
   WithUserContext,
 } from './middleware.ts'
 export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
+export type { NewsKind, NewsListener } from './news.ts'
 export type { CallOptions, RowsQuery, Rpc } from './rpc.ts'
 export { type PgRpcOptions, pgRpc } from './rpc-pg.ts'
 export { type PostgrestRpcOptions, postgrestRpc } from './rpc-postgrest.ts'

@@ -1,9 +1,9 @@
 // The listener: reads what has changed, evicts it from both tiers, and keeps or ends their trust.
 import { randomUUID } from 'node:crypto'
-import pgListen from 'pg-listen'
 import { type KeyCache, withinTime } from './cache.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
+import { createLoop, createSubscription, READ_MS } from './wake.ts'
 
 type Reader = Pick<Rpc, 'call'>
 
@@ -16,6 +16,8 @@ export interface ListenerOptions {
   rpc?: Reader
   /** Where to LISTEN, any login of the database, not through a transaction pooler. Absent: changes are seen by polling alone. */
   connectionString?: string
+  /** Other channels to LISTEN on, over the same connection, and what to call then. */
+  channels?: Record<string, () => unknown>
 }
 
 export interface ListenerState {
@@ -40,29 +42,13 @@ interface Changes {
   reset: boolean
 }
 
-// half of the second within which a change is promised to be seen, wake-up or not
-const POLL_MS = 500
-const READ_MS = 5000
-const RECONNECT_MS = 500
-
-export function createListener({ cache, rpc, connectionString }: ListenerOptions): Listener {
+export function createListener({ cache, rpc, connectionString, channels }: ListenerOptions): Listener {
   const { redis } = cache
   if (!rpc && !redis) throw new TypeError('createListener: without `rpc` the cache needs `redis` to follow')
   let cursor: Cursor | undefined
   let provenAt: number | undefined
   let readError: Error | undefined
-  let listenError: Error | undefined
   let looks: { beat: number; generation: string; sentAt: number }[] = []
-  let listening = false
-  let stopped = false
-  let wakened = false
-  let reading: Promise<void> | undefined
-  let timer: NodeJS.Timeout | undefined
-  let connecting: Promise<void> | undefined
-  let release = () => {}
-  const released = new Promise<void>((resolve) => {
-    release = resolve
-  })
 
   const changesSince = (since: Cursor | undefined, { call }: Reader) =>
     withinTime(call<Changes>('cache_changes', { cursor: since ?? null }), READ_MS)
@@ -107,7 +93,7 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
       .catch(() => null)
     // written by us, or by another listener onto the same generation; a third one's generation has to be read first
     if (now?.generation === generation) redis!.prove(sentAt, generation)
-    else if (now !== null) wakened = true
+    else if (now !== null) loop.wake()
   }
 
   // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
@@ -135,87 +121,42 @@ export function createListener({ cache, rpc, connectionString }: ListenerOptions
     redis?.trust.end()
   }
 
-  // one read at a time; a wake-up during it means another one, since the change may be newer than its snapshot
-  function wake() {
-    clearTimeout(timer)
-    wakened = true
-    reading ??= (async () => {
-      const startedAt = performance.now()
-      while (wakened && !stopped) {
-        wakened = false
-        await (rpc ? read(rpc) : follow()).catch((reason) => {
-          readError = reason
-          endTrust()
-        })
-      }
-      reading = undefined
-      if (!stopped) timer = setTimeout(wake, Math.max(0, startedAt + POLL_MS - performance.now()))
-    })()
-    return reading
-  }
-
-  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which ends by itself after
-  // retryTimeout (3 s) or if LISTEN fails, and doesn't end on close. The payload is never looked at: anyone can notify.
-  async function listen() {
-    while (!stopped) {
-      const subscriber = pgListen.default(
-        {
+  const loop = createLoop(() =>
+    (rpc ? read(rpc) : follow()).catch((reason) => {
+      readError = reason
+      endTrust()
+    }),
+  )
+  const subscription =
+    connectionString === undefined
+      ? undefined
+      : createSubscription({
           connectionString,
-          application_name: 'keyledger listener',
-          connectionTimeoutMillis: READ_MS,
-          query_timeout: READ_MS,
-        },
-        { retryLimit: 1, parse: String },
-      )
-      const lost = new Promise<void>((resolve) => {
-        subscriber.events.on('error', (reason) => {
-          listenError ??= reason
-          resolve()
+          channels: { ...channels, keyledger_cache: loop.wake },
+          lost() {
+            endTrust()
+            loop.wake()
+          },
         })
-      })
-      subscriber.notifications.on('keyledger_cache', wake)
-      try {
-        await subscriber.connect()
-        await subscriber.listenTo('keyledger_cache')
-        listening = true
-        listenError = undefined
-        // what was committed before LISTEN took effect woke nobody
-        wake()
-        await Promise.race([lost, released])
-      } catch (reason) {
-        listenError = reason as Error
-      }
-      if (listening && !stopped) {
-        listening = false
-        endTrust()
-        wake()
-      }
-      await Promise.race([subscriber.close().catch(() => {}), pause(RECONNECT_MS)])
-      if (!stopped) await Promise.race([pause(RECONNECT_MS), released])
-    }
-    listening = false
-  }
 
   return {
     async start() {
-      if (connectionString) connecting ??= listen()
-      await wake()
+      subscription?.start()
+      await loop.wake()
     },
     async stop() {
-      stopped = true
-      clearTimeout(timer)
-      release()
-      await Promise.all([reading, connecting])
+      await Promise.all([loop.stop(), subscription?.stop()])
       endTrust()
     },
-    state: () => ({
-      listening,
-      age: provenAt === undefined ? null : performance.now() - provenAt,
-      error: readError ?? listenError,
-    }),
+    state() {
+      const { listening = false, error } = subscription?.state() ?? {}
+      return {
+        listening,
+        age: provenAt === undefined ? null : performance.now() - provenAt,
+        error: readError ?? error,
+      }
+    },
   }
 }
 
 const same = (a: Cursor, b: Cursor | undefined) => a.cluster === b?.cluster && a.snapshot === b.snapshot
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms))

@@ -12,6 +12,7 @@ import {
   type Middleware,
   type RequestHeaders,
 } from './middleware.ts'
+import { createNews, type NewsKind, type NewsListener } from './news.ts'
 import { createNodes } from './nodes.ts'
 import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UserContext } from './types.ts'
 
@@ -35,6 +36,8 @@ export interface Health {
   stale: boolean
   cache: { memory: boolean; redis: boolean | null; entries: number; answers: Record<Tier, number> }
   listener: { listening: boolean; age: number | null; error: string | null }
+  /** Of the news of accounts; nulls while nobody listens to it. */
+  news: { age: number | null; error: string | null }
   queues: Queues
   /** The hourly upkeep of the database. */
   maintenance: { at: string | null; error: string | null }
@@ -63,6 +66,14 @@ export interface BillingModule extends Charging {
   getBalance(userId: string): Promise<Balance>
   /** Advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
   checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
+  /**
+   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`, `back_in_funds`, and `reset` when
+   * some may have been missed. Gives the function that ends it. Listeners are called in order, an account's events in
+   * the order of its entries, and not waited for; one that throws is a process warning. A lost connection is caught up
+   * with. Each process that listens is told: keep the `id` of what you have done, and drop it when it comes again.
+   * Begins with `start`; while nobody listens, nothing is read. 400 `invalid_input` for an unknown kind.
+   */
+  on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** JSON-ready, without secrets. */
   health(): Health
   /** Begins to follow changes, and to maintain the database hourly. Until then each key is read from Postgres. */
@@ -87,7 +98,8 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
   const cache = createKeyCache<KeyContext>({ load: resolve, redis, maxEntries, maxStaleness, staleIfError })
   const followed = listen === false ? {} : { rpc, connectionString: listen }
-  const listener = createListener({ cache, ...followed })
+  const news = createNews(rpc)
+  const listener = createListener({ cache, ...followed, channels: { keyledger_account: news.wake } })
   const { stats, stop: drain, ...charging } = createCharging(options)
   const maintenance: Health['maintenance'] = { at: null, error: null }
   let timer: NodeJS.Timeout | undefined
@@ -153,11 +165,14 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     checkBudget: ({ user_id, virtual_key_id }, amount) =>
       rpc.call('check_budget', { user_id, virtual_key_id, amount }, { select: BUDGET }),
 
+    on: news.on,
+
     health() {
       const { entries, ...answers } = cache.stats()
       const memory = cache.trust.holds()
       const redis = cache.redis?.trust.holds() ?? null
       const { listening, age, error } = listener.state()
+      const told = news.state()
       const queues = stats()
       const delivering = Object.values(queues).every((queue) => queue.error === null)
       return {
@@ -165,6 +180,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
         stale: servedStale && !memory && !redis,
         cache: { memory, redis, entries, answers },
         listener: { listening, age, error: error ? codeOf(error) : null },
+        news: { age: told.age, error: told.error ? codeOf(told.error) : null },
         queues,
         maintenance: { ...maintenance },
       }
@@ -176,14 +192,14 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       state = 'started'
       timer = setInterval(maintain, HOUR_MS).unref()
       maintain()
-      await listener.start()
+      await Promise.all([listener.start(), news.start()])
     },
 
     async stop() {
       state = 'stopped'
       clearInterval(timer)
       await drain()
-      await listener.stop()
+      await Promise.all([listener.stop(), news.stop()])
       cache.close()
     },
   }

@@ -153,3 +153,30 @@ export interface HoldAnswer {
   hold_status?: 'open' | 'captured' | 'released' | 'expired'
   mismatch?: true
 }
+
+/** A crossing of an account's funds, at the moment of the posting that caused it. */
+export interface FundsNews<Kind extends string> {
+  /** The same in every process that is told, so that copies can be dropped. Grows with the account's entries. */
+  id: number
+  kind: Kind
+  account_id: string
+  /** The ledger entry that changed the funds. */
+  seq: number
+  /** balance + free_credit + credit_limit - outstanding_amount: what open holds set aside is not taken off. */
+  funds: string
+  /** The account's low_balance_threshold, if it has one. */
+  threshold?: string
+  created_at: string
+}
+
+/** What `on` tells, by kind. */
+export interface AccountNews {
+  /** Funds fell to the account's threshold or below it. */
+  low_balance: FundsNews<'low_balance'> & { threshold: string }
+  /** Funds fell to 0 or below. */
+  exhausted: FundsNews<'exhausted'>
+  /** Funds rose above 0. */
+  back_in_funds: FundsNews<'back_in_funds'>
+  /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
+  reset: { kind: 'reset' }
+}

@@ -386,6 +386,7 @@ test('a started module answers from memory, follows changes, and says how it is'
         answers: { memory: 2, redis: 0, database: 1, stale: 0 },
       },
       listener: { listening: true, age: health.listener.age, error: null },
+      news: { age: null, error: null },
       queues: { hold: idle, release: idle, extend: idle, record: idle },
       maintenance: { at: health.maintenance.at, error: null },
     })

@@ -13,6 +13,7 @@ const operator = 'keyledger_operator'
 const member = 'keyledger_member'
 
 const functions: Record<string, string[]> = {
+  account_news: [gateway, operator],
   adjust_balance: [operator],
   cache_changes: [gateway],
   check_budget: [gateway, operator],
@@ -33,6 +34,7 @@ const functions: Record<string, string[]> = {
   reverse_top_up: [operator],
   revoke_virtual_key: [operator],
   set_credit_limit: [operator],
+  set_low_balance_threshold: [operator],
   top_up: [operator],
   verify_balances: [operator],
 }

@@ -15,19 +15,18 @@ create table data.cache_invalidation (
 create index on data.cache_invalidation (xid);
 create index on data.cache_invalidation (created_at);
 
--- the newest transaction whose rows were purged: a cursor that may miss it starts anew
-create table data.cache_horizon (
-  is_the_only_row boolean primary key default true,
-  purged_xid xid8 not null,
-  constraint one_row check (is_the_only_row)
+-- per outbox the newest transaction whose rows were purged: a cursor that may miss it starts anew
+create table data.outbox_horizon (
+  outbox text primary key,
+  purged_xid xid8 not null
 );
-insert into data.cache_horizon (purged_xid) values ('0');
+insert into data.outbox_horizon (outbox, purged_xid) values ('cache', '0');
 
 alter table data.cache_invalidation enable row level security;
-alter table data.cache_horizon enable row level security;
+alter table data.outbox_horizon enable row level security;
 
 comment on table data.cache_invalidation is 'Cache keys changed by each transaction; the truth behind the wake-up.';
-comment on table data.cache_horizon is 'How far the outbox has been purged.';
+comment on table data.outbox_horizon is 'How far each outbox has been purged.';
 
 reset role;
 

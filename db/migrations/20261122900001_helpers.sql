@@ -149,6 +149,37 @@ begin
 end
 $$;
 
+-- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another cluster or ahead of this one; and the
+-- cursor for what its caller, in the same statement, is about to read.
+create or replace function data.read_cursor(
+  cursor jsonb,
+  out since pg_snapshot,
+  out next jsonb
+)
+returns record
+language plpgsql
+stable
+as $$
+declare
+  v_cluster text;
+begin
+  -- the timeline changes when a standby takes over
+  select s.system_identifier || ':' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+  into v_cluster
+  from pg_control_system() s;
+  next := jsonb_build_object('cluster', v_cluster, 'snapshot', pg_current_snapshot()::text);
+
+  begin
+    since := (cursor ->> 'snapshot')::pg_snapshot;
+  exception when others then
+    since := null;
+  end;
+  if cursor ->> 'cluster' is distinct from v_cluster or pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
+    since := null;
+  end if;
+end
+$$;
+
 -- a UUIDv7 for callers that can't make one
 create or replace function api.new_id()
 returns uuid

@@ -224,29 +224,14 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_cluster text;
   v_since pg_snapshot;
+  v_next jsonb;
 begin
-  -- the timeline changes when a standby takes over
-  select s.system_identifier || ':' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
-  into v_cluster
-  from pg_control_system() s;
-
-  begin
-    v_since := (cursor ->> 'snapshot')::pg_snapshot;
-  exception when others then
-    v_since := null;
-  end;
-  if cursor ->> 'cluster' is distinct from v_cluster
-    or pg_snapshot_xmax(v_since) > pg_snapshot_xmax(pg_current_snapshot())
-  then
-    v_since := null;
-  end if;
-
+  select c.since, c.next into v_since, v_next from data.read_cursor(cursor) c;
   -- one statement, one snapshot: the rows and the cursor that covers them
   return (
     select jsonb_build_object(
-      'cursor', jsonb_build_object('cluster', v_cluster, 'snapshot', pg_current_snapshot()::text),
+      'cursor', v_next,
       'reset', v_since is null or not h.keeps_all,
       'keys', coalesce((
         select jsonb_agg(distinct c.entity || ':' || k.key)
@@ -257,7 +242,7 @@ begin
           and not pg_visible_in_snapshot(c.xid, v_since)
       ), '[]'::jsonb)
     )
-    from (select pg_snapshot_xmin(v_since) > purged_xid as keeps_all from data.cache_horizon) h
+    from (select pg_snapshot_xmin(v_since) > o.purged_xid as keeps_all from data.outbox_horizon o where o.outbox = 'cache') h
   );
 end
 $$;

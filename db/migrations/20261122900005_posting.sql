@@ -232,7 +232,7 @@ $$;
 -- Posts one entry to each account named: money into or out of a bucket, a new credit limit, or what was used (its rows, priced).
 -- The caller holds the accounts' locks (lock_accounts); one who doesn't fails on the next seq's primary key.
 -- Restores the normal form (debt only when free credit and balance are spent to the limit), draws holds and grants, extends each
--- chain. At most one entry per account and call. Answers the accounts posted to, as they are then, in account_id order, and how many
+-- chain; a crossing of an account's funds is news. At most one entry per account and call. Answers the accounts posted to, as they are then, in account_id order, and how many
 -- usage rows were new. Rare steps are statements of their own: to start one costs more than to run it.
 create or replace function data.post(
   entries data.billing_transaction[] default '{}',
@@ -253,6 +253,8 @@ declare
   v_drawing data.usage_log[];
   v_ids uuid[];
   v_spent uuid[];
+  v_crossed uuid[];
+  v_funds numeric[];
 begin
   accounts := '{}';
   charged := 0;
@@ -325,7 +327,8 @@ begin
         a.balance + d.balance, a.free_credit + d.free_credit, a.outstanding_amount + d.outstanding,
         q.credit_limit, e.reference, v_actor, e.reason, e.usage_count, e.usage_list,
         e.refund_of_seq, e.refund_of_usage_id, e.metadata, a.head_hash, null, greatest(v_now, a.head_at))::data.billing_transaction as entry,
-      f.paid as free_credit_paid
+      f.paid as free_credit_paid,
+      a.available + a.frozen_balance as funds
     from unnest(entries) e
     cross join lateral (select * from data.account_balance b where b.account_id = e.account_id offset 0) a
     cross join lateral (select coalesce(e.credit_limit_after, a.credit_limit) as credit_limit offset 0) q
@@ -346,7 +349,7 @@ begin
     ) d
     offset 0 -- or each use of a field would build the entry again
   ), hashed as materialized (
-    select f.entry, f.free_credit_paid, data.entry_hash(f.entry) as hash from filled f
+    select f.entry, f.free_credit_paid, f.funds, data.entry_hash(f.entry) as hash from filled f
   ), posted as (
     insert into data.billing_transaction
     select (h.entry).account_id, (h.entry).seq, (h.entry).kind, (h.entry).amount, (h.entry).balance_delta,
@@ -367,11 +370,15 @@ begin
       last_charged_at = case when (h.entry).kind = 'usage' then (h.entry).created_at else a.last_charged_at end
     from hashed h
     where a.account_id = any (v_ids) and a.account_id = (h.entry).account_id
-    returning a as account, h.free_credit_paid
+    returning a as account, h.free_credit_paid, h.funds,
+      (h.funds > 0) <> (a.available + a.frozen_balance > 0)
+        or (h.funds > a.low_balance_threshold and a.available + a.frozen_balance <= a.low_balance_threshold) as crossed
   )
   select array_agg(u.account order by (u.account).account_id),
-    array_agg((u.account).account_id) filter (where u.free_credit_paid > 0)
-  into accounts, v_spent
+    array_agg((u.account).account_id) filter (where u.free_credit_paid > 0),
+    array_agg((u.account).account_id) filter (where u.crossed),
+    array_agg(u.funds) filter (where u.crossed)
+  into accounts, v_spent, v_crossed, v_funds
   from updated u;
 
   if (entries[1]).kind = 'credit_grant' then
@@ -400,6 +407,9 @@ begin
     )
     insert into data.grant_draw (account_id, seq, grant_seq, amount)
     select d.account_id, d.version, d.seq, d.amount from drawn d;
+  end if;
+  if v_crossed is not null then
+    perform data.tell_crossings(v_crossed, v_funds);
   end if;
 end
 $$;

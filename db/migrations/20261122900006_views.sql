@@ -59,6 +59,7 @@ select
   a.outstanding_amount,
   a.overdue_amount,
   a.available + h.due - g.due as available,
+  a.low_balance_threshold,
   a.balance_version,
   a.last_charged_at,
   a.created_at,

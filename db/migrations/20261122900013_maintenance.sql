@@ -1,5 +1,5 @@
 -- migrate:up
--- What time asks for: months of usage ahead, and the outbox kept short.
+-- What time asks for: months of usage ahead, and the outboxes kept short.
 
 set local role keyledger_owner;
 
@@ -50,23 +50,33 @@ set search_path = ''
 as $$
 declare
   v_made text[];
-  v_purged bigint;
+  v_invalidations bigint;
+  v_events bigint;
 begin
   v_made := data.make_usage_partitions();
-  with gone as (
+  with invalidation as (
     delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' returning c.xid
+  ), event as (
+    delete from data.account_event e where e.created_at < now() - interval '48 hours' returning e.xid
+  ), gone as (
+    select 'cache' as outbox, i.xid from invalidation i
+    union all
+    select 'account', e.xid from event e
   ), horizon as (
-    update data.cache_horizon h
+    update data.outbox_horizon h
     set purged_xid = greatest(h.purged_xid, m.xid)
-    from (select max(g.xid) as xid from gone g) m
-    where m.xid is not null
+    from (select g.outbox, max(g.xid) as xid from gone g group by g.outbox) m
+    where h.outbox = m.outbox
   )
-  select count(*) into v_purged from gone;
-  return jsonb_build_object('usage_partitions_made', v_made, 'cache_invalidations_purged', v_purged);
+  select count(*) filter (where g.outbox = 'cache'), count(*) filter (where g.outbox = 'account')
+  into v_invalidations, v_events
+  from gone g;
+  return jsonb_build_object(
+    'usage_partitions_made', v_made, 'cache_invalidations_purged', v_invalidations, 'account_events_purged', v_events);
 end
 $$;
 comment on function api.maintain() is
-'Makes the coming months of usage_log and purges the invalidation outbox (48 hours).
+'Makes the coming months of usage_log and purges the outboxes of cache_changes and account_news (48 hours).
 Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 

@@ -1,0 +1,30 @@
+-- migrate:up
+-- The outbox of account news: what crossed a line that people care about.
+
+set local role keyledger_owner;
+
+-- id follows the order of the account's entries, since it is drawn under the account's lock
+create table data.account_event (
+  id bigint generated always as identity primary key,
+  xid xid8 not null default pg_current_xact_id(),
+  account_id uuid not null,
+  seq bigint not null,
+  kind text not null,
+  funds data.money not null,
+  threshold data.amount,
+  created_at timestamptz not null,
+  constraint kind_is_known check (kind in ('low_balance', 'exhausted', 'back_in_funds'))
+);
+create index on data.account_event (xid);
+create index on data.account_event (created_at);
+
+insert into data.outbox_horizon (outbox, purged_xid) values ('account', '0');
+
+alter table data.account_event enable row level security;
+
+comment on table data.account_event is 'Crossings of each account''s funds, by the entry that caused them; the truth behind the wake-up.';
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

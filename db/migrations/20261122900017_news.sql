@@ -1,0 +1,114 @@
+-- migrate:up
+-- News of accounts: funds that cross a line are told once, by an outbox and a wake-up. A charge that crosses none says nothing.
+-- Funds are balance + free_credit + credit_limit - outstanding_amount: holds come and go, and don't count.
+
+set local role keyledger_owner;
+
+-- Writes what these accounts have crossed since they had `before`, and wakes the readers. The caller holds the accounts' locks, so that
+-- each crossing is met once. Notifying takes a lock of the whole database until the commit: never do it for what is no crossing.
+create or replace function data.tell_crossings(
+  account_ids uuid[],
+  before numeric[]
+)
+returns void
+language plpgsql
+as $$
+begin
+  insert into data.account_event (account_id, seq, kind, funds, threshold, created_at)
+  select a.account_id, a.balance_version, k.kind, a.funds, a.low_balance_threshold, a.head_at
+  from unnest(account_ids, before) as c (account_id, funds)
+  cross join lateral (
+    select b.*, b.available + b.frozen_balance as funds from data.account_balance b where b.account_id = c.account_id offset 0
+  ) a
+  cross join lateral (values
+    (1, 'low_balance', c.funds > a.low_balance_threshold and a.funds <= a.low_balance_threshold),
+    (2, 'exhausted', c.funds > 0 and a.funds <= 0),
+    (3, 'back_in_funds', c.funds <= 0 and a.funds > 0)
+  ) as k (n, kind, crossed)
+  where k.crossed
+  order by a.account_id, k.n;
+  -- only a wake-up: a full queue must never abort a charge
+  if pg_notification_queue_usage() < 0.5 then
+    perform pg_notify('keyledger_account', '');
+  end if;
+end
+$$;
+
+create or replace function api.set_low_balance_threshold(
+  account_id uuid,
+  amount numeric
+)
+returns api.billing_accounts
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_shown api.billing_accounts;
+begin
+  if amount is not null then
+    perform data.require_positive_amount(amount);
+  end if;
+  perform data.lock_account(account_id);
+  update data.account_balance a set low_balance_threshold = amount where a.account_id = set_low_balance_threshold.account_id;
+  select * into v_shown from api.billing_accounts b where b.account_id = set_low_balance_threshold.account_id;
+  return v_shown;
+end
+$$;
+comment on function api.set_low_balance_threshold(uuid, numeric) is
+'Sets the funds at which an account''s balance is low; null for none.
+account_news tells `low_balance` when a posting takes the funds (balance + free_credit + credit_limit - outstanding_amount) from above the
+threshold to it or below. Setting it tells nothing, whatever the funds are. Answers the account. 404 account_not_found; 422 invalid_amount.';
+grant execute on function api.set_low_balance_threshold(uuid, numeric) to keyledger_operator;
+
+create or replace function api.account_news(cursor jsonb default null)
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_since pg_snapshot;
+  v_next jsonb;
+begin
+  select c.since, c.next into v_since, v_next from data.read_cursor(cursor) c;
+  -- one statement, one snapshot: the rows and the cursor that covers them
+  return (
+    select jsonb_build_object(
+      'cursor', v_next,
+      'reset', nullif(cursor, 'null') is not null and h.keeps_all is not true,
+      'events', coalesce((
+        select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+          'id', e.id,
+          'kind', e.kind,
+          'account_id', e.account_id,
+          'seq', e.seq,
+          'funds', e.funds::text,
+          'threshold', e.threshold::text,
+          'created_at', e.created_at
+        )) order by e.id)
+        from data.account_event e
+        where h.keeps_all
+          and e.xid >= pg_snapshot_xmin(v_since)
+          and not pg_visible_in_snapshot(e.xid, v_since)
+      ), '[]'::jsonb)
+    )
+    from (select pg_snapshot_xmin(v_since) > o.purged_xid as keeps_all from data.outbox_horizon o where o.outbox = 'account') h
+  );
+end
+$$;
+comment on function api.account_news(jsonb) is
+'What has happened to accounts since a cursor, and the next cursor.
+Without a cursor it starts from now, without events. Answers {cursor, reset, events: [{id, kind, account_id, seq, funds, threshold?,
+created_at}]}, oldest first. `low_balance`: funds fell to the account''s threshold or below; `exhausted`: to 0 or below; `back_in_funds`: they
+rose above 0. Funds are balance + free_credit + credit_limit - outstanding_amount, holds not counted, and `seq` is the entry that changed them.
+`reset` true: the cursor is of another cluster, ahead of this one or older than what is kept (48 hours); events may be missing, so read the
+accounts. Keep the cursor after handling the events: whoever repeats a cursor gets the same ids again.';
+grant execute on function api.account_news(jsonb) to keyledger_gateway, keyledger_operator;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back

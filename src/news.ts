@@ -1,0 +1,121 @@
+// News of accounts: reads what has crossed a line, while somebody listens, and tells each listener.
+import { withinTime } from './cache.ts'
+import { invalidInput } from './errors.ts'
+import type { Cursor } from './redis.ts'
+import type { Rpc } from './rpc.ts'
+import type { AccountNews } from './types.ts'
+import { createLoop, type Loop, READ_MS } from './wake.ts'
+
+export type NewsKind = keyof AccountNews
+export type NewsListener<Kind extends NewsKind> = (event: AccountNews[Kind]) => unknown
+
+export interface NewsState {
+  /** ms since the last complete read was sent; null before the first, and while nobody listens. */
+  age: number | null
+  /** Why the last read failed. */
+  error?: unknown
+}
+
+export interface News {
+  /** Gives the function that ends it. 400 `invalid_input`: there is no such kind. */
+  on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
+  /** Reads now, if somebody listens. */
+  wake(): void
+  /** Resolves after the first read, also if that failed. */
+  start(): Promise<void>
+  stop(): Promise<void>
+  state(): NewsState
+}
+
+interface Read {
+  cursor: Cursor
+  events: AccountNews[Exclude<NewsKind, 'reset'>][]
+  reset: boolean
+}
+
+const kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'reset']
+
+export function createNews(rpc: Pick<Rpc, 'call'>): News {
+  const listeners = new Map(kinds.map((kind) => [kind, new Set<NewsListener<never>>()]))
+  let started = false
+  let stopped = false
+  let loop: Loop | undefined
+  let readAt: number | undefined
+  let failure: unknown
+
+  // from now on, for as long as somebody listens: the cursor is this loop's own
+  function follow(): Loop {
+    let cursor: Cursor | null = null
+    const own = createLoop(async () => {
+      const sentAt = performance.now()
+      try {
+        const read = await withinTime(rpc.call<Read>('account_news', { cursor }), READ_MS)
+        if (loop !== own) return
+        if (read.reset) tell({ kind: 'reset' })
+        for (const event of read.events) tell(event)
+        cursor = read.cursor
+        readAt = sentAt
+        failure = undefined
+      } catch (error) {
+        if (loop === own) failure = error
+      }
+    })
+    return own
+  }
+
+  function tell(event: AccountNews[NewsKind]) {
+    for (const listener of [...(listeners.get(event.kind) ?? [])]) {
+      // in a promise, so that what one throws is as what it rejects with, and stops no other
+      new Promise((resolve) => resolve(listener(event as never))).catch((error) =>
+        process.emitWarning(`a listener of account news failed on ${event.kind}`, {
+          type: 'KeyledgerWarning',
+          detail: error instanceof Error ? error.stack : String(error),
+        }),
+      )
+    }
+  }
+
+  const listened = () => [...listeners.values()].some(({ size }) => size > 0)
+
+  async function begin() {
+    if (!started || stopped || !listened()) return
+    loop ??= follow()
+    await loop.wake()
+  }
+
+  async function end() {
+    const ending = loop
+    loop = undefined
+    readAt = undefined
+    failure = undefined
+    await ending?.stop()
+  }
+
+  return {
+    on(kind, listener) {
+      const those = listeners.get(kind)
+      if (!those)
+        throw invalidInput(`there is no news of kind ${JSON.stringify(kind)}`, `one of: ${kinds.join(', ')}`)
+      // its own, so that one function may be given twice, and ended once
+      const own: NewsListener<typeof kind> = (event) => listener(event)
+      those.add(own)
+      begin()
+      return () => {
+        those.delete(own)
+        if (!listened()) end()
+      }
+    },
+    wake() {
+      loop?.wake()
+    },
+    async start() {
+      started = true
+      await begin()
+    },
+    async stop() {
+      stopped = true
+      await end()
+    },
+    state: () => ({ age: readAt === undefined ? null : performance.now() - readAt, error: failure }),
+  }
+}
