@@ -7,4 +7,4 @@ const root = dirname(dirname(fileURLToPath(import.meta.url)))
 execFileSync('npm', ['run', '-s', 'build'], { cwd: root, stdio: ['ignore', 'inherit', 'inherit'] })
 
 const compiled: typeof import('../src/index.ts') = await import(`${root}/dist/index.js`)
-export const { createBillingModule, pgRpc } = compiled
+export const { createBillingModule, newId, pgRpc } = compiled

@@ -1,7 +1,6 @@
 // Recording usage through the client and pg, against one transaction a request: an update and an insert, in one function.
 import pg from 'pg'
-import { v7 as uuidv7 } from 'uuid'
-import { createBillingModule, pgRpc } from './library.ts'
+import { createBillingModule, newId, pgRpc } from './library.ts'
 import { compare, perSecond, type Stage, type Verdict } from './support.ts'
 
 const inFlight = 64
@@ -69,7 +68,7 @@ export async function benchRecord({ adminUrl, url }: Stage): Promise<Verdict[]> 
     pool.query({
       name: 'charge',
       text: 'select baseline.charge($1, $2, $3, $4, $5, $6)',
-      values: [uuidv7(), account_id, virtual_key_id, node, meters, '0.0013750000'],
+      values: [newId(), account_id, virtual_key_id, node, meters, '0.0013750000'],
     })
   const record = async (key: (typeof keys)[number]) => {
     const answer = await module.recordUsage({ ...key, config_node_id: node, meters })

@@ -96,6 +96,29 @@ export function toJson(value: unknown): string {
   return json
 }
 
+const TEXT = Symbol('JSON text')
+
+/** JSON text as an argument: it goes as it is, without being made into a value and into text again. */
+export interface JsonText {
+  [TEXT]: string
+  toJSON(): unknown
+}
+
+/** `json` must be what `toJson` gave, or put together of it. */
+export const jsonText = (json: string): JsonText => ({ [TEXT]: json, toJSON: () => JSON.parse(json) })
+
+export const isJsonText = (value: unknown): value is JsonText =>
+  typeof value === 'object' && value !== null && TEXT in value
+
+/** The JSON of one argument. */
+export const argumentJson = (value: unknown): string => (isJsonText(value) ? value[TEXT] : toJson(value))
+
+/** The JSON of all arguments, without the undefined ones. */
+export function argumentsJson(args: Record<string, unknown>): string {
+  const given = Object.entries(args).filter(([, value]) => value !== undefined)
+  return `{${given.map(([name, value]) => `${toJson(name)}:${argumentJson(value)}`).join(',')}}`
+}
+
 /** The same check for a text on its own. */
 export function toText(value: string): string {
   if (typeof value !== 'string') throw invalidInput(`a text is ${typeof value}`, 'give a string')

@@ -30,8 +30,9 @@ function held(options: Partial<BatcherOptions<Element, string>> = {}) {
   const batcher = createBatcher<Element, string>({
     account: ({ account }) => account,
     deadline: 10_000,
-    send: (elements) =>
+    send: (texts) =>
       new Promise((resolve, reject) => {
+        const elements: Element[] = texts.map((text) => JSON.parse(text))
         const ids = elements.map(({ id }) => id)
         const answer = (error?: unknown) => (error ? reject(error) : resolve(ids.map((id) => `done ${id}`)))
         calls.push({ ids, elements, answer })
@@ -48,8 +49,8 @@ function open(send: (ids: number[]) => void, options: Partial<BatcherOptions<Ele
   const { add, ...batcher } = createBatcher<Element, string>({
     account: ({ account }) => account,
     deadline: 10_000,
-    async send(elements) {
-      const ids = elements.map(({ id }) => id)
+    async send(texts) {
+      const ids: number[] = texts.map((text) => JSON.parse(text).id)
       calls.push(ids)
       send(ids)
       return ids.map((id) => `done ${id}`)

@@ -6,7 +6,7 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../scripts/supervise.ts'
 import { isRetryable, type KeyledgerError } from '../src/errors.ts'
-import type { Rpc } from '../src/rpc.ts'
+import { jsonText, type Rpc } from '../src/rpc.ts'
 import { pgRpc } from '../src/rpc-pg.ts'
 import { postgrestRpc } from '../src/rpc-postgrest.ts'
 import { database } from './support/database.ts'
@@ -56,6 +56,12 @@ for (const [name, make] of Object.entries(transports)) {
     ['same_json', { value: 'text' }, 'text'],
     ['same_json', { value: [] }, []],
     ['same_json', { value: null }, null],
+    [
+      'same_json',
+      { value: jsonText(JSON.stringify([{ [NASTY]: NASTY }, null])) },
+      [{ [NASTY]: NASTY }, null],
+    ],
+    ['same_text', { value: jsonText(JSON.stringify(NASTY)) }, NASTY],
     ['same_numeric', { value: '12345.6789' }, 12345.6789],
     ['same_numeric', { value: 0.1 }, 0.1],
     ['same_numeric', { value: 'NaN' }, 'NaN'],
