@@ -152,6 +152,59 @@ for (const first of ['key', 'suspension'])
     await isFresh(world, hash, cached, between, 'user_suspended')
   })
 
+// a rotation makes a hash that whoever changes the key's parents or mounts must see; and the other way round
+const rotate = 'select id, virtual_key from api.rotate_virtual_key($1)'
+const besideRotation: Record<string, (world: World) => [text: string, values: unknown[]]> = {
+  'its tenant is suspended': ({ tenantId }) => [suspend, [tenantId]],
+  'its user is suspended': ({ userId }) => [
+    `update api.user_profiles set status = 'suspended' where id = $1`,
+    [userId],
+  ],
+  'its user moves': ({ userId }) => ['update api.user_profiles set tenant_id = null where id = $1', [userId]],
+  'its node is disabled': ({ nodeId }) => [
+    `update api.config_nodes set status = 'disabled' where id = $1`,
+    [nodeId],
+  ],
+  'its node is unmounted': ({ keyId }) => [
+    'delete from api.virtual_key_config_nodes where virtual_key_id = $1',
+    [keyId],
+  ],
+  'it is revoked': ({ keyId }) => ['select null from api.revoke_virtual_key($1)', [keyId]],
+}
+for (const [name, change] of Object.entries(besideRotation))
+  for (const first of ['rotation', 'change'])
+    test(`a key is rotated while ${name}, ${first} first: no cache keeps the old answer for either hash`, async () => {
+      const world = await seed(db.operator)
+      const [rotator, changer] = (await operators(2)) as [pg.Client, pg.Client]
+      const both: [pg.Client, string, unknown[]][] = [
+        [rotator, rotate, [world.keyId]],
+        [changer, ...change(world)],
+      ]
+      const [one, two] = (first === 'rotation' ? both : both.toReversed()) as [
+        (typeof both)[0],
+        (typeof both)[0],
+      ]
+      const done = await one[0].query(one[1], one[2])
+      const second = await waits(...two)
+      await one[0].query('commit')
+      const refused = first === 'change' && name === 'it is revoked'
+      if (refused) {
+        assert.is((await failure(second.done)).message, 'virtual_key_disabled')
+        return
+      }
+      const rows = [...done.rows, ...(await second.done).rows]
+      const hashes = [world.keyHash, hashOf(rows.find((row) => row.virtual_key).virtual_key)]
+      // what readers cache between the two commits
+      const cached = await Promise.all(hashes.map((hash) => resolve(hash).catch(() => undefined)))
+      const between = await cursor()
+      await two[0].query('commit')
+      const gone = await evicted(between)
+      for (const [i, hash] of hashes.entries())
+        if (JSON.stringify(await resolve(hash)) !== JSON.stringify(cached[i]))
+          assert.ok(gone.includes(`vk:${hash}`), `hash ${i}`)
+      assert.ok(gone.length)
+    })
+
 // each of the three waits for the one before it; locks go from the child up, so the circle never closes
 const threeWay: Record<string, (world: World) => [text: string, values: unknown[]]> = {
   'user update': ({ userId, tenantId }) => [
@@ -208,6 +261,7 @@ test('locking from the tenant down, as the triggers do not, would deadlock with 
 
 const identityChanges: Record<string, (world: World) => [text: string, values: unknown[]]> = {
   create_virtual_key: ({ userId }) => [create, [userId]],
+  rotate_virtual_key: ({ keyId }) => [rotate, [keyId]],
   revoke_virtual_key: ({ keyId }) => ['select api.revoke_virtual_key($1)', [keyId]],
   'a suspended tenant': ({ tenantId }) => [suspend, [tenantId]],
   'a moved user': ({ userId }) => ['update api.user_profiles set tenant_id = null where id = $1', [userId]],

@@ -33,6 +33,7 @@ const functions: Record<string, string[]> = {
   resolve_virtual_key: [gateway],
   reverse_top_up: [operator],
   revoke_virtual_key: [operator],
+  rotate_virtual_key: [operator],
   set_credit_limit: [operator],
   set_low_balance_threshold: [operator],
   top_up: [operator],

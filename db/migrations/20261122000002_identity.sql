@@ -48,6 +48,14 @@ create table data.virtual_key (
 );
 create index on data.virtual_key (user_id);
 
+-- the hashes a key had before it was rotated, each valid until its own grace ends; never taken by another key (a trigger sees to it)
+create table data.previous_key_hash (
+  key_hash data.sha256 primary key,
+  virtual_key_id uuid not null references data.virtual_key on delete cascade,
+  valid_until data.moment not null
+);
+create index on data.previous_key_hash (virtual_key_id);
+
 create table data.config_node (
   id uuid primary key default gen_random_uuid(),
   name text not null unique,
@@ -89,6 +97,7 @@ create table data.price (
 alter table data.tenant enable row level security;
 alter table data.user_profile enable row level security;
 alter table data.virtual_key enable row level security;
+alter table data.previous_key_hash enable row level security;
 alter table data.config_node enable row level security;
 alter table data.virtual_key_config_node enable row level security;
 alter table data.price enable row level security;
@@ -96,6 +105,7 @@ alter table data.price enable row level security;
 comment on table data.tenant is 'A paying organisation.';
 comment on table data.user_profile is 'A user; paid for by the tenant if there is one, else by their own account.';
 comment on table data.virtual_key is 'A caller''s key: its sha-256 and a display prefix, never the key.';
+comment on table data.previous_key_hash is 'What a rotated key was before, and how long that is still accepted.';
 comment on table data.config_node is 'An upstream instance (a deployment, a channel); prices belong to it.';
 comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
 comment on table data.price is 'Dated unit prices per node, meter and currency; append-only.';

@@ -20,10 +20,19 @@ declare
 begin
   select u.tenant_id into v_tenant_id from data.user_profile u where u.id = new.user_id for share;
   perform from data.tenant t where t.id = v_tenant_id for share;
+  if tg_op = 'UPDATE' then
+    -- a new hash is as a new key that has mounts already: whoever unmounts or disables a node must see it too
+    perform
+    from data.virtual_key_config_node m
+    join data.config_node n on n.id = m.config_node_id
+    where m.virtual_key_id = new.id
+    order by n.id
+    for share;
+  end if;
   return new;
 end
 $$;
-create or replace trigger lock_parents before insert on data.virtual_key
+create or replace trigger lock_parents before insert or update of key_hash on data.virtual_key
   for each row execute function data.lock_key_parents();
 
 create or replace function data.lock_user_parent()
@@ -98,6 +107,25 @@ end
 $$;
 create or replace trigger keep_identity before update on data.virtual_key
   for each row execute function data.keep_key_identity();
+
+-- a hash is a key's, or was one's, never both: by its own statement, which sees what committed while the unique index made it wait
+create or replace function data.refuse_previous_hash()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if exists (select from data.previous_key_hash p where p.key_hash = new.key_hash) then
+    raise unique_violation using
+      message = 'new row for relation "virtual_key" violates check "hash_was_never_used"',
+      table = 'virtual_key', constraint = 'hash_was_never_used';
+  end if;
+  return null;
+end
+$$;
+create or replace trigger refuse_previous_hash after insert or update of key_hash on data.virtual_key
+  for each row execute function data.refuse_previous_hash();
 
 -- an owner's account opens with the owner; a clash of ids fails on the primary key
 create or replace function data.open_account()

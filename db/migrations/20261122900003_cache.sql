@@ -3,6 +3,14 @@
 
 set local role keyledger_owner;
 
+-- every hash that means a key: its own, and those from before it was rotated
+create or replace view data.key_hash as
+select k.key_hash, k.id as virtual_key_id, null::timestamptz as valid_until from data.virtual_key k
+union all
+select p.key_hash, p.virtual_key_id, p.valid_until from data.previous_key_hash p;
+
+comment on view data.key_hash is 'Each known hash and its key; valid_until is the end of a grace.';
+
 -- write the hashes of these keys to the outbox, and wake the listeners once
 create or replace function data.invalidate(
   entity text,
@@ -53,10 +61,12 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(h.hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
-    cross join lateral (values (o.key_hash), (n.key_hash)) as h (hash)
+    cross join lateral (
+      select o.key_hash union select k.key_hash from data.key_hash k where k.virtual_key_id = n.id
+    ) h
     where (o.key_hash, o.key_prefix, o.name, o.status, o.expires_at)
       is distinct from (n.key_hash, n.key_prefix, n.name, n.status, n.expires_at)));
   return null;
@@ -78,6 +88,9 @@ end
 $$;
 create or replace trigger invalidate_deleted after delete on data.virtual_key
   referencing old table as old_rows for each statement execute function data.virtual_key_deleted();
+-- by the key's cascade
+create or replace trigger invalidate_deleted after delete on data.previous_key_hash
+  referencing old table as old_rows for each statement execute function data.virtual_key_deleted();
 
 create or replace function data.user_profile_updated()
 returns trigger
@@ -87,10 +100,11 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select encode(k.key_hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
     join data.virtual_key k on k.user_id = n.id
+    join data.key_hash h on h.virtual_key_id = k.id
     where (o.tenant_id, o.status) is distinct from (n.tenant_id, n.status)));
   return null;
 end
@@ -106,11 +120,12 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select encode(k.key_hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
     join data.user_profile u on u.tenant_id = n.id
     join data.virtual_key k on k.user_id = u.id
+    join data.key_hash h on h.virtual_key_id = k.id
     where o.status is distinct from n.status));
   return null;
 end
@@ -126,11 +141,11 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(k.key_hash, 'hex')
+    select distinct encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
     join data.virtual_key_config_node m on m.config_node_id = n.id
-    join data.virtual_key k on k.id = m.virtual_key_id
+    join data.key_hash h on h.virtual_key_id = m.virtual_key_id
     where (o.*) is distinct from (n.*)));
   return null;
 end
@@ -146,7 +161,7 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(k.key_hash, 'hex') from new_rows m join data.virtual_key k on k.id = m.virtual_key_id));
+    select distinct encode(h.key_hash, 'hex') from new_rows m join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
   return null;
 end
 $$;
@@ -161,9 +176,9 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(k.key_hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from (select o.virtual_key_id from old_rows o union select n.virtual_key_id from new_rows n) m
-    join data.virtual_key k on k.id = m.virtual_key_id));
+    join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
   return null;
 end
 $$;
@@ -178,7 +193,7 @@ set search_path = ''
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(k.key_hash, 'hex') from old_rows m join data.virtual_key k on k.id = m.virtual_key_id));
+    select distinct encode(h.key_hash, 'hex') from old_rows m join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
   return null;
 end
 $$;
@@ -212,6 +227,8 @@ begin
 end
 $$;
 create or replace trigger forbid_truncate before truncate on data.virtual_key
+  for each statement execute function data.forbid_truncate();
+create or replace trigger forbid_truncate before truncate on data.previous_key_hash
   for each statement execute function data.forbid_truncate();
 create or replace trigger forbid_truncate before truncate on data.virtual_key_config_node
   for each statement execute function data.forbid_truncate();

@@ -129,7 +129,8 @@ select
   k.expires_at,
   array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
   k.created_at,
-  k.revoked_at
+  k.revoked_at,
+  (select max(p.valid_until) from data.previous_key_hash p where p.virtual_key_id = k.id) as previous_valid_until
 from (
   select k.*, u.tenant_id
   from data.virtual_key k
@@ -140,7 +141,9 @@ from (
   from data.visible_user u
   join data.virtual_key k on k.user_id = u.id
 ) k;
-comment on view api.virtual_keys is 'Virtual keys by their display prefix; neither the key nor its hash is shown.';
+comment on view api.virtual_keys is
+'Virtual keys by their display prefix; neither the key nor its hash is shown.
+`previous_valid_until`: when the last one it was before a rotation stops, or stopped.';
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as

@@ -1,12 +1,11 @@
 -- migrate:up
--- Virtual keys: the two ways to resolve one, their making and their end.
+-- Virtual keys: the two ways to resolve one, their making, rotation and end.
 
 set local role keyledger_owner;
 
 -- what a key resolves to; `code` is why it may not be used now, `valid_until` when the clock alone changes the answer
 create or replace view data.key_context as
 select
-  k.key_hash,
   k.id as virtual_key_id,
   k.user_id,
   u.tenant_id,
@@ -35,7 +34,31 @@ from data.virtual_key k
 join data.user_profile u on u.id = k.user_id
 left join data.tenant t on t.id = u.tenant_id;
 
+-- what a hash resolves to: its key's context; one from before a rotation expires with its grace
+create or replace view data.hash_context as
+select
+  h.key_hash,
+  c.virtual_key_id,
+  c.user_id,
+  c.tenant_id,
+  c.account_id,
+  c.name,
+  c.key_prefix,
+  c.virtual_key_status,
+  c.user_status,
+  c.tenant_status,
+  case
+    when h.valid_until <= statement_timestamp() and c.virtual_key_status = 'active' then 'virtual_key_expired'
+    else c.code
+  end as code,
+  least(c.valid_until, case when h.valid_until > statement_timestamp() then h.valid_until end) as valid_until,
+  c.config_node_ids,
+  c.currency
+from data.key_hash h
+join data.key_context c on c.virtual_key_id = h.virtual_key_id;
+
 comment on view data.key_context is 'Key, user, payer, and whether the key may be used.';
+comment on view data.hash_context is 'The same by each hash of a key.';
 
 create or replace function api.resolve_virtual_key(
   key_hash text,
@@ -65,7 +88,7 @@ begin
       c.user_status, c.tenant_status, c.code, c.valid_until, c.config_node_ids, c.currency
     into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
       user_status, tenant_status, code, valid_until, config_node_ids, currency
-    from data.key_context c
+    from data.hash_context c
     where c.key_hash = decode(resolve_virtual_key.key_hash, 'hex');
   end if;
   if virtual_key_id is null then
@@ -77,7 +100,8 @@ $$;
 comment on function api.resolve_virtual_key(text) is
 'Resolves the sha-256 of a virtual key to its user and payer.
 Answers every known key, whatever its status: `code` is null when it may be used now, else the reason. `valid_until` is the moment the
-answer changes by the clock alone. No money in it, so it may be cached. Unknown: 404 virtual_key_unknown.';
+answer changes by the clock alone: the key''s expiry, or the end of the grace of one that was rotated. No money in it, so it may be cached.
+Unknown: 404 virtual_key_unknown.';
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
 
 create or replace function api.resolve_billing_account(
@@ -116,7 +140,7 @@ begin
     c.user_status, c.tenant_status, c.code, c.valid_until, c.config_node_ids
   into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
     user_status, tenant_status, code, valid_until, config_node_ids
-  from data.key_context c
+  from data.hash_context c
   where c.key_hash = sha256(convert_to(vk, 'UTF8'));
   if virtual_key_id is null then
     perform data.refuse(404, 'virtual_key_unknown', 'no such virtual key', 'send the key itself, not its hash');
@@ -137,6 +161,16 @@ comment on function api.resolve_billing_account(text) is
 'Resolves a virtual key to who pays, and what they have.
 Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
 grant execute on function api.resolve_billing_account(text) to keyledger_gateway;
+
+-- a new key's text, of 256 bits out of two random uuids of 122 bits each
+create or replace function data.new_virtual_key()
+returns text
+language sql
+volatile
+as $$
+  select 'vk_' || translate(
+    encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'), '+/=', '-_')
+$$;
 
 create or replace function api.create_virtual_key(
   user_id uuid,
@@ -172,9 +206,7 @@ begin
     perform data.refuse(404, 'config_node_not_found', 'config node ' || coalesce(v_missing::text, 'null'), 'create the node first');
   end if;
 
-  -- 256 bits out of two random uuids of 122 bits each
-  virtual_key := 'vk_' || translate(
-    encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'), '+/=', '-_');
+  virtual_key := data.new_virtual_key();
   insert into data.virtual_key as k (key_hash, key_prefix, user_id, name, expires_at)
   values (sha256(convert_to(virtual_key, 'UTF8')), left(virtual_key, 10), create_virtual_key.user_id,
     create_virtual_key.name, create_virtual_key.expires_at)
@@ -270,6 +302,7 @@ begin
     from jsonb_to_recordset(v_read) as r (
       ord bigint, key_hash text, key_prefix text, user_id uuid, name text, expires_at timestamptz, code text)
     where r.code is null and (r.expires_at is null or r.expires_at > statement_timestamp() and isfinite(r.expires_at))
+      and not exists (select from data.previous_key_hash p where p.key_hash = decode(r.key_hash, 'hex'))
     order by r.key_hash, r.ord
     on conflict (key_hash) do nothing
     returning k.id, k.key_hash
@@ -321,8 +354,8 @@ begin
           end as code
         from jsonb_to_recordset(v_read) as r (
           ord bigint, key_hash text, user_id uuid, name text, expires_at timestamptz, config_node_ids jsonb, code text)
-        left join data.virtual_key k
-          on k.key_hash = case when r.code is null then decode(r.key_hash, 'hex') end
+        left join data.key_hash h on h.key_hash = case when r.code is null then decode(r.key_hash, 'hex') end
+        left join data.virtual_key k on k.id = h.virtual_key_id
       ) c
     ) a
   );
@@ -336,6 +369,62 @@ a `virtual_key` (16 to 512 visible ASCII characters) is hashed on the way in, an
 as it is (`mismatch` says that it differs). key_taken: it is, or was, another key''s. virtual_key_disabled: it was revoked here. Others:
 user_not_found, config_node_not_found, invalid_….';
 grant execute on function api.import_virtual_keys(jsonb) to keyledger_operator;
+
+create or replace function api.rotate_virtual_key(
+  inout id uuid,
+  grace interval default '1 day',
+  out virtual_key text,
+  out key_prefix text,
+  out created_at timestamptz,
+  out previous_valid_until timestamptz
+)
+returns record
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  -- months and days as so many seconds, whatever the time zone makes of them
+  v_seconds numeric := extract(epoch from grace);
+  v_now timestamptz;
+  v_key data.virtual_key;
+begin
+  if v_seconds is null or v_seconds not between 0 and 90 * 86400 then
+    perform data.refuse(422, 'invalid_grace', 'grace must be an interval from 0 to 90 days', 'for example "1 day"; "0" ends the old key at once');
+  end if;
+  select * into v_key from data.virtual_key k where k.id = rotate_virtual_key.id for update;
+  if not found then
+    perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'), 'send the id, not the key');
+  end if;
+  v_now := clock_timestamp();
+  if v_key.status <> 'active' then
+    perform data.refuse(409, 'virtual_key_disabled', 'virtual key ' || id || ' is revoked', 'create a new key');
+  elsif v_key.expires_at <= v_now then
+    perform data.refuse(409, 'virtual_key_expired', 'virtual key ' || id || ' expired at ' || v_key.expires_at, 'create a new key');
+  end if;
+
+  virtual_key := data.new_virtual_key();
+  previous_valid_until := least(v_now + make_interval(secs => v_seconds), v_key.expires_at);
+  insert into data.previous_key_hash (key_hash, virtual_key_id, valid_until)
+  values (v_key.key_hash, id, previous_valid_until);
+  if v_seconds = 0 then
+    update data.previous_key_hash p set valid_until = v_now
+    where p.virtual_key_id = rotate_virtual_key.id and p.valid_until > v_now;
+  end if;
+  -- last: its trigger evicts every hash the key has and had
+  update data.virtual_key k
+  set key_hash = sha256(convert_to(virtual_key, 'UTF8')), key_prefix = left(virtual_key, 10)
+  where k.id = rotate_virtual_key.id
+  returning k.key_prefix, k.created_at into key_prefix, created_at;
+end
+$$;
+comment on function api.rotate_virtual_key(uuid, interval) is
+'Gives a virtual key a new text, and shows it, once; its id, mounts, budgets, spend and history stay.
+The old text stays valid until `previous_valid_until`, `grace` from now (1 day; at most 90), or until the key itself expires or is revoked.
+A later rotation doesn''t shorten that, but for `grace` 0: it ends every older text of the key at once. 404 virtual_key_unknown; 409
+virtual_key_disabled, virtual_key_expired; 422 invalid_grace.';
+grant execute on function api.rotate_virtual_key(uuid, interval) to keyledger_operator;
 
 create or replace function api.revoke_virtual_key(id uuid)
 returns api.virtual_keys
@@ -358,7 +447,7 @@ begin
 end
 $$;
 comment on function api.revoke_virtual_key(uuid) is
-'Ends a key for good; ending it again changes nothing.
+'Ends a key for good, and what it was before a rotation; ending it again changes nothing.
 Answers the key''s row. 404 virtual_key_unknown.';
 grant execute on function api.revoke_virtual_key(uuid) to keyledger_operator;
 
