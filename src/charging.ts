@@ -33,7 +33,7 @@ export interface Charging {
   hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
   /** Gives back what the hold still sets aside; a closed one is an answer. */
   release(hold: Pick<Hold, 'id' | 'account_id'>): Promise<ReleaseAnswer>
-  /** Keeps the hold open until `expires_in` seconds (900) from now; a closed one is an answer. */
+  /** Keeps the hold open until `expires_in` seconds (900) from now; one that is closed, or may not be kept open for longer, is an answer. */
   extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
   /**
    * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether

@@ -167,6 +167,7 @@ const statuses: Record<string, number> = {
   hold_captured: 409,
   hold_released: 409,
   hold_expired: 409,
+  hold_frozen: 409,
   hold_mismatch: 409,
 }
 

@@ -92,18 +92,18 @@ export interface UsageAnswer {
   mismatch?: true
 }
 
-/** `closed`: it was not open any more; `code` says why. */
+/** `closed`: it was not open any more; `refused`: an operator's freeze; `code` says why. */
 export interface ReleaseAnswer {
   id: string
-  status: 'released' | 'closed'
+  status: 'released' | 'closed' | 'refused'
   code?: string
   available?: string
 }
 
-/** `closed`: it was not open any more; `code` says why. */
+/** `closed`: it was not open any more; `refused`: it stays open as it was; `code` says why. */
 export interface ExtendAnswer {
   id: string
-  status: 'extended' | 'closed'
+  status: 'extended' | 'closed' | 'refused'
   code?: string
   expires_at?: string
   available?: string

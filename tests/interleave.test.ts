@@ -308,6 +308,7 @@ const moneyCalls: Record<
   adjust_balance: ({ accountId }) => ['operator', `select api.adjust_balance('${accountId}', -1, 'test')`],
   set_credit_limit: ({ accountId }) => ['operator', `select api.set_credit_limit('${accountId}', 1)`],
   grant_credit: ({ accountId }) => ['operator', `select api.grant_credit('${accountId}', 1)`],
+  freeze_funds: ({ accountId }) => ['operator', `select api.freeze_funds('${accountId}', 1, 'test')`],
 }
 for (const [name, call] of Object.entries(moneyCalls))
   test(`${name} on a snapshot older than the account's last change is refused, and right when tried again`, async () => {

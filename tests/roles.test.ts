@@ -19,6 +19,7 @@ const functions: Record<string, string[]> = {
   check_budget: [gateway, operator],
   create_virtual_key: [operator],
   extend_holds: [gateway],
+  freeze_funds: [operator],
   grant_credit: [operator],
   import_virtual_keys: [operator],
   maintain: [gateway, operator],
@@ -37,6 +38,7 @@ const functions: Record<string, string[]> = {
   set_credit_limit: [operator],
   set_low_balance_threshold: [operator],
   top_up: [operator],
+  unfreeze_funds: [operator],
   verify_balances: [operator],
 }
 

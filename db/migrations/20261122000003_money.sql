@@ -96,7 +96,8 @@ create table data.grant_draw (
   constraint returned_is_part_of_amount check (returned <= amount)
 );
 
--- money set aside for one request; its unspent part is in the account's frozen_balance while it is open
+-- money set aside for one request, or frozen by an operator (expires_at null); its unspent part is in the account's frozen_balance
+-- while it is open
 create table data.hold (
   account_id uuid not null,
   id data.uuidv7 not null,
@@ -109,12 +110,19 @@ create table data.hold (
   meters jsonb,
   created_at timestamptz not null,
   ended_at timestamptz,
+  -- of a freeze only
+  reference text,
+  reason text,
+  actor text,
+  ended_by text,
+  end_reason text,
   primary key (account_id, id),
   constraint captured_is_part_of_amount check (captured <= amount),
   constraint only_an_open_hold_has_not_ended
     check (status in ('open', 'captured', 'released', 'expired') and (status = 'open') = (ended_at is null))
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index hold_open on data.hold (account_id, expires_at) where status = 'open';
+create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
 -- sealed statements
 create table data.accounting_snapshot (
@@ -151,7 +159,7 @@ comment on table data.account_balance is 'The figures of one payer; account_id i
 comment on table data.billing_transaction is 'The ledger: append-only, gapless per account, each entry chained to the one before.';
 comment on table data.credit_grant is 'Free credit as granted, with what remains of each grant.';
 comment on table data.grant_draw is 'What each entry took from each grant, and what of it came back.';
-comment on table data.hold is 'Money set aside for a request until it is captured, released or expires.';
+comment on table data.hold is 'Money set aside for a request until it is captured, released or expires; or frozen by an operator until released.';
 comment on table data.accounting_snapshot is 'Sealed statements, one per account and period.';
 
 reset role;

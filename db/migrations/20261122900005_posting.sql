@@ -301,7 +301,8 @@ begin
       select h.account_id, h.id, least(w.cost, h.amount - h.captured) as draw, h.amount - h.captured as unspent, w.final
       from wanted w
       cross join lateral (select * from data.hold b where b.account_id = w.account_id and b.id = w.hold_id offset 0) h
-      where h.status = 'open' and (h.expires_at is null or h.expires_at > v_now)
+      -- a freeze has no expiry, and is not to be drawn
+      where h.status = 'open' and h.expires_at > v_now
     ), captured as (
       update data.hold h
       set captured = h.captured + d.draw,

@@ -187,7 +187,8 @@ grant select on api.usage_logs to keyledger_operator, keyledger_member;
 create or replace view api.holds with (security_barrier) as
 select h.account_id, h.id, h.amount, h.captured,
   case when h.status = 'open' and h.expires_at <= statement_timestamp() then 'expired' else h.status end as status,
-  h.expires_at, h.virtual_key_id, h.config_node_id, h.meters, h.created_at, h.ended_at
+  h.expires_at, h.virtual_key_id, h.config_node_id, h.meters, h.created_at, h.ended_at,
+  h.reference, h.reason, h.actor, h.ended_by, h.end_reason
 from (
   select h.* from data.hold h where (select v.sees_all from data.viewer v)
   union all
@@ -197,7 +198,9 @@ from (
       or h.virtual_key_id = any (array(
         select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v))))
 ) h;
-comment on view api.holds is 'Money set aside for requests: open, captured, released or expired.';
+comment on view api.holds is
+'Money set aside for requests: open, captured, released or expired.
+One without expires_at is an operator''s freeze: `reference`, `reason` and `actor` say why and by whom, `ended_by` and `end_reason` its end.';
 grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.accounting_snapshots with (security_barrier) as

@@ -60,8 +60,8 @@ end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-`code` is why not: insufficient_funds, user_suspended, tenant_suspended, virtual_key_disabled, virtual_key_expired. 404 user_not_found,
-virtual_key_unknown; 422 invalid_amount.';
+`code` is why not: insufficient_funds, user_suspended, tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free
+credit that may expire before a hold would. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 create or replace function data.require_array(
@@ -109,7 +109,7 @@ begin
     r.request ->> 'id',
     row(
       r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
-      r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null
+      r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null, null, null, null, null, null
     )::data.hold,
     case
       when jsonb_typeof(r.request) <> 'object' then 'invalid_request'
@@ -151,6 +151,42 @@ begin
 end
 $$;
 
+-- The moments of a time at which grants of an account expire, and what is available past each of them: less those grants, plus the holds
+-- that have ended by then. A hold that outlives such a moment must find its money there.
+create or replace function data.available_past_grants(
+  account_id uuid,
+  since timestamptz,
+  before timestamptz,
+  out moments timestamptz[],
+  out available numeric[]
+)
+returns record
+language plpgsql
+stable
+as $$
+begin
+  select array_agg(m.at order by m.at), array_agg(m.available order by m.at)
+  into moments, available
+  from (
+    select c.at, c.is_grant, a.available + sum(c.amount) over (order by c.at) as available
+    from data.account_balance a
+    cross join lateral (
+      select g.expires_at as at, true as is_grant, -g.remaining as amount
+      from data.credit_grant g
+      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < before
+      union all
+      select h.expires_at, false, h.amount - h.captured
+      from data.hold h
+      where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= (
+        select max(g.expires_at) from data.credit_grant g
+        where g.account_id = available_past_grants.account_id and g.remaining > 0 and g.expires_at < before)
+    ) c
+    where a.account_id = available_past_grants.account_id
+  ) m
+  where m.is_grant and m.at >= since;
+end
+$$;
+
 create or replace function api.place_holds(requests jsonb)
 returns jsonb
 language plpgsql
@@ -168,9 +204,15 @@ declare
   v_codes text[];
   v_account_ids uuid[];
   v_availables numeric[];
+  v_longest interval;
+  v_outlive_grants boolean[];
   v_account_id uuid;
   v_next integer := 1;
   v_available numeric;
+  v_moments timestamptz[];
+  v_pasts numeric[];
+  v_end timestamptz;
+  v_backing numeric;
   v_now timestamptz;
   v_hold data.hold;
   v_first_tries data.hold[];
@@ -184,18 +226,20 @@ begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
-    array_agg(distinct (r.hold).account_id) filter (where r.code is null)
-  into v_ords, v_ids, v_holds, v_codes, v_account_ids
+    array_agg(distinct (r.hold).account_id) filter (where r.code is null), max((r.hold).expires_at - (r.hold).created_at)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest
   from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
   perform data.lock_accounts(v_account_ids);
   v_now := clock_timestamp();
-  select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id)
-  into v_account_ids, v_availables
+  select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id),
+    array_agg(a.free_credit > 0 and exists (
+      select from data.credit_grant g
+      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < v_now + v_longest) order by a.account_id)
+  into v_account_ids, v_availables, v_outlive_grants
   from data.account_now a where a.account_id = any (v_account_ids);
-  select array_agg(h order by u.i) into v_first_tries
-  from unnest(v_holds) with ordinality as u (
-    account_id, id, amount, captured, status, expires_at, virtual_key_id, config_node_id, meters, created_at, ended_at, i)
+  select array_agg(h order by u.ordinality) into v_first_tries
+  from unnest(v_holds) with ordinality u
   left join data.hold h on h.account_id = u.account_id and h.id = u.id;
 
   -- requests and accounts are both in account_id order; an account's requests are admitted in the order they came
@@ -204,6 +248,10 @@ begin
     while v_next <= cardinality(v_account_ids) and v_account_ids[v_next] <= v_hold.account_id loop
       v_account_id := v_account_ids[v_next];
       v_available := v_availables[v_next];
+      v_moments := null;
+      if v_outlive_grants[v_next] then
+        select * into v_moments, v_pasts from data.available_past_grants(v_account_id, '-infinity', v_now + v_longest);
+      end if;
       v_next := v_next + 1;
       v_new_from := cardinality(v_new_ids) + 1;
     end loop;
@@ -224,16 +272,29 @@ begin
       v_answer := jsonb_build_object('status', 'refused', 'code', v_codes[i]);
     elsif v_account_id is distinct from v_hold.account_id then
       v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
-    elsif v_hold.amount > v_available then
-      v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
     else
-      v_answer := jsonb_build_object('status', 'held');
       -- its time begins now, not before the wait for the lock
-      v_hold.expires_at := v_now + (v_hold.expires_at - v_hold.created_at);
-      v_hold.created_at := v_now;
-      v_available := v_available - v_hold.amount;
-      v_new := v_new || v_hold;
-      v_new_ids := v_new_ids || v_hold.id::uuid;
+      v_end := v_now + (v_hold.expires_at - v_hold.created_at);
+      v_backing := v_available;
+      if v_moments is not null then
+        v_backing := least(v_available, (
+          select min(m.available) from unnest(v_moments, v_pasts) as m (at, available) where m.at < v_end));
+      end if;
+      if v_hold.amount > v_backing then
+        v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
+      else
+        v_answer := jsonb_build_object('status', 'held');
+        v_hold.expires_at := v_end;
+        v_hold.created_at := v_now;
+        v_available := v_available - v_hold.amount;
+        if v_moments is not null then
+          v_pasts := array(
+            select case when m.at < v_end then m.available - v_hold.amount else m.available end
+            from unnest(v_moments, v_pasts) with ordinality as m (at, available, n) order by m.n);
+        end if;
+        v_new := v_new || v_hold;
+        v_new_ids := v_new_ids || v_hold.id::uuid;
+      end if;
     end if;
 
     v_answers[v_ords[i]] := v_answer || jsonb_strip_nulls(jsonb_build_object(
@@ -255,10 +316,11 @@ begin
 end
 $$;
 comment on function api.place_holds(jsonb) is
-'Sets money aside for requests about to be made; never past `available`.
+'Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold.
 Takes [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order
 [{id, status: held | duplicate | refused, code?, amount, available, expires_at}]. ids are UUIDv7 made by the caller; a repeated id is
-`duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs).';
+`duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that
+expires before the hold included: insufficient_funds may come with more available than was asked.';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
 -- what release_holds and extend_holds share
@@ -278,6 +340,8 @@ declare
   v_account data.account_balance;
   v_hold data.hold;
   v_code text;
+  v_refused boolean;
+  v_end timestamptz;
 begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
@@ -306,9 +370,26 @@ begin
       when v_hold.status <> 'open' then 'hold_' || v_hold.status
       when v_hold.expires_at <= clock_timestamp() then 'hold_expired'
     end;
+    -- it stays open, as it was
+    v_refused := v_code is null and v_hold.expires_at is null;
+    if v_refused then
+      v_code := 'hold_frozen';
+    elsif v_code is null and extend then
+      v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
+      v_refused := false;
+      if v_account.free_credit > 0 then
+        v_refused := coalesce(v_hold.amount - v_hold.captured > (
+          select min(m.available)
+          from data.available_past_grants(v_hold.account_id, v_hold.expires_at, v_end) p
+          cross join unnest(p.available) as m (available)), false);
+      end if;
+      if v_refused then
+        v_code := 'insufficient_funds';
+      end if;
+    end if;
     if v_code is null and extend then
       update data.hold h
-      set expires_at = greatest(h.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in))
+      set expires_at = v_end
       where h.account_id = v_hold.account_id and h.id = v_hold.id
       returning * into v_hold;
     elsif v_code is null then
@@ -322,9 +403,9 @@ begin
     end if;
     v_answers[v_request.ord] := jsonb_strip_nulls(jsonb_build_object(
       'id', v_request.request ->> 'id',
-      'status', case when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
+      'status', case when v_refused then 'refused' when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
       'code', v_code,
-      'expires_at', case when extend and v_code is null then v_hold.expires_at end,
+      'expires_at', case when extend and (v_code is null or v_refused) then v_hold.expires_at end,
       'available', v_account.available::text
     ));
   end loop;
@@ -343,8 +424,9 @@ as $$
 $$;
 comment on function api.release_holds(jsonb) is
 'Gives back what open holds still set aside.
-Takes [{id, account_id}] and answers [{id, status: released | closed, code?, available}]; `closed` means there was nothing open to give back,
-`code` says why: hold_released, hold_captured, hold_expired, hold_not_found, invalid_….';
+Takes [{id, account_id}] and answers [{id, status: released | closed | refused, code?, available}]; `closed` means there was nothing open to
+give back, `code` says why: hold_released, hold_captured, hold_expired, hold_not_found, invalid_…. `refused` as hold_frozen: an operator''s
+freeze is the operator''s to end.';
 grant execute on function api.release_holds(jsonb) to keyledger_gateway;
 
 create or replace function api.extend_holds(requests jsonb)
@@ -358,9 +440,124 @@ as $$
 $$;
 comment on function api.extend_holds(jsonb) is
 'Keeps open holds open for longer.
-Takes [{id, account_id, expires_in?}] and answers [{id, status: extended | closed, code?, expires_at, available}]; `expires_in` counts seconds
-from now (900), and never shortens a hold.';
+Takes [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused, code?, expires_at, available}]; `expires_in`
+counts seconds from now (900), and never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where free credit it
+stands on expires first, hold_frozen for an operator''s freeze.';
 grant execute on function api.extend_holds(jsonb) to keyledger_gateway;
+
+-- a hold as the views show it
+create or replace function data.shown_hold(
+  account_id uuid,
+  id uuid
+)
+returns api.holds
+language plpgsql
+stable
+as $$
+declare
+  v_shown api.holds;
+begin
+  select * into v_shown from api.holds h where h.account_id = shown_hold.account_id and h.id = shown_hold.id;
+  return v_shown;
+end
+$$;
+
+create or replace function api.freeze_funds(
+  account_id uuid,
+  amount numeric,
+  reason text,
+  reference text default null
+)
+returns api.holds
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_hold data.hold;
+  v_available numeric;
+begin
+  perform data.require_positive_amount(amount);
+  if reason is null or reason !~ '\S' then
+    perform data.refuse(422, 'invalid_reason', 'a freeze needs a reason', 'say why in reason');
+  end if;
+  if length(reference) not between 1 and 512 then
+    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
+  end if;
+  perform data.lock_account(account_id);
+  select * into v_hold from data.hold h
+  where h.account_id = freeze_funds.account_id and h.reference = freeze_funds.reference;
+  if found and v_hold.amount <> freeze_funds.amount then
+    perform data.refuse(409, 'reference_mismatch', 'reference is used by freeze ' || v_hold.id || ' of ' || v_hold.amount,
+      'use a new reference, or repeat the first call exactly');
+  end if;
+  if v_hold.id is not null then
+    return data.shown_hold(account_id, v_hold.id);
+  end if;
+
+  select least(a.available, (
+    select min(m.available)
+    from data.available_past_grants(a.account_id, '-infinity', 'infinity') p
+    cross join unnest(p.available) as m (available)))
+  into v_available
+  from data.account_now a where a.account_id = freeze_funds.account_id;
+  if amount > v_available then
+    perform data.refuse(402, 'insufficient_funds', 'available without credit that expires: ' || v_available,
+      'freeze at most what is there');
+  end if;
+  v_hold.id := api.new_id();
+  insert into data.hold (account_id, id, amount, created_at, reference, reason, actor)
+  values (freeze_funds.account_id, v_hold.id, freeze_funds.amount, clock_timestamp(), freeze_funds.reference, freeze_funds.reason,
+    data.actor());
+  update data.account_balance a
+  set frozen_balance = a.frozen_balance + freeze_funds.amount
+  where a.account_id = freeze_funds.account_id;
+  return data.shown_hold(account_id, v_hold.id);
+end
+$$;
+comment on function api.freeze_funds(uuid, numeric, text, text) is
+'Freezes part of an account''s money until unfreeze_funds: a hold without expiry that no event draws on.
+At most what is available without credit that expires. `reference` repeated with the same amount answers the first freeze, as it is now, with
+another amount 409 reference_mismatch. Answers its row of holds. 402 insufficient_funds; 404 account_not_found; 422 invalid_amount,
+invalid_reason, invalid_reference.';
+grant execute on function api.freeze_funds(uuid, numeric, text, text) to keyledger_operator;
+
+create or replace function api.unfreeze_funds(
+  account_id uuid,
+  id uuid,
+  reason text default null
+)
+returns api.holds
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_hold data.hold;
+begin
+  perform data.lock_account(account_id);
+  select * into v_hold from data.hold h
+  where h.account_id = unfreeze_funds.account_id and h.id = unfreeze_funds.id and h.expires_at is null;
+  if not found then
+    perform data.refuse(404, 'freeze_not_found', 'freeze ' || coalesce(id::text, 'null'), 'send the id that freeze_funds answered');
+  end if;
+  if v_hold.status = 'open' then
+    update data.hold h
+    set status = 'released', ended_at = clock_timestamp(), ended_by = data.actor(), end_reason = unfreeze_funds.reason
+    where h.account_id = v_hold.account_id and h.id = v_hold.id;
+    update data.account_balance a
+    set frozen_balance = a.frozen_balance - v_hold.amount
+    where a.account_id = v_hold.account_id;
+  end if;
+  return data.shown_hold(account_id, id);
+end
+$$;
+comment on function api.unfreeze_funds(uuid, uuid, text) is
+'Ends a freeze: its money is available again.
+Repeated it changes nothing. Answers its row of holds. 404 account_not_found, freeze_not_found.';
+grant execute on function api.unfreeze_funds(uuid, uuid, text) to keyledger_operator;
 
 reset role;
 

@@ -43,9 +43,9 @@ begin
         when r.user_id is null then 'virtual_key_unknown'
         when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id)
           then 'config_node_not_found'
-        -- a hold of another account is no hold of this one
-        when r.hold_id is not null
-          and not exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id) then 'invalid_hold'
+        -- a hold of another account is no hold of this one, and a freeze is not to be drawn
+        when r.hold_id is not null and not exists (
+          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null) then 'invalid_hold'
         else p.code
       end as code
     from (
