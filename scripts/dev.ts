@@ -1,25 +1,40 @@
 // Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C. `--help` says more.
 import { parseArgs } from 'node:util'
 import pg from 'pg'
-import { migrate, prepareRoles, startPostgres, startPostgrest, startRedis, withDatabase } from './servers.ts'
+import { createUpstream } from '../examples/upstream.ts'
+import {
+  migrate,
+  prepareRoles,
+  startExample,
+  startPostgres,
+  startPostgrest,
+  startRedis,
+  withDatabase,
+} from './servers.ts'
 
 const help = `Starts Postgres, PostgREST and, if it is installed, Redis, with sample tenants, users, keys and prices. Prints where
 they are as lines for a shell, then \`ready\`, and runs until Ctrl-C; nothing is kept.
 
   make dev ARGS='…'
 
+  --proxy   also run the gateway of examples/proxy.ts, before a small upstream that needs no network
   --help    this
 
 DATABASE_URL is the superuser's: \`set role keyledger_operator\` to be one. The tokens don't expire.`
 
-try {
-  if (parseArgs({ options: { help: { type: 'boolean' } } }).values.help) {
-    console.log(help)
-    process.exit(0)
+function options() {
+  const flag = { type: 'boolean' } as const
+  try {
+    return parseArgs({ options: { proxy: flag, help: flag } }).values
+  } catch (error) {
+    console.error(`dev: ${(error as Error).message}`)
+    process.exit(2)
   }
-} catch (error) {
-  console.error(`dev: ${(error as Error).message}`)
-  process.exit(2)
+}
+const { proxy: withProxy, help: wantsHelp } = options()
+if (wantsHelp) {
+  console.log(help)
+  process.exit(0)
 }
 
 process.on('uncaughtException', (error) => {
@@ -37,20 +52,32 @@ const databaseUrl = withDatabase(postgres.url, 'keyledger')
 await migrate(databaseUrl)
 const { url: loginUrl } = await prepareRoles(databaseUrl)
 const postgrest = await startPostgrest({ databaseUrl: loginUrl })
+const upstream = createUpstream()
+await new Promise<void>((resolve) => upstream.listen(0, '127.0.0.1', resolve))
+const endpoint = `http://127.0.0.1:${(upstream.address() as { port: number }).port}/v1`
 const world = await populate()
-
-const lines: Record<string, string | undefined> = {
+const servers = {
   DATABASE_URL: databaseUrl,
   POSTGREST_URL: postgrest.url,
   REDIS_URL: redis?.url,
   GATEWAY_TOKEN: await postgrest.token({ role: 'keyledger_gateway' }),
+}
+const proxy = withProxy ? await startExample('proxy', servers) : undefined
+
+const lines: Record<string, string | undefined> = {
+  ...servers,
   OPERATOR_TOKEN: await postgrest.token({ role: 'keyledger_operator' }),
   MEMBER_TOKEN: await postgrest.token({ role: 'keyledger_member', user_id: world.USER_ID }),
+  PROXY_URL: proxy?.url,
   ...world,
 }
 say(`
 Acme (TENANT_ID) pays for Ann, its admin (USER_ID, MEMBER_TOKEN, VIRTUAL_KEY), and for Ben; Bob pays alone.
-Node ${world.NODE_ID} serves model demo, for USD 2.50 a million tokens in, 1.25 cached, 10.00 out.`)
+Node demo (NODE_ID) serves model demo, at USD 2.50 a million tokens in, 1.25 cached, 10.00 out.`)
+if (proxy)
+  say(
+    'The gateway (PROXY_URL) speaks the OpenAI API at /v1, to VIRTUAL_KEY. Its upstream repeats what it is told.',
+  )
 if (!redis) say('There is no REDIS_URL: redis-server is not installed.')
 say('Paste these lines into another terminal. Ctrl-C ends it all.\n')
 // nothing in them is special to a shell
@@ -75,7 +102,10 @@ async function populate() {
     return { id, key }
   }
   await client.query('set role keyledger_operator')
-  const node = await one(`insert into api.config_nodes (name, model) values ('demo', 'demo') returning id`)
+  const node = await one(
+    `insert into api.config_nodes (name, provider, model, endpoint) values ('demo', 'local', 'demo', $1) returning id`,
+    endpoint,
+  )
   // in force since before the first event, whose time has only milliseconds
   await client.query(
     `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from)

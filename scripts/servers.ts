@@ -154,10 +154,23 @@ export async function startRedis(): Promise<Server | undefined> {
   })
 }
 
+/** Starts a program of examples/, with the environment it is told to read. */
+export function startExample(name: string, env: Record<string, string | undefined>): Promise<Server> {
+  const url = (port: number) => `http://127.0.0.1:${port}`
+  return start(name, {
+    dir: temporaryDirectory(name),
+    url,
+    argv: () => [process.execPath, '--import', import.meta.resolve('tsx'), join(root, `examples/${name}.ts`)],
+    // where it finds us by our name
+    env: (port) => ({ ...env, PORT: String(port), TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') }),
+    ready: async (port) => (await fetch(`${url(port)}/healthz`)).ok,
+  })
+}
+
 interface Recipe extends Pick<Command, 'dir' | 'user' | 'signal'> {
   url(port: number): string
   argv(port: number): string[]
-  env?(port: number): Record<string, string>
+  env?(port: number): Record<string, string | undefined>
   /** Tries the server; false or a throw means not yet. */
   ready(port: number): Promise<boolean>
 }

@@ -28,7 +28,7 @@ export interface Command {
   /** Directory of this server alone; removed at the end. Its `log` file takes stdout and stderr. */
   dir: string
   argv: string[]
-  env?: Record<string, string>
+  env?: Record<string, string | undefined>
   /** Unprivileged user to run as; default: the current one. */
   user?: { uid: number; gid: number }
   /** What ends it; must be certain to. Default `KILL`. */

@@ -3,6 +3,7 @@ import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
 import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import OpenAI from 'openai'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { inPath } from '../scripts/binaries.ts'
@@ -146,6 +147,24 @@ test('says so where redis-server is not installed', async () => {
   })
   assert.is(values.REDIS_URL, undefined)
   assert.match(err(), /no REDIS_URL: redis-server is not installed/)
+})
+
+test('with --proxy, the openai client works with what it prints', async () => {
+  const { values, out, child, left } = await dev(['make', '--silent', 'dev', 'ARGS=--proxy'])
+  assert.equal(out().match(/^\w+/gm), [...servers, 'PROXY_URL', ...world, 'ready'])
+  const { PROXY_URL, VIRTUAL_KEY, TENANT_ID, DATABASE_URL } = values
+  const openai = new OpenAI({ baseURL: `${PROXY_URL}/v1`, apiKey: VIRTUAL_KEY })
+  const messages = [{ role: 'user' as const, content: 'Good morning!' }]
+  const { choices } = await openai.chat.completions.create({ model: 'demo', messages })
+  assert.is(choices[0]!.message.content, 'You said: Good morning!')
+  const [account] = await once(
+    DATABASE_URL!,
+    `select balance::text from api.billing_accounts where account_id = '${TENANT_ID}'`,
+  )
+  assert.equal(account, { balance: '24.9999550000' }) // 2 in, 4 out
+  process.kill(-child.pid!, 'SIGINT')
+  await exited(child)
+  assert.equal(left(), [])
 })
 
 for (const signal of ['SIGTERM', 'SIGKILL'] as const)

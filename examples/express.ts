@@ -1,0 +1,20 @@
+// The gateway in Express: the middleware as it is.
+import { createServer } from 'node:http'
+import express, { type Request } from 'express'
+import type { WithUserContext } from 'keyledger'
+import { billing, run } from './billing.ts'
+import { gone, send } from './http.ts'
+import { complete, models } from './proxy.ts'
+
+const app = express()
+app.get('/healthz', (_req, res) => void res.status(billing.health().ok ? 200 : 503).json(billing.health()))
+app.use(billing.middleware())
+app.get('/v1/models', async (req: WithUserContext<Request>, res) => send(res, await models(req.userContext!)))
+app.post(
+  '/v1/chat/completions',
+  express.text({ type: () => true, limit: '10mb' }),
+  async (req: WithUserContext<Request>, res) =>
+    send(res, await complete(req.userContext!, req.body, gone(res))),
+)
+
+await run(createServer(app))

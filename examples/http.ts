@@ -1,0 +1,72 @@
+// Between node:http, what a gateway answers, and the errors that OpenAI's clients understand.
+import type { IncomingMessage, ServerResponse } from 'node:http'
+import { Readable } from 'node:stream'
+import { pipeline } from 'node:stream/promises'
+import { KeyledgerError } from 'keyledger'
+
+const MAX_BODY = 10_000_000
+
+/** The JSON object, if it is one. */
+// biome-ignore lint/suspicious/noExplicitAny: whatever they sent
+export function parse(text: string): any {
+  try {
+    const value = JSON.parse(text)
+    return value !== null && typeof value === 'object' ? value : undefined
+  } catch {
+    return undefined
+  }
+}
+
+/** An error as OpenAI's clients understand it. */
+export function failure(status: number, code: string, message: string): Response {
+  const types: Record<number, string> = {
+    402: 'insufficient_quota',
+    403: 'permission_error',
+    429: 'rate_limit_error',
+  }
+  const type = types[status] ?? (status < 500 ? 'invalid_request_error' : 'server_error')
+  return Response.json({ error: { message, type, param: null, code } }, { status })
+}
+
+/** Whatever goes wrong is an answer too. */
+export async function answering(answer: () => Promise<Response>): Promise<Response> {
+  try {
+    return await answer()
+  } catch (error) {
+    if (!(error instanceof KeyledgerError)) {
+      console.error(error)
+      return failure(500, 'internal_error', 'the gateway failed')
+    }
+    const { code, message } = error
+    // a node without a price is not the caller's to mend
+    const status = code === 'price_not_found' || code === 'currency_mismatch' ? 500 : error.status
+    return failure(status, code, message)
+  }
+}
+
+/** Aborts when the caller is gone, of node:http and what is built on it. */
+export function gone(res: ServerResponse): AbortSignal {
+  const controller = new AbortController()
+  res.once('close', () => controller.abort())
+  return controller.signal
+}
+
+/** Answers through node:http and what is built on it. */
+export async function send(res: ServerResponse, response: Response): Promise<void> {
+  res.writeHead(response.status, Object.fromEntries(response.headers))
+  // that the caller is gone is settled elsewhere
+  await pipeline(Readable.fromWeb(response.body as never), res).catch(() => {})
+}
+
+/** The whole body, if it is no larger than we want. */
+export async function bodyOf(req: IncomingMessage): Promise<string> {
+  const parts: Buffer[] = []
+  let size = 0
+  for await (const part of req) {
+    size += part.length
+    // read to its end all the same, or the caller sees a broken connection
+    if (size <= MAX_BODY) parts.push(part)
+  }
+  if (size <= MAX_BODY) return Buffer.concat(parts).toString()
+  throw new KeyledgerError('payload_too_large', 413, { detail: `more than ${MAX_BODY} bytes` })
+}

@@ -1,0 +1,89 @@
+// What an answer of the OpenAI API used: by the upstream's own figures, or by what was passed on where it gave none.
+import type { Meters } from 'keyledger'
+
+/** What we read of a completion, or of a chunk of one. */
+export interface Completion {
+  id?: string
+  choices?: { message?: Said; delta?: Said }[]
+  usage?: Usage | null
+  error?: unknown
+}
+
+interface Said {
+  content?: string | null
+  refusal?: string | null
+  reasoning_content?: string | null
+  tool_calls?: { function?: { name?: string; arguments?: string } }[]
+}
+
+interface Usage {
+  prompt_tokens: number
+  completion_tokens: number
+  prompt_tokens_details?: { cached_tokens?: number | null } | null
+}
+
+// of text, for want of better; of JSON it is more than enough
+const BYTES_PER_TOKEN = 4
+
+/** Adds up an answer: a whole one, or chunk by chunk. `asked` is the size of the request in bytes. */
+export function createMeter(asked: number) {
+  let usage: Usage | undefined
+  let id: string | undefined
+  let pieces = 0
+  let bytes = 0
+
+  return {
+    add(answer: Completion) {
+      id ??= answer.id
+      if (isUsage(answer.usage)) usage = answer.usage
+      for (const { message, delta } of answer.choices ?? []) {
+        const length = Buffer.byteLength(textOf(message ?? delta ?? {}))
+        if (length) pieces++
+        bytes += length
+      }
+    },
+    /** Something was said, or counted. */
+    started: () => usage !== undefined || pieces > 0,
+    /** The answer's id. */
+    id: () => id,
+    estimated: () => usage === undefined,
+    meters(): Meters {
+      if (!usage) {
+        const output_tokens = Math.max(pieces, Math.ceil(bytes / BYTES_PER_TOKEN))
+        return { input_tokens: Math.ceil(asked / BYTES_PER_TOKEN), output_tokens }
+      }
+      const { prompt_tokens, completion_tokens: output_tokens } = usage
+      const cached_input_tokens = Math.min(usage.prompt_tokens_details?.cached_tokens ?? 0, prompt_tokens)
+      return { input_tokens: prompt_tokens - cached_input_tokens, cached_input_tokens, output_tokens }
+    },
+  }
+}
+
+const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as number) >= 0
+
+const isUsage = (usage: Usage | null | undefined): usage is Usage =>
+  isCount(usage?.prompt_tokens) &&
+  isCount(usage?.completion_tokens) &&
+  isCount(usage?.prompt_tokens_details?.cached_tokens ?? 0)
+
+const textOf = ({ content, refusal, reasoning_content, tool_calls = [] }: Said) =>
+  [
+    content,
+    refusal,
+    reasoning_content,
+    ...tool_calls.flatMap(({ function: f }) => [f?.name, f?.arguments]),
+  ].join('')
+
+/** The data of each server-sent event. */
+export async function* serverSentEvents(body: AsyncIterable<Uint8Array>): AsyncGenerator<string> {
+  const decoder = new TextDecoder()
+  let rest = ''
+  for await (const bytes of body) {
+    const events = (rest + decoder.decode(bytes, { stream: true })).replaceAll('\r\n', '\n').split('\n\n')
+    rest = events.pop()!
+    for (const event of events) {
+      const data = [...event.matchAll(/^data: ?(.*)$/gm)].map((line) => line[1]).join('\n')
+      if (data) yield data
+    }
+  }
+}
