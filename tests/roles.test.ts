@@ -18,6 +18,7 @@ const functions: Record<string, string[]> = {
   cache_changes: [gateway],
   check_budget: [gateway, operator],
   create_virtual_key: [operator],
+  explain_charge: [operator, member],
   extend_holds: [gateway],
   freeze_funds: [operator],
   grant_credit: [operator],
@@ -37,9 +38,11 @@ const functions: Record<string, string[]> = {
   rotate_virtual_key: [operator],
   set_credit_limit: [operator],
   set_low_balance_threshold: [operator],
+  spend: [operator, member],
   top_up: [operator],
   unfreeze_funds: [operator],
   verify_balances: [operator],
+  verify_ledger: [operator],
 }
 
 const read = 'select'
@@ -260,7 +263,7 @@ test('every table has row-level security, with no policy, and every object its o
       c.reloptions, obj_description(c.oid, 'pg_class') as comment,
       exists (select from pg_policy p where p.polrelid = c.oid) as has_policy,
       has_table_privilege('keyledger_member', c.oid, 'select') as for_members
-    from pg_class c where c.relnamespace in ('data'::regnamespace, 'api'::regnamespace) and c.relkind not in ('i', 'I', 'S')`)
+    from pg_class c where c.relnamespace in ('data'::regnamespace, 'api'::regnamespace) and c.relkind not in ('i', 'I', 'S', 'c')`)
   assert.ok(relations.some(({ name }) => name === `data.${made[0]}`))
   for (const { name, relkind, ...is } of relations) {
     assert.is(is.owner, 'keyledger_owner', name)

@@ -148,6 +148,10 @@ create table data.accounting_snapshot (
   constraint entries_are_a_range check (first_seq >= 1 and last_seq >= first_seq - 1)
 );
 
+-- what verify_ledger answers: its argument's name is a column's too
+create type api.ledger_problem as (account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
+comment on type api.ledger_problem is 'What differs from what the chain of hashes proves.';
+
 alter table data.account_balance enable row level security;
 alter table data.billing_transaction enable row level security;
 alter table data.credit_grant enable row level security;

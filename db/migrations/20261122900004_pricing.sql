@@ -18,6 +18,15 @@ as $$
   end
 $$;
 
+-- A sum of quantity * price * (3600000000 / size) as money: one rounding, half up, at 10 decimals.
+create or replace function data.to_cost(steps numeric)
+returns numeric
+language sql
+immutable parallel safe
+as $$
+  select div(20000000000 * steps + 3600000000, 7200000000) * 0.0000000001
+$$;
+
 -- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
 -- Sizes divide 3600000000, so the sum is a whole number of 1e-20 / 3600000000 steps and is rounded once, half up, at 10 decimals.
 -- A quantity of 0 needs no price. At most 64 meters; a cost of a trillion or more is no cost.
@@ -63,10 +72,7 @@ as $$
         coalesce(bool_or(q.quantity is null or (p.id is null and m.key !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
-        div(
-          20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
-          7200000000
-        ) * 0.0000000001 as cost
+        data.to_cost(coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0)) as cost
       from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
       cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
       left join lateral (

@@ -335,7 +335,7 @@ begin
     union all select * from data.verify_grants(for_account_id)
     union all select * from data.verify_usage(for_account_id)
   ) p
-  order by p.account_id, p.seq nulls first, p.problem;
+  order by p.account_id, p.seq nulls first, p.problem, p.expected;
 end
 $$;
 comment on function api.verify_balances(uuid) is
