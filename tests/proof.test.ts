@@ -6,7 +6,7 @@ import * as assert from 'uvu/assert'
 import { database, type Row } from './support/database.ts'
 import { failure } from './support/failure.ts'
 import { holdsTrue, newId } from './support/ledger.ts'
-import { payer } from './support/payer.ts'
+import { idAt, payer } from './support/payer.ts'
 import { code, transports } from './support/transports.ts'
 
 const test = suite('proof')
@@ -27,7 +27,12 @@ const head = async (): Promise<string> =>
   (await db.operator('select head from api.billing_accounts where account_id = $1', [account.accountId]))[0]!
     .head
 heads[6] = await head()
-const two = [account.event('3'), account.event('4')]
+// a moment apart, so that retention can cut between them
+const now = Date.now()
+const two = [
+  account.event('3', { id: idAt(new Date(now)) }),
+  account.event('4', { id: idAt(new Date(now + 50)) }),
+]
 await account.record(...two)
 heads[7] = await head()
 await account.post('refund_charge', { usage_id: two[0]!.id, amount: '1' })
@@ -323,7 +328,7 @@ test('usage that retention dropped is not missing; what is left of an entry is p
     (await session.query('select problem, seq from api.verify_balances($1)', [account.accountId])).rows,
   ]
   await tampered(
-    `${floor(two[1]!.id)}; delete from data.usage_log where ${own} and id < data.uuid_floor((select floor from data.usage_window))`,
+    `${floor(two[0]!.id)}; delete from data.usage_log where ${own} and id < data.uuid_floor((select floor from data.usage_window))`,
     async (session) => {
       assert.equal(await both(session), [[], []])
       await session.query(`insert into data.usage_log (account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, final, meters, price_ids, cost, recorded_at)
@@ -334,13 +339,13 @@ test('usage that retention dropped is not missing; what is left of an entry is p
     },
   )
   // not dropped: still in the log, and proved
-  await tampered(`${floor(two[1]!.id)}; ${changeUsage('cost = cost + 1', 1)}`, async (session) => {
+  await tampered(`${floor(two[0]!.id)}; ${changeUsage('cost = cost + 1', 1)}`, async (session) => {
     const [[first]] = (await both(session)) as [Row[]]
     assert.equal([first!.problem, first!.usage_id], ['usage row was altered', ids[1]])
   })
   // a row above the floor is missing whatever was dropped below it
   await tampered(
-    `${floor(ids[0]!)}; delete from data.usage_log where ${own} and transaction_seq in (4, 7)`,
+    `${floor(ids[2]!)}; delete from data.usage_log where ${own} and transaction_seq in (4, 7)`,
     async (session) => {
       const [[first]] = (await both(session)) as [Row[]]
       assert.equal([first!.problem, first!.seq], ['usage row is missing', '7'])
