@@ -21,7 +21,7 @@ const servers = [
   'OPERATOR_TOKEN',
   'MEMBER_TOKEN',
 ]
-const world = ['VIRTUAL_KEY', 'KEY_ID', 'USER_ID', 'TENANT_ID', 'NODE_ID']
+const world = ['VIRTUAL_KEY', 'KEY_ID', 'USER_ID', 'TENANT_ID', 'NODE_ID', 'UPSTREAM_URL']
 
 const running: { child: ChildProcess; dir: string; left: () => string[] }[] = []
 test.after.each(async () => {

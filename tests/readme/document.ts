@@ -16,9 +16,11 @@ import { fileURLToPath } from 'node:url'
 import pg from 'pg'
 import { suite, type Test } from 'uvu'
 import * as assert from 'uvu/assert'
+import { createUpstream } from '../../examples/upstream.ts'
 import { inPath } from '../../scripts/binaries.ts'
 import { freePort, secret, token } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
+import { sampleWorld } from '../../scripts/world.ts'
 import { type Database, database } from '../support/database.ts'
 import { psql, shell } from './runners.ts'
 
@@ -47,9 +49,13 @@ export interface Document {
 
 /**
  * Makes a test of each block, in order, on servers of their own, and one of what the text names. `file` is its path in the
- * project. Blocks of sections in `except` are the caller's to test. A program's file is named in its first line.
+ * project. Blocks of sections in `except` are the caller's to test. A program's file is named in its first line. With `dev`
+ * the reader has pasted what `make dev` prints; else there are an empty database and JWT_SECRET.
  */
-export async function document(file: string, { except = [] as string[] } = {}): Promise<Document> {
+export async function document(
+  file: string,
+  { except = [] as string[], dev = false } = {},
+): Promise<Document> {
   const text = readFileSync(join(root, file), 'utf8')
   const blocks = blocksOf(text)
   const test = suite(file)
@@ -70,7 +76,9 @@ export async function document(file: string, { except = [] as string[] } = {}): 
   const home = readersDirectory(top, blocks)
   const PATH = [join(top, 'bin'), join(root, 'node_modules/.bin'), process.env.PATH].join(delimiter)
   const { KEYLEDGER_TEST: _, ...env } = process.env
-  const known = { JWT_SECRET: jwtSecret, DATABASE_URL: db.loginUrl, REDIS_URL: redis.url }
+  const known = dev
+    ? await pasted(db, server.url, redis.url, jwtSecret)
+    : { JWT_SECRET: jwtSecret, DATABASE_URL: db.loginUrl, REDIS_URL: redis.url }
   const sh = shell(home, { ...env, ...known, PATH })
   db.onClose(sh.close)
 
@@ -122,6 +130,24 @@ export async function document(file: string, { except = [] as string[] } = {}): 
   }
   test('what it names is there: make targets, files, headings', () => namesWhatIsThere(file, text))
   return { test, db, home, PATH, blocks }
+}
+
+async function pasted(db: Database, POSTGREST_URL: string, REDIS_URL: string, secret: string) {
+  const upstream = createUpstream()
+  await new Promise<void>((resolve) => upstream.listen(0, '127.0.0.1', resolve))
+  db.onClose(() => {
+    upstream.closeAllConnections()
+    upstream.close()
+  })
+  const { port } = upstream.address() as { port: number }
+  const world = await sampleWorld(db.url, `http://127.0.0.1:${port}/v1`)
+  return {
+    ...{ DATABASE_URL: db.url, POSTGREST_URL, REDIS_URL },
+    GATEWAY_TOKEN: await token(secret, { role: 'keyledger_gateway' }),
+    OPERATOR_TOKEN: await token(secret, { role: 'keyledger_operator' }),
+    MEMBER_TOKEN: await token(secret, { role: 'keyledger_member', user_id: world.USER_ID }),
+    ...world,
+  }
 }
 
 function blocksOf(text: string): Block[] {
