@@ -146,17 +146,18 @@ export function pgRpc(options: PgRpcOptions): Rpc {
 
 // One query, one value `json`: Postgres makes the JSON, as it does for PostgREST.
 function calling(fn: string, shape: Shape, args: Record<string, unknown>, select?: string) {
+  // their names are the catalog's: `limit` is one
   const used = shape.params.filter(({ name }) => args[name] !== undefined)
   // JSON is parsed here and now; any other type is read from JSON as PostgREST reads it
   const read = used.filter(({ name, type }) => !(type === 'jsonb' && isJsonText(args[name])))
   const passed = used.map((param) => {
     const value = read.includes(param)
-      ? `a.${quoted(param.name)}`
+      ? `a.${pg.escapeIdentifier(param.name)}`
       : jsonLiteral(argumentJson(args[param.name]))
-    return `${quoted(param.name)} => ${value}`
+    return `${pg.escapeIdentifier(param.name)} => ${value}`
   })
   const record = argumentsJson(Object.fromEntries(read.map(({ name }) => [name, args[name]])))
-  const columns = read.map(({ name, type }) => `${quoted(name)} ${type}`)
+  const columns = read.map(({ name, type }) => `${pg.escapeIdentifier(name)} ${type}`)
   const from = `${read.length ? `json_to_record(${jsonLiteral(record)}) as a(${columns.join(', ')}), lateral ` : ''}api.${quoted(fn)}(${passed.join(', ')}) as c`
   if (shape.nothing) return `select null::text as json from ${from}`
   if (shape.composite) {

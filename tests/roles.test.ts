@@ -15,8 +15,10 @@ const member = 'keyledger_member'
 const functions: Record<string, string[]> = {
   account_news: [gateway, operator],
   adjust_balance: [operator],
+  balance_at: [operator],
   cache_changes: [gateway],
   check_budget: [gateway, operator],
+  close_period: [operator],
   create_virtual_key: [operator],
   explain_charge: [operator, member],
   extend_holds: [gateway],
@@ -39,6 +41,7 @@ const functions: Record<string, string[]> = {
   set_credit_limit: [operator],
   set_low_balance_threshold: [operator],
   spend: [operator, member],
+  statement: [operator, member],
   top_up: [operator],
   unfreeze_funds: [operator],
   verify_balances: [operator],

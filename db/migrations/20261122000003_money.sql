@@ -13,7 +13,6 @@ create table data.account_balance (
   credit_limit data.amount not null default 0,
   frozen_balance data.amount not null default 0,
   outstanding_amount data.amount not null default 0,
-  overdue_amount data.amount not null default 0,
   low_balance_threshold data.amount,
   available data.money not null
     generated always as (free_credit + balance + credit_limit - frozen_balance - outstanding_amount) stored,
@@ -124,9 +123,10 @@ create table data.hold (
 create index hold_open on data.hold (account_id, expires_at) where status = 'open';
 create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
--- sealed statements
+-- sealed statements, cut by seq; by the clock: credit that had expired is gone, also where its entry comes after the cut (`expiry_due`).
+-- No foreign key to account_balance: its check would keep the account locked until the page commits.
 create table data.accounting_snapshot (
-  account_id uuid not null references data.account_balance,
+  account_id uuid not null,
   period_start timestamptz not null,
   period_end timestamptz not null,
   first_seq bigint not null,
@@ -138,6 +138,7 @@ create table data.accounting_snapshot (
   balance_closing data.money not null,
   free_credit_closing data.amount not null,
   outstanding_closing data.amount not null,
+  expiry_due data.amount not null,
   overdue_amount data.amount not null,
   movements jsonb not null,
   usage jsonb not null,
@@ -145,7 +146,8 @@ create table data.accounting_snapshot (
   sealed_at timestamptz not null default now(),
   primary key (account_id, period_start),
   constraint period_is_forward check (period_end > period_start),
-  constraint entries_are_a_range check (first_seq >= 1 and last_seq >= first_seq - 1)
+  constraint entries_are_a_range check (first_seq >= 1 and last_seq >= first_seq - 1),
+  constraint overdue_is_part_of_outstanding check (overdue_amount <= outstanding_closing)
 );
 
 -- what verify_ledger answers: its argument's name is a column's too

@@ -57,7 +57,18 @@ select
   a.credit_limit,
   a.frozen_balance - h.due as frozen_balance,
   a.outstanding_amount,
-  a.overdue_amount,
+  -- what the last statement left unpaid, less what was paid since: the oldest debt is paid first
+  case when a.outstanding_amount > 0 then coalesce((
+    select case when s.outstanding_closing > 0 then greatest(s.outstanding_closing + coalesce((
+      select sum(t.outstanding_delta)
+      from data.billing_transaction t
+      where t.account_id = s.account_id and t.seq > s.last_seq and t.outstanding_delta < 0
+    ), 0), 0) end
+    from data.accounting_snapshot s
+    where s.account_id = a.account_id
+    order by s.period_start desc
+    limit 1
+  ), 0) else 0 end::numeric(28, 10) as overdue_amount,
   a.available + h.due - g.due as available,
   a.low_balance_threshold,
   a.balance_version,

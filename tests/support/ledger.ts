@@ -67,7 +67,7 @@ export async function holdsTrue(sql: Sql): Promise<void> {
       (select coalesce(sum(cost), 0) from data.usage_log)
         + (select coalesce(sum(amount), 0) from data.billing_transaction where kind = 'usage') as revenue_off,
       (select count(*) from data.account_balance where least(free_credit, credit_limit, frozen_balance,
-        outstanding_amount, overdue_amount) < 0)::int as negative,
+        outstanding_amount) < 0)::int as negative,
       (select count(*) from data.account_balance
         where available <> free_credit + balance + credit_limit - frozen_balance - outstanding_amount)::int as not_derived,
       (select count(*) from data.account_balance

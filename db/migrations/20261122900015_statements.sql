@@ -1,0 +1,544 @@
+-- migrate:up
+-- Statements: periods sealed by seq, one account at a time, and figures as of any moment.
+
+set local role keyledger_owner;
+
+create or replace trigger append_only before update or delete on data.accounting_snapshot
+  for each row execute function data.forbid_change();
+create or replace trigger append_only_truncate before truncate on data.accounting_snapshot
+  for each statement execute function data.forbid_change();
+
+-- The last entry posted before a moment, 0 if there is none, null if there is no account: entries are gapless and never older than the one before, so it is
+-- found by halving.
+create or replace function data.seq_before(
+  account_id uuid,
+  at timestamptz
+)
+returns bigint
+language plpgsql
+stable
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+as $$
+declare
+  v_low bigint := 0;
+  v_high bigint := (select a.balance_version from data.account_balance a where a.account_id = seq_before.account_id);
+  v_middle bigint;
+begin
+  while v_low < v_high loop
+    v_middle := (v_low + v_high + 1) / 2;
+    if exists (
+      select from data.billing_transaction t
+      where t.account_id = seq_before.account_id and t.seq = v_middle and t.created_at < at)
+    then
+      v_low := v_middle;
+    else
+      v_high := v_middle - 1;
+    end if;
+  end loop;
+  return case when v_high is not null then v_low end;
+end
+$$;
+
+-- What had expired by a moment and is not among the entries up to `seq`, the last one before it: not posted yet, or by the next
+-- posting after the moment, which settles what is due before anything else. Counted from the last entry: the one that was being
+-- posted as a grant expired, and one for each grant.
+create or replace function data.expiries_due(
+  account_id uuid,
+  seq bigint,
+  at timestamptz
+)
+returns table (
+  grant_seq bigint,
+  expired_at timestamptz,
+  amount numeric
+)
+language plpgsql
+stable
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+as $$
+#variable_conflict use_column
+begin
+  return query
+  with expired as (
+    select g.seq, g.expires_at, g.remaining
+    from data.credit_grant g
+    where g.account_id = expiries_due.account_id and g.seq <= expiries_due.seq and g.expires_at <= expiries_due.at
+  )
+  select e.seq, e.expires_at::timestamptz, e.remaining::numeric
+  from expired e
+  where e.remaining > 0
+  union all
+  select e.seq, e.expires_at, -t.amount
+  from data.billing_transaction t
+  join expired e on e.seq = (t.metadata ->> 'grant_seq')::bigint
+  where t.account_id = expiries_due.account_id and t.kind = 'credit_expiry'
+    and t.seq > expiries_due.seq and t.seq <= expiries_due.seq + 1 + (select count(*) from expired);
+end
+$$;
+
+create or replace function api.balance_at(
+  account_id uuid,
+  at timestamptz
+)
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_seq bigint;
+  v_entry data.billing_transaction;
+begin
+  if at is null or not isfinite(at) or at > clock_timestamp() then
+    perform data.refuse(422, 'invalid_at', 'at must be a moment that has passed', 'send a timestamp with its time zone');
+  end if;
+  v_seq := data.seq_before(account_id, at);
+  if v_seq is null then
+    perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
+      'account_id is the id of the tenant or user that pays');
+  end if;
+  select * into v_entry from data.billing_transaction t where t.account_id = balance_at.account_id and t.seq = v_seq;
+  return jsonb_build_object(
+    'account_id', account_id,
+    'at', at,
+    'seq', v_seq,
+    'balance', coalesce(v_entry.balance_after, 0)::data.money::text,
+    'free_credit', (coalesce(v_entry.free_credit_after, 0) - (
+      select coalesce(sum(d.amount), 0) from data.expiries_due(balance_at.account_id, v_seq, at) d))::data.money::text,
+    'outstanding_amount', coalesce(v_entry.outstanding_after, 0)::data.money::text,
+    'credit_limit', coalesce(v_entry.credit_limit_after, 0)::data.money::text);
+end
+$$;
+comment on function api.balance_at(uuid, timestamptz) is
+'An account''s figures as of a moment: after every entry posted before it, less the free credit that had expired by then.
+Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, amounts as decimal strings, all 0 before the first
+entry; at a statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future, for one).';
+grant execute on function api.balance_at(uuid, timestamptz) to keyledger_operator;
+
+-- Waits until whoever holds the account's lock is done, and keeps nothing: what is posted from then on is of a later moment.
+create or replace function data.await_postings(account_id uuid)
+returns void
+language plpgsql
+as $$
+begin
+  perform from data.account_balance a where a.account_id = await_postings.account_id for update;
+  -- undone at once, and the lock with it
+  raise sqlstate 'KL001';
+exception when sqlstate 'KL001' then
+  null;
+end
+$$;
+
+-- What was used in a range of entries, by node and meter. A meter's cost is exact but for its own rounding; `rounding` is what the
+-- rounding of each event adds, so that `cost` is the sum of what the entries charged.
+create or replace function data.usage_of(
+  account_id uuid,
+  first_seq bigint,
+  last_seq bigint,
+  out usage jsonb,
+  out events bigint
+)
+returns record
+language plpgsql
+stable
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+begin
+  with event as materialized (
+    select l.config_node_id, l.price_ids, l.meters, l.cost
+    from data.billing_transaction t
+    cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
+    -- by key, each: there is no other way to an entry's rows
+    cross join lateral (
+      select * from data.usage_log b
+      where b.account_id = t.account_id and b.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
+    ) l
+    where t.account_id = usage_of.account_id and t.seq between first_seq and last_seq
+  ), quantity as (
+    select e.config_node_id, e.price_ids, m.key as meter, sum(m.value::numeric) as quantity
+    from event e
+    cross join lateral jsonb_each(e.meters) m
+    group by 1, 2, 3
+  ), metered as (
+    select q.config_node_id, q.meter, trim_scale(sum(q.quantity)) as quantity,
+      div(
+        20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
+        7200000000
+      ) * 0.0000000001 as cost
+    from quantity q
+    left join lateral (
+      select p.unit_price, p.unit_size from data.price p where p.id = any (q.price_ids) and p.meter = q.meter
+    ) p on true
+    group by 1, 2
+  ), node as (
+    select e.config_node_id, count(*) as events, sum(e.cost) as cost from event e group by 1
+  )
+  select jsonb_agg(jsonb_build_object(
+      'config_node_id', n.config_node_id,
+      'events', n.events,
+      'cost', n.cost::data.money::text,
+      'rounding', (n.cost - m.cost)::data.money::text,
+      'meters', m.meters
+    ) order by n.config_node_id),
+    sum(n.events)
+  into usage, events
+  from node n
+  join (
+    select m.config_node_id, sum(m.cost) as cost,
+      jsonb_object_agg(m.meter, jsonb_build_object('quantity', m.quantity::text, 'cost', m.cost::data.money::text)) as meters
+    from metered m
+    group by 1
+  ) m using (config_node_id);
+end
+$$;
+
+-- Seals what one account did until a moment, from where its last statement ends; does nothing if that is where it ends.
+create or replace function data.seal(
+  account_id uuid,
+  period_end timestamptz
+)
+returns void
+language plpgsql
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_previous data.accounting_snapshot;
+  v_sealed data.accounting_snapshot;
+  v_last data.billing_transaction;
+  v_paid numeric;
+  v_events bigint;
+  v_found bigint;
+begin
+  loop
+    select * into v_previous
+    from data.accounting_snapshot s
+    where s.account_id = seal.account_id
+    order by s.period_start desc
+    limit 1;
+    if v_previous.period_end >= seal.period_end then
+      if not exists (
+        select from data.accounting_snapshot s where s.account_id = seal.account_id and s.period_end = seal.period_end)
+      then
+        perform data.refuse(409, 'period_is_sealed', 'account ' || account_id || ' is sealed until ' || v_previous.period_end,
+          'close a later period, or one that was closed before');
+      end if;
+      return;
+    end if;
+    perform data.await_postings(account_id);
+
+    select a.account_id, coalesce(v_previous.period_end, a.created_at), a.currency
+    into v_sealed.account_id, v_sealed.period_start, v_sealed.currency
+    from data.account_balance a
+    where a.account_id = seal.account_id;
+    v_sealed.period_end := seal.period_end;
+    v_sealed.first_seq := coalesce(v_previous.last_seq, 0) + 1;
+    v_sealed.last_seq := greatest(data.seq_before(account_id, seal.period_end), v_sealed.first_seq - 1);
+    select * into v_last from data.billing_transaction t where t.account_id = seal.account_id and t.seq = v_sealed.last_seq;
+    v_sealed.head_hash := coalesce(v_last.hash, '');
+
+    v_sealed.expiry_due := (
+      select coalesce(sum(d.amount), 0) from data.expiries_due(seal.account_id, v_sealed.last_seq, seal.period_end) d);
+    v_sealed.balance_opening := coalesce(v_previous.balance_closing, 0);
+    v_sealed.free_credit_opening := coalesce(v_previous.free_credit_closing, 0);
+    v_sealed.outstanding_opening := coalesce(v_previous.outstanding_closing, 0);
+    v_sealed.balance_closing := coalesce(v_last.balance_after, 0);
+    v_sealed.free_credit_closing := coalesce(v_last.free_credit_after, 0) - v_sealed.expiry_due;
+    v_sealed.outstanding_closing := coalesce(v_last.outstanding_after, 0);
+
+    select m.movements, m.paid, m.events into v_sealed.movements, v_paid, v_events
+    from data.movements_of(v_sealed) m;
+    v_sealed.overdue_amount := greatest(v_sealed.outstanding_opening - v_paid, 0);
+
+    select u.usage, u.events into v_sealed.usage, v_found
+    from data.usage_of(account_id, v_sealed.first_seq, v_sealed.last_seq) u
+    where v_events > 0;
+    if v_events > 0 and v_found is distinct from v_events then
+      perform data.refuse(409, 'usage_is_incomplete', 'account ' || account_id || ': ' || v_events || ' events were charged, '
+        || coalesce(v_found, 0) || ' are logged', 'verify_balances says which; close the other accounts by `after`');
+    end if;
+    v_sealed.usage := coalesce(v_sealed.usage, '[]');
+    v_sealed.sealed_at := clock_timestamp();
+
+    insert into data.accounting_snapshot select v_sealed.* on conflict do nothing;
+    exit when found;
+    -- another call sealed it meanwhile
+  end loop;
+end
+$$;
+
+-- What each kind of entry did in a statement's range, by the clock: an expiry counts where its moment was, not where its entry is.
+create or replace function data.movements_of(
+  statement data.accounting_snapshot,
+  out movements jsonb,
+  out paid numeric,
+  out events bigint
+)
+returns record
+language plpgsql
+stable
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+begin
+  select
+    coalesce(jsonb_object_agg(m.kind, jsonb_build_object(
+      'entries', m.entries,
+      'amount', m.amount::data.money::text,
+      'balance', m.balance::data.money::text,
+      'free_credit', m.free_credit::data.money::text,
+      'outstanding_amount', m.outstanding::data.money::text
+    )) filter (where m.entries > 0), '{}'),
+    coalesce(sum(m.paid), 0),
+    coalesce(sum(m.events), 0)
+  into movements, paid, events
+  from (
+    select e.kind, sum(e.entries) as entries, sum(e.amount) as amount, sum(e.balance) as balance,
+      sum(e.free_credit) as free_credit, sum(e.outstanding) as outstanding,
+      -sum(least(e.outstanding, 0)) as paid, sum(e.events) as events
+    from (
+      select t.kind::text, 1, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.usage_count
+      from data.billing_transaction t
+      where t.account_id = statement.account_id and t.seq between statement.first_seq and statement.last_seq
+      union all
+      select 'credit_expiry', -1, d.amount, 0, d.amount, 0, 0
+      from data.expiries_due(statement.account_id, statement.first_seq - 1, statement.period_start) d
+      union all
+      select 'credit_expiry', 1, -d.amount, 0, -d.amount, 0, 0
+      from data.expiries_due(statement.account_id, statement.last_seq, statement.period_end) d
+    ) as e (kind, entries, amount, balance, free_credit, outstanding, events)
+    group by e.kind
+  ) m;
+end
+$$;
+
+create or replace function api.close_period(
+  period_end timestamptz,
+  after uuid default null,
+  "limit" integer default 100
+)
+returns setof api.accounting_snapshots
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_ids uuid[];
+begin
+  if close_period.period_end is null or not isfinite(close_period.period_end) or close_period.period_end > clock_timestamp() then
+    perform data.refuse(422, 'invalid_period_end', 'period_end must be a moment that has passed',
+      'send the moment the period ended, with its time zone');
+  end if;
+  if "limit" is null or "limit" not between 1 and 10000 then
+    perform data.refuse(422, 'invalid_limit', 'limit must be 1 to 10000', 'an account takes milliseconds, a busy one seconds');
+  end if;
+  v_ids := array(
+    select a.account_id
+    from data.account_balance a
+    where (a.account_id > after or after is null) and a.created_at < close_period.period_end
+    order by a.account_id
+    limit close_period."limit");
+  for i in 1 .. cardinality(v_ids) loop
+    perform data.seal(v_ids[i], close_period.period_end);
+  end loop;
+  return query
+  select s.* from data.accounting_snapshot s
+  where s.account_id = any (v_ids) and s.period_end = close_period.period_end
+  order by s.account_id;
+end
+$$;
+comment on function api.close_period(timestamptz, uuid, integer) is
+'Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening.
+A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit` how many (100); an empty page is the
+end. Repeated, it answers the same rows and changes nothing. Entries belong to the period they were posted in; charges go on meanwhile.
+409 period_is_sealed (before the last one sealed), usage_is_incomplete; 422 invalid_period_end (in the future, for one), invalid_limit.';
+grant execute on function api.close_period(timestamptz, uuid, integer) to keyledger_operator;
+
+create or replace function api.statement(
+  account_id uuid,
+  period_start timestamptz
+)
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_sealed api.accounting_snapshots;
+  v_statement jsonb;
+begin
+  -- the view decides who may see it
+  select * into v_sealed
+  from api.accounting_snapshots s
+  where s.account_id = statement.account_id and s.period_start = statement.period_start;
+  if not found then
+    perform data.refuse(404, 'statement_not_found',
+      'account ' || coalesce(account_id::text, 'null') || ' from ' || coalesce(period_start::text, 'null'),
+      'accounting_snapshots lists the statements; period_start must be exact');
+  end if;
+
+  select jsonb_build_object(
+    'account_id', v_sealed.account_id,
+    'owner', case when a.owner_tenant_id is null then 'user' else 'tenant' end,
+    'owner_name', coalesce(t.name, u.display_name),
+    'currency', v_sealed.currency,
+    'period_start', v_sealed.period_start,
+    'period_end', v_sealed.period_end,
+    'opening', jsonb_build_object(
+      'balance', v_sealed.balance_opening::text,
+      'free_credit', v_sealed.free_credit_opening::text,
+      'outstanding_amount', v_sealed.outstanding_opening::text),
+    'closing', jsonb_build_object(
+      'balance', v_sealed.balance_closing::text,
+      'free_credit', v_sealed.free_credit_closing::text,
+      'outstanding_amount', v_sealed.outstanding_closing::text,
+      'overdue_amount', v_sealed.overdue_amount::text,
+      'credit_limit', coalesce(l.credit_limit_after, 0)::data.money::text),
+    'movements', v_sealed.movements,
+    'entries', coalesce((
+      select jsonb_agg(e.entry order by e.at, e.seq)
+      from (
+        select e.created_at as at, e.seq, jsonb_build_object(
+          'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', e.amount::text, 'reference', e.reference, 'reason', e.reason,
+          'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id, 'grant_seq', g.seq,
+          'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
+        from data.billing_transaction e
+        left join data.credit_grant g on e.kind = 'credit_expiry' and g.account_id = e.account_id
+          and g.seq = (e.metadata ->> 'grant_seq')::bigint
+        where e.account_id = v_sealed.account_id and e.seq between v_sealed.first_seq and v_sealed.last_seq and e.kind <> 'usage'
+          -- the statement before has it
+          and (g.expires_at > v_sealed.period_start) is not false
+        union all
+        select d.expired_at, v_sealed.last_seq + 1, jsonb_build_object(
+          'seq', null, 'at', d.expired_at, 'kind', 'credit_expiry', 'amount', (-d.amount)::data.money::text, 'reference', null,
+          'reason', null, 'refund_of_seq', null, 'refund_of_usage_id', null, 'grant_seq', d.grant_seq, 'credit_limit', null)
+        from data.expiries_due(v_sealed.account_id, v_sealed.last_seq, v_sealed.period_end) d
+        where d.expired_at > v_sealed.period_start
+      ) e
+    ), '[]'),
+    'usage', (
+      select coalesce(jsonb_agg(o.node || jsonb_build_object('name', n.name, 'provider', n.provider, 'model', n.model)
+        order by n.name, o.node ->> 'config_node_id'), '[]')
+      from jsonb_array_elements(v_sealed.usage) as o (node)
+      left join data.config_node n on n.id = (o.node ->> 'config_node_id')::uuid
+    ),
+    'first_seq', v_sealed.first_seq,
+    'last_seq', v_sealed.last_seq,
+    'head', encode(v_sealed.head_hash, 'hex'),
+    'previous_head', encode(coalesce(p.hash, ''), 'hex'),
+    'sealed_at', v_sealed.sealed_at)
+  into v_statement
+  from data.account_balance a
+  left join data.tenant t on t.id = a.owner_tenant_id
+  left join data.user_profile u on u.id = a.owner_user_id
+  left join data.billing_transaction l on l.account_id = a.account_id and l.seq = v_sealed.last_seq
+  left join data.billing_transaction p on p.account_id = a.account_id and p.seq = v_sealed.first_seq - 1
+  where a.account_id = v_sealed.account_id;
+  return v_statement;
+end
+$$;
+comment on function api.statement(uuid, timestamptz) is
+'One sealed statement as a document.
+Answers {account_id, owner, owner_name, currency, period_start, period_end, opening, closing, movements, entries, usage, first_seq, last_seq,
+head, previous_head, sealed_at}; amounts are decimal strings. opening plus the movements of each kind is closing, bucket by bucket.
+`entries` are those that are not usage; an expiry stands where its moment was, with seq null if its entry came after the period. In
+`usage`, per node, the cost of the meters plus `rounding` (events are rounded one by one) is `cost`. `head` is the chain''s hash at
+last_seq. 404 statement_not_found.';
+grant execute on function api.statement(uuid, timestamptz) to keyledger_operator, keyledger_member;
+
+-- What is wrong with statements, as verify_balances answers it.
+create or replace function data.verify_statements(for_account_id uuid default null)
+returns table (
+  account_id uuid,
+  problem text,
+  seq bigint,
+  expected text,
+  actual text
+)
+language plpgsql
+stable
+as $$
+#variable_conflict use_column
+begin
+  return query
+  with statement as (
+    select s as this, lag(s) over (partition by s.account_id order by s.period_start) as previous
+    from data.accounting_snapshot s
+    where for_account_id is null or s.account_id = for_account_id
+  )
+  select s.account_id, c.problem, s.last_seq, c.expected, c.actual
+  from (select (n.this).*, n.this, n.previous from statement n) s
+  join data.account_balance a on a.account_id = s.account_id
+  left join data.billing_transaction l on l.account_id = s.account_id and l.seq = s.last_seq
+  left join data.billing_transaction n on n.account_id = s.account_id and n.seq = s.last_seq + 1
+  cross join lateral data.movements_of(s.this) m
+  cross join lateral (
+    select coalesce(sum(d.amount), 0) as due from data.expiries_due(s.account_id, s.last_seq, s.period_end) d
+  ) e
+  cross join lateral (
+    select sum((v.value ->> 'balance')::numeric) as balance, sum((v.value ->> 'free_credit')::numeric) as free_credit,
+      sum((v.value ->> 'outstanding_amount')::numeric) as outstanding
+    from jsonb_each(s.movements) v
+  ) v
+  cross join lateral (
+    select sum((o.node ->> 'events')::bigint) as events, sum((o.node ->> 'cost')::numeric) as cost,
+      sum((o.node ->> 'rounding')::numeric + (
+        select sum((q.value ->> 'cost')::numeric) from jsonb_each(o.node -> 'meters') q)) as metered
+    from jsonb_array_elements(s.usage) as o (node)
+  ) u
+  cross join lateral (
+    values
+      ('statement does not follow from the one before: period',
+        coalesce((s.previous).period_end, a.created_at)::text, s.period_start::text),
+      ('statement does not follow from the one before: seq', (coalesce((s.previous).last_seq, 0) + 1)::text, s.first_seq::text),
+      ('statement does not follow from the one before: figures',
+        data.figures((s.previous).balance_closing, (s.previous).free_credit_closing, (s.previous).outstanding_closing),
+        data.figures(s.balance_opening, s.free_credit_opening, s.outstanding_opening)),
+      ('statement does not close with its last entry',
+        data.figures(l.balance_after, l.free_credit_after, l.outstanding_after),
+        data.figures(s.balance_closing, s.free_credit_closing + s.expiry_due, s.outstanding_closing)),
+      ('head of a statement is not its last entry''s hash', encode(coalesce(l.hash, ''), 'hex'), encode(s.head_hash, 'hex')),
+      ('statement is not cut at its end', 'true', (
+        (s.last_seq = 0 or coalesce(l.created_at < s.period_end, false)) and coalesce(n.created_at >= s.period_end, true))::text),
+      ('expiries of a statement are not the grants''', data.figures(e.due), data.figures(s.expiry_due)),
+      ('movements of a statement are not its entries''', m.movements::text, s.movements::text),
+      ('movements of a statement do not lead to its closing',
+        data.figures(s.balance_closing - s.balance_opening, s.free_credit_closing - s.free_credit_opening,
+          s.outstanding_closing - s.outstanding_opening),
+        data.figures(v.balance, v.free_credit, v.outstanding)),
+      ('usage of a statement is not its charges',
+        data.figures(m.events, -(m.movements #>> '{usage,amount}')::numeric, u.cost),
+        data.figures(u.events, u.cost, u.metered)),
+      ('overdue_amount of a statement is not what was left unpaid',
+        data.figures(greatest(s.outstanding_opening - m.paid, 0)), data.figures(s.overdue_amount))
+  ) as c (problem, expected, actual)
+  where c.expected <> c.actual;
+end
+$$;
+
+-- figures as one text, none as 0
+create or replace function data.figures(variadic figures numeric[])
+returns text
+language sql
+immutable parallel safe
+as $$
+  select string_agg(coalesce(f.figure, 0)::numeric(28, 10)::text, ', ' order by f.n) from unnest(figures) with ordinality as f (figure, n)
+$$;
+
+reset role;
+
+-- migrate:down
+-- none: a ledger is not rolled back
