@@ -32,8 +32,9 @@ test.after.each(async () => {
   }
 })
 
+// What was installed is tested: npm stays out of it.
 // Starts it from the given program and waits until it is ready; its servers have a temporary directory of their own.
-async function dev(argv = ['make', '--silent', 'dev'], env: Record<string, string> = {}) {
+async function dev(argv = ['make', '--old-file=install', 'dev'], env: Record<string, string> = {}) {
   const dir = mkdtempSync('/tmp/keyledger-dev-test-')
   chmodSync(dir, 0o1777)
   const [program, ...args] = argv
@@ -150,7 +151,7 @@ test('says so where redis-server is not installed', async () => {
 })
 
 test('with --proxy, the openai client works with what it prints', async () => {
-  const { values, out, child, left } = await dev(['make', '--silent', 'dev', 'ARGS=--proxy'])
+  const { values, out, child, left } = await dev(['make', '--old-file=install', 'dev', 'ARGS=--proxy'])
   assert.equal(out().match(/^\w+/gm), [...servers, 'PROXY_URL', ...world, 'ready'])
   const { PROXY_URL, VIRTUAL_KEY, TENANT_ID, DATABASE_URL } = values
   const openai = new OpenAI({ baseURL: `${PROXY_URL}/v1`, apiKey: VIRTUAL_KEY })
