@@ -97,7 +97,11 @@ function open(): Book {
       async insert(prices) {
         const response = await fetch(`${POSTGREST_URL.replace(/\/+$/, '')}/prices`, {
           method: 'POST',
-          headers: { authorization: `Bearer ${OPERATOR_TOKEN}`, 'content-type': 'application/json' },
+          headers: {
+            authorization: `Bearer ${OPERATOR_TOKEN}`,
+            'content-type': 'application/json',
+            'content-profile': 'api',
+          },
           body: JSON.stringify(prices),
         })
         if (!response.ok) throw new Error(((await response.json()) as { message: string }).message)

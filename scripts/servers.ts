@@ -1,4 +1,4 @@
-// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of which outlives us.
+// Starts real servers on loopback for tests, demo and bench: Postgres, PgBouncer, PostgREST and Redis; none outlives us.
 import { execFile } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { chownSync, readFileSync, writeFileSync } from 'node:fs'
@@ -111,11 +111,12 @@ export async function startPostgres({
 
 /**
  * Starts PostgREST on schema `api` of a migrated database. `databaseUrl` is the authenticator's (see `prepareRoles`);
- * `pool` its number of connections. `token(claims)` signs for it.
+ * `pool` its number of connections, `settings` more of its variables (`PGRST_…`). `token(claims)` signs for it.
  */
 export async function startPostgrest({
   databaseUrl = '',
   pool = 10,
+  settings = {} as Record<string, string>,
 }): Promise<Server & { token(claims: Claims): Promise<string> }> {
   const jwtSecret = secret()
   const url = (port: number) => `http://127.0.0.1:${port}`
@@ -131,6 +132,7 @@ export async function startPostgrest({
       PGRST_JWT_SECRET: jwtSecret,
       PGRST_SERVER_HOST: '127.0.0.1',
       PGRST_SERVER_PORT: String(port),
+      ...settings,
     }),
     ready: async (port) =>
       (await fetch(url(port), { method: 'HEAD', headers: { authorization } })).status === 200,
@@ -164,6 +166,57 @@ export function startExample(name: string, env: Record<string, string | undefine
     // where it finds us by our name
     env: (port) => ({ ...env, PORT: String(port), TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') }),
     ready: async (port) => (await fetch(`${url(port)}/healthz`)).ok,
+  })
+}
+
+/**
+ * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections` to it;
+ * undefined where `pgbouncer` is not in PATH.
+ */
+export async function startPgBouncer({ databaseUrl = '', connections = 2 }): Promise<Server | undefined> {
+  const binary = inPath('pgbouncer')
+  if (!binary) return undefined
+  const user = unprivilegedUser() // it refuses to run as root, too
+  const dir = temporaryDirectory('pgbouncer', user)
+  const { hostname, port, pathname, username, password } = new URL(databaseUrl)
+  const name = pathname.slice(1)
+  const own = (file: string, text: string) => {
+    writeFileSync(join(dir, file), text, { mode: 0o600 })
+    if (user) chownSync(join(dir, file), user.uid, user.gid)
+    return join(dir, file)
+  }
+  const auth_file = own('users', `"${username}" "${password}"\n`)
+  const at = (port: number) => Object.assign(new URL(databaseUrl), { port: String(port) }).href
+  return start('pgbouncer', {
+    dir,
+    user,
+    url: at,
+    argv: (listen_port) => {
+      const settings = {
+        ...{
+          listen_addr: '127.0.0.1',
+          listen_port,
+          unix_socket_dir: '',
+          auth_type: 'scram-sha-256',
+          auth_file,
+        },
+        ...{
+          pool_mode: 'transaction',
+          default_pool_size: connections,
+          ignore_startup_parameters: 'extra_float_digits',
+        },
+      }
+      const lines = Object.entries(settings).map(([key, value]) => `${key} = ${value}`)
+      const database = `${name} = host=${hostname} port=${port} dbname=${name}`
+      return [binary, own('ini', ['[databases]', database, '[pgbouncer]', ...lines, ''].join('\n'))]
+    },
+    async ready(port) {
+      const client = new pg.Client(at(port))
+      client.on('error', () => {})
+      await client.connect()
+      await client.end()
+      return true
+    },
   })
 }
 
@@ -242,14 +295,8 @@ function redisAnswers(port: number, password: string): Promise<boolean> {
 }
 
 /** Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own words. */
-export async function migrate(databaseUrl: string): Promise<void> {
-  const flags = [
-    '--migrations-dir',
-    'db/migrations',
-    '--migrations-table',
-    'keyledger_migrations',
-    '--no-dump-schema',
-  ]
+export async function migrate(databaseUrl: string, table = 'keyledger_migrations'): Promise<void> {
+  const flags = ['--migrations-dir', 'db/migrations', '--migrations-table', table, '--no-dump-schema']
   await promisify(execFile)(dbmate(), ['--url', databaseUrl, ...flags, 'up'], { cwd: root }).catch(
     (error) => {
       throw new Error(`dbmate up failed:\n${error.stdout}${error.stderr}`)

@@ -29,6 +29,8 @@ export function postgrestRpc({
       const headers: Record<string, string> = {
         accept: 'application/json',
         authorization: `Bearer ${typeof token === 'string' ? token : await token()}`,
+        // where other schemas are exposed as well, the first of them would be meant
+        [body === undefined ? 'accept-profile' : 'content-profile']: 'api',
       }
       if (body !== undefined) headers['content-type'] = 'application/json'
       const method = body === undefined ? 'GET' : 'POST'

@@ -237,12 +237,12 @@ for (const version of ['15', '16', '17', '18']) {
         await admin(`create role dba${n} login createrole password '${password}'`)
         await admin(`create database app${n}`)
         await admin(`grant create on database app${n} to dba${n}`)
-        const inside = await connected(withDatabase(server.url, `app${n}`))
-        await inside(`grant create on schema public to dba${n}`) // dbmate's own table
       }
       const dba = (n: number) => withDatabase(server.url, `app${n}`, { user: `dba${n}`, password })
+      // public isn't theirs to make dbmate's table in
+      const migrateBy = (n: number) => migrate(dba(n), 'keyledger.migrations')
 
-      await migrate(dba(1))
+      await migrateBy(1)
       const first = await connected(withDatabase(server.url, 'app1'))
       await charges(first)
       const owners = await first(`
@@ -252,14 +252,14 @@ for (const version of ['15', '16', '17', '18']) {
 
       // the roles are there from the first database, and belong to whoever made them
       if (version === '15') {
-        await migrate(dba(2)) // there, CREATEROLE may grant any role that is no superuser
+        await migrateBy(2) // there, CREATEROLE may grant any role that is no superuser
       } else {
-        const { message } = await failure(migrate(dba(2)))
+        const { message } = await failure(migrateBy(2))
         assert.match(message, `keyledger can't be installed by dba2: it is not a member of keyledger_owner`)
         const made = await connected(withDatabase(server.url, 'app2'))
         assert.equal(await made(`select from pg_namespace where nspname in ('data', 'api')`), [])
         await (await connected(dba(1)))('grant keyledger_owner to dba2') // as the refusal says
-        await migrate(dba(2))
+        await migrateBy(2)
       }
       await charges(await connected(withDatabase(server.url, 'app2')))
 

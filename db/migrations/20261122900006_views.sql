@@ -95,6 +95,7 @@ comment on view data.account_now is 'Account figures with what is due subtracted
 create or replace view api.account_balances with (security_barrier) as
 select
   u.id as user_id,
+  u.external_id,
   u.tenant_id,
   a.account_id,
   a.owner,
@@ -109,14 +110,15 @@ select
   a.balance_version,
   a.last_charged_at
 from (
-  select u.id, u.tenant_id, u.account_id from data.user_profile u where (select v.sees_all from data.viewer v)
+  select u.id, u.external_id, u.tenant_id, u.account_id from data.user_profile u where (select v.sees_all from data.viewer v)
   union all
-  select u.id, u.tenant_id, u.account_id from data.visible_user u
+  select u.id, u.external_id, u.tenant_id, u.account_id from data.visible_user u
 ) u
 cross join lateral (select * from data.account_now n where n.account_id = u.account_id) a;
 comment on view api.account_balances is
 'Who pays for a user, and what they have: one row per user.
-A tenant''s figures repeat for each of its users: never sum this view. Select amounts as text: ?select=available::text.';
+Filter by `user_id`, or by `external_id`, the user''s id in your own system. A tenant''s figures repeat for each of its users: never sum
+this view. Select amounts as text: ?select=available::text.';
 grant select on api.account_balances to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_accounts with (security_barrier) as

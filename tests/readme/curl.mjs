@@ -10,6 +10,7 @@ const { values, positionals } = parseArgs({
     silent: { type: 'boolean' },
     header: { type: 'string', multiple: true },
     data: text,
+    request: text,
     'write-out': text,
   },
 })
@@ -17,6 +18,7 @@ const { header = [], data, 'write-out': after = '' } = values
 const body = data === '@-' ? readFileSync(0, 'utf8').replaceAll('\n', '') : data
 const headers = { 'content-type': 'application/x-www-form-urlencoded' }
 for (const [, name, value] of header.map((line) => /^([^:]+): *(.*)$/.exec(line))) headers[name] = value
-const answer = await fetch(positionals[0], { method: body === undefined ? 'GET' : 'POST', headers, body })
+const method = values.request ?? (body === undefined ? 'GET' : 'POST')
+const answer = await fetch(positionals[0], { method, headers, body })
 process.stdout.write(await answer.text())
 process.stdout.write(after.replace('%{http_code}', String(answer.status)).replaceAll('\\n', '\n'))
