@@ -202,6 +202,23 @@ test('a key is one key’s: another’s is refused, a revoked one stays revoked,
   assert.is(resolved!.code, 'virtual_key_disabled')
 })
 
+test('a key rotated since is a duplicate while its old text is good, and expired then; another user never gets it', async () => {
+  const [mine, theirs] = [await user(), await user()]
+  const key_hash = sha256(foreignKey())
+  const [{ id }] = (await importKeys([{ user_id: mine, key_hash }])) as [Row]
+  const both = [
+    { user_id: mine, key_hash },
+    { user_id: theirs, key_hash },
+  ]
+  for (const [grace, code] of [
+    ['1 day', 'duplicate'],
+    ['0', 'refused virtual_key_expired'],
+  ]) {
+    await operator('select api.rotate_virtual_key($1, $2)', [id, grace])
+    assert.equal(codes(await importKeys(both)), [code, 'refused key_taken'])
+  }
+})
+
 test('two imports of the same keys at once, in opposite orders: each key comes in once', async () => {
   const users = [await user(), await user()]
   const keys = Array.from({ length: 200 }, (_, n) => ({

@@ -351,6 +351,8 @@ begin
             when k.id is null then 'invalid_expires_at'
             when k.user_id <> r.user_id then 'key_taken'
             when k.status <> 'active' then 'virtual_key_disabled'
+            -- what it was before a rotation
+            when h.valid_until <= statement_timestamp() then 'virtual_key_expired'
           end as code
         from jsonb_to_recordset(v_read) as r (
           ord bigint, key_hash text, user_id uuid, name text, expires_at timestamptz, config_node_ids jsonb, code text)
@@ -366,8 +368,8 @@ comment on function api.import_virtual_keys(jsonb) is
 Takes [{user_id | user_external_id, key_hash | virtual_key, name?, key_prefix?, expires_at?, config_node_ids?}] and answers in the same order
 [{status: imported | duplicate | refused, code?, id, key_prefix}]. `key_hash` is the sha-256 of exactly what callers present, as 64 hex digits;
 a `virtual_key` (16 to 512 visible ASCII characters) is hashed on the way in, and never stored. A key imported before is a duplicate, and stays
-as it is (`mismatch` says that it differs). key_taken: it is, or was, another key''s. virtual_key_disabled: it was revoked here. Others:
-user_not_found, config_node_not_found, invalid_….';
+as it is (`mismatch` says that it differs). key_taken: it is, or was, another key''s. virtual_key_disabled: it was revoked here; virtual_key_expired:
+it was rotated here, and its grace is over. Others: user_not_found, config_node_not_found, invalid_….';
 grant execute on function api.import_virtual_keys(jsonb) to keyledger_operator;
 
 create or replace function api.rotate_virtual_key(
