@@ -1,4 +1,4 @@
-// Starts real servers on loopback for tests, demo and bench: Postgres, PgBouncer, PostgREST and Redis; none outlives us.
+// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of which outlives us.
 import { execFile } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { chownSync, readFileSync, writeFileSync } from 'node:fs'
@@ -169,58 +169,8 @@ export function startExample(name: string, env: Record<string, string | undefine
   })
 }
 
-/**
- * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections` to it;
- * undefined where `pgbouncer` is not in PATH.
- */
-export async function startPgBouncer({ databaseUrl = '', connections = 2 }): Promise<Server | undefined> {
-  const binary = inPath('pgbouncer')
-  if (!binary) return undefined
-  const user = unprivilegedUser() // it refuses to run as root, too
-  const dir = temporaryDirectory('pgbouncer', user)
-  const { hostname, port, pathname, username, password } = new URL(databaseUrl)
-  const name = pathname.slice(1)
-  const own = (file: string, text: string) => {
-    writeFileSync(join(dir, file), text, { mode: 0o600 })
-    if (user) chownSync(join(dir, file), user.uid, user.gid)
-    return join(dir, file)
-  }
-  const auth_file = own('users', `"${username}" "${password}"\n`)
-  const at = (port: number) => Object.assign(new URL(databaseUrl), { port: String(port) }).href
-  return start('pgbouncer', {
-    dir,
-    user,
-    url: at,
-    argv: (listen_port) => {
-      const settings = {
-        ...{
-          listen_addr: '127.0.0.1',
-          listen_port,
-          unix_socket_dir: '',
-          auth_type: 'scram-sha-256',
-          auth_file,
-        },
-        ...{
-          pool_mode: 'transaction',
-          default_pool_size: connections,
-          ignore_startup_parameters: 'extra_float_digits',
-        },
-      }
-      const lines = Object.entries(settings).map(([key, value]) => `${key} = ${value}`)
-      const database = `${name} = host=${hostname} port=${port} dbname=${name}`
-      return [binary, own('ini', ['[databases]', database, '[pgbouncer]', ...lines, ''].join('\n'))]
-    },
-    async ready(port) {
-      const client = new pg.Client(at(port))
-      client.on('error', () => {})
-      await client.connect()
-      await client.end()
-      return true
-    },
-  })
-}
-
-interface Recipe extends Pick<Command, 'dir' | 'user' | 'signal'> {
+/** How to run one. */
+export interface Recipe extends Pick<Command, 'dir' | 'user' | 'signal'> {
   url(port: number): string
   argv(port: number): string[]
   env?(port: number): Record<string, string | undefined>
@@ -228,7 +178,8 @@ interface Recipe extends Pick<Command, 'dir' | 'user' | 'signal'> {
   ready(port: number): Promise<boolean>
 }
 
-async function start(name: string, recipe: Recipe): Promise<Server> {
+/** Starts it on a free port. */
+export async function start(name: string, recipe: Recipe): Promise<Server> {
   const { dir, user, signal } = recipe
   const log = () => readFileSync(join(dir, 'log'), 'utf8')
 

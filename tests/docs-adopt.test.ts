@@ -9,7 +9,6 @@ import {
   prepareRoles,
   type Server,
   secret,
-  startPgBouncer,
   startPostgres,
   startPostgrest,
   withDatabase,
@@ -19,6 +18,7 @@ import { createBillingModule, pgRpc, postgrestRpc, type Rpc } from '../src/index
 import { document, root } from './readme/document.ts'
 import { once } from './support/database.ts'
 import { failure } from './support/failure.ts'
+import { startPgBouncer } from './support/pgbouncer.ts'
 import { seed } from './support/seed.ts'
 
 const except = ['Beside what is there', 'Without a superuser', 'Supabase', 'PgBouncer']
