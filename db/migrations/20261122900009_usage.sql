@@ -224,7 +224,10 @@ as $$
 declare
   v_ids uuid[];
   v_events jsonb;
-  v_answers jsonb;
+  v_codes text[];
+  v_recorded jsonb;
+  v_next integer := 0;
+  v_answers jsonb[];
 begin
   -- a wrong hold may mean a wrong account: such events are charged, without the hold, only when named
   select array_agg(r.id order by r.tried_at, r.id),
@@ -242,19 +245,37 @@ begin
     return '[]';
   end if;
 
-  v_answers := api.record_usage(v_events);
+  -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
+  select array_agg(c.code order by c.ord) into v_codes
+  from data.read_usage_events(v_events) e
+  cross join lateral unnest(e.ords, e.codes) as c (ord, code);
+  v_recorded := api.record_usage((
+    select coalesce(jsonb_agg(e.event order by e.ord), '[]')
+    from jsonb_array_elements(v_events) with ordinality as e (event, ord)
+    where v_codes[e.ord] is null
+  ));
+  for i in 1 .. cardinality(v_ids) loop
+    if v_codes[i] is null then
+      v_answers[i] := v_recorded -> v_next;
+      v_next := v_next + 1;
+    else
+      v_answers[i] := jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]);
+    end if;
+  end loop;
+
   update data.rejected_usage r
-  set code = coalesce(a.answer ->> 'code', r.code),
+  -- a wrong hold stays one, whatever else is wrong: to be charged, the event must be named
+  set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
     tried_at = clock_timestamp(),
     resolution = nullif(a.answer ->> 'status', 'parked'),
     resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end
   from unnest(v_ids) with ordinality as i (id, ord)
-  join jsonb_array_elements(v_answers) with ordinality as a (answer, ord) using (ord)
+  join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
   where r.id = i.id;
   return (
     select jsonb_agg(a.answer || jsonb_build_object('rejected_id', i.id) order by ord)
     from unnest(v_ids) with ordinality as i (id, ord)
-    join jsonb_array_elements(v_answers) with ordinality as a (answer, ord) using (ord)
+    join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
   );
 end
 $$;
