@@ -119,7 +119,7 @@ create domain data.currency as text constraint currency_is_iso_4217 check (value
 create domain data.moment as timestamptz constraint moment_is_finite check (isfinite(value));
 create domain data.sha256 as bytea constraint sha256_has_32_bytes check (octet_length(value) = 32);
 create domain data.uuidv7 as uuid
-  constraint id_is_a_uuidv7 check (substr(value::text, 15, 1) = '7' and substr(value::text, 20, 1) in ('8', '9', 'a', 'b'));
+  constraint id_is_a_uuidv7 check (get_byte(uuid_send(value), 6) >> 4 = 7 and get_byte(uuid_send(value), 8) >> 6 = 2);
 create domain data.entry_kind as text constraint kind_is_known check (value in (
   'opening', 'top_up', 'top_up_reversal', 'usage', 'refund', 'adjustment', 'credit_grant', 'credit_expiry', 'limit_change'));
 

@@ -67,7 +67,7 @@ returns timestamptz
 language sql
 immutable parallel safe
 as $$
-  select to_timestamp(('x' || substr(id::text, 1, 8) || substr(id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision)
+  select to_timestamp(('x' || overlay(left(id::text, 13) placing '' from 9 for 1))::bit(48)::bigint / 1000.0::double precision)
 $$;
 
 -- the smallest uuid a UUIDv7 of that moment can be: a partition bound

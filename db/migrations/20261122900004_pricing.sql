@@ -9,12 +9,9 @@ returns numeric
 language sql
 immutable parallel safe
 as $$
-  select case
-    when case jsonb_typeof(value)
-        when 'number' then value::numeric >= 0 and data.is_amount(value::numeric)
-        when 'string' then data.to_amount(value #>> '{}') >= 0
-      end
-    then (value #>> '{}')::numeric
+  select case jsonb_typeof(value)
+    when 'number' then case when value::numeric >= 0 and data.is_amount(value::numeric) then value::numeric end
+    when 'string' then case when data.to_amount(value #>> '{}') >= 0 then data.to_amount(value #>> '{}') end
   end
 $$;
 
