@@ -59,6 +59,8 @@ const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 2000
 // fewer are not worth a call of their own while another lane is free to take them
 const WORTH_A_CALL = 32
+// one element may be slow for all of them: an account somebody has locked
+const slow = ['timeout', 'lock_timeout']
 // these say nothing about a single element: smaller batches would fail alike
 const everybodys = ['invalid_token', 'permission_denied', 'function_not_found', 'invalid_response']
 
@@ -75,7 +77,8 @@ export function createBatcher<Element, Answer>({
   // by account, the one that has waited longest first
   const waiting = new Map<string, Items>()
   let queued = 0
-  const busy = new Set<string>()
+  // elements in flight by account
+  const busy = new Map<string, number>()
   const unsettled = new Set<Item<Answer>>()
   let running = 0
   let due = false
@@ -84,10 +87,20 @@ export function createBatcher<Element, Answer>({
   let lastError: unknown
   let stopped = false
 
+  // its account is free as soon as none of its elements is in flight, though others of the batch are
+  function land(item: Item<Answer>) {
+    const others = busy.get(item.account)! - 1
+    if (others) busy.set(item.account, others)
+    else busy.delete(item.account)
+    inFlight--
+    unsettled.delete(item)
+    begin()
+  }
+
   function give(items: Items, error: unknown) {
     failed += items.length
     for (const item of items) {
-      unsettled.delete(item)
+      land(item)
       item.reject(error)
       quiet(item.answer)
     }
@@ -126,14 +139,14 @@ export function createBatcher<Element, Answer>({
     for (let pause = FIRST_PAUSE_MS; items.length; pause = Math.min(2 * pause, LONGEST_PAUSE_MS)) {
       try {
         const answers = await send(items.map(({ json }) => json))
-        if (!Array.isArray(answers) || answers.length !== items.length) {
+        if (!Array.isArray(answers) || answers.length !== items.length || answers.includes(null as never)) {
           throw new KeyledgerError('invalid_response', 502, {
             detail: 'a batch was not answered element by element',
           })
         }
         lastError = undefined
         for (const [i, item] of items.entries()) {
-          unsettled.delete(item)
+          land(item)
           item.resolve(answers[i]!)
         }
         return
@@ -143,28 +156,35 @@ export function createBatcher<Element, Answer>({
         const wait = pause * (0.5 + Math.random() / 2)
         items = keep(items, performance.now() + wait, error)
         if (items.length) await new Promise((resolve) => setTimeout(resolve, wait))
+        if (items.length > 1 && slow.includes(codeOf(error))) return halve(items, true)
       }
     }
   }
 
-  // one bad element must not sink the others: halve until it is alone
+  // one bad element must not sink the others
   async function refuse(items: Items, error: unknown) {
-    if (items.length === 1 || everybodys.includes(codeOf(error))) return give(items, error)
-    const half = Math.ceil(items.length / 2)
-    await deliver(items.slice(0, half))
-    await deliver(items.slice(half))
+    if (items.length === 1 || everybodys.includes(codeOf(error))) give(items, error)
+    else await halve(items, false)
+  }
+
+  // Side by side only what shares no account: then neither half waits for the other.
+  async function halve(items: Items, sideBySide: boolean) {
+    const middle = Math.ceil(items.length / 2)
+    const begins = (i: number) => items[i - 1]?.account !== items[i]?.account
+    const cuts = sideBySide ? [...items.keys()].filter((i) => i > 0 && begins(i)) : []
+    const cut = cuts.sort((a, b) => Math.abs(a - middle) - Math.abs(b - middle))[0]
+    const first = deliver(items.slice(0, cut ?? middle))
+    if (cut === undefined) await first
+    await Promise.all([first, deliver(items.slice(cut ?? middle))])
   }
 
   async function run(batch: Items) {
-    const accounts = new Set(batch.map(({ account }) => account))
-    for (const account of accounts) busy.add(account)
+    for (const { account } of batch) busy.set(account, (busy.get(account) ?? 0) + 1)
     running++
     inFlight += batch.length
     // while calls fail, what is late goes unsent
     await deliver(lastError === undefined ? batch : keep(batch, performance.now(), lastError))
     running--
-    inFlight -= batch.length
-    for (const account of accounts) busy.delete(account)
     begin()
   }
 

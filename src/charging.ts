@@ -18,7 +18,10 @@ import type {
 
 export interface ChargingOptions {
   rpc: Rpc
-  /** ms after which a hold (its release, its extension) that could not be delivered is given up. Default 5,000. */
+  /**
+   * ms after which a hold (its release, its extension) that could not be delivered is given up. Default 5,000. A hold or
+   * an extension is given up then even while it is being carried out.
+   */
   holdDeadline?: number
   /** ms after which usage that could not be delivered is given up. Default 30,000. */
   recordDeadline?: number
@@ -88,7 +91,7 @@ export function createCharging({
   return {
     async hold({ account_id, virtual_key_id }, request) {
       const { id = newId(), ...asked } = request
-      const answer = await holds.add({ ...asked, id, account_id, virtual_key_id })
+      const answer = await soon(holds.add({ ...asked, id, account_id, virtual_key_id }), holdDeadline)
       const { amount = '0', available = '0', expires_at } = answer
       const code = refusal(answer)
       if (code === undefined) return { id, account_id, amount, available, expires_at: expires_at! }
@@ -97,7 +100,8 @@ export function createCharging({
 
     release: ({ id, account_id }) => releases.add({ id, account_id }),
 
-    extend: async ({ id, account_id }, expires_in) => extensions.add({ id, account_id, expires_in }),
+    extend: ({ id, account_id }, expires_in) =>
+      soon(extensions.add({ id, account_id, expires_in }), holdDeadline),
 
     recordUsage(event) {
       const { id = newId(), account_id, virtual_key_id, config_node_id, meters } = event
@@ -123,4 +127,19 @@ function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | 
   if (status !== 'duplicate') return code
   if (mismatch) return 'hold_mismatch'
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
+}
+
+// who waits is told in time; the work goes on, unseen
+function soon<T>(answer: Promise<T>, ms: number): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const late = () =>
+      reject(
+        new KeyledgerError('timeout', 504, {
+          detail: `no answer within ${ms} ms`,
+          hint: 'repeat it with the same id',
+        }),
+      )
+    const timer = setTimeout(late, ms)
+    answer.then(resolve, reject).finally(() => clearTimeout(timer))
+  })
 }

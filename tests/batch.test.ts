@@ -172,7 +172,7 @@ test('a batch is bounded in elements and in bytes', async () => {
   assert.equal(small.calls, [[1, 2], [3, 4], [5]])
 })
 
-for (const code of ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout'])
+for (const code of ['unavailable', 'deadlock', 'serialization_failure'])
   test(`${code}: the same elements are sent again until they are answered`, async () => {
     let tries = 0
     const { add, calls, stats } = open(() => {
@@ -186,6 +186,45 @@ for (const code of ['unavailable', 'timeout', 'deadlock', 'serialization_failure
       [1, 2],
     ])
     assert.equal(stats(), { queued: 0, in_flight: 0, failed: 0, error: null })
+  })
+
+for (const code of ['timeout', 'lock_timeout'])
+  test(`${code}: the batch is halved, so that one slow account holds up no other`, async () => {
+    const { calls, add, stats } = held({ deadline: 800 })
+    const accounts = ['slow', 'slow', 'b', 'c', 'd', 'd']
+    const promises = accounts.map((account, i) => add(i, account))
+    const failing = outcomes(promises.slice(0, 2))
+    await turn()
+    // all are answered but those of the account that is locked
+    let answered = 0
+    const serve = () => {
+      for (; answered < calls.length; answered++) {
+        const call = calls[answered]!
+        const locked = call.elements.some(({ account }) => account === 'slow')
+        call.answer(locked ? new KeyledgerError(code, 504) : undefined)
+      }
+      return stats().in_flight <= 2
+    }
+    await until(serve, 'all but the slow ones')
+    assert.equal(
+      calls.slice(0, 3).map(({ ids }) => ids),
+      [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2],
+        [3, 4, 5],
+      ],
+    )
+    assert.equal(await outcomes(promises.slice(2)), ['done 2', 'done 3', 'done 4', 'done 5'])
+    // their accounts are free, and the slow one's is not
+    const next = [add(6, 'b'), add(7, 'slow')]
+    await until(() => serve() && calls.some(({ ids }) => ids[0] === 6), 'the next of b')
+    assert.is(await next[0], 'done 6')
+    assert.not.ok(calls.some(({ ids }) => ids.includes(7)))
+    assert.ok(calls.some(({ ids }) => ids.join() === '0'))
+    await until(() => serve() && stats().failed >= 2, 'the deadline')
+    assert.equal(await failing, [code, code])
+    await until(() => serve() && stats().queued === 0 && stats().in_flight === 0, 'the end')
+    assert.is((await outcomes(next.slice(1)))[0], code)
   })
 
 test('each try sends what was given, whatever has become of it', async () => {
@@ -328,7 +367,7 @@ test('an element that cannot be sent is refused alone, and not sent', async () =
 })
 
 test('answers that do not match their elements are refused', async () => {
-  for (const answers of [['only one'], null, 'text', []]) {
+  for (const answers of [['only one'], null, 'text', [], [null, null], ['one', null]]) {
     const { add } = createBatcher<Element, string>({
       account: () => 'a',
       deadline: 1000,

@@ -40,7 +40,7 @@ interface Sent {
 // Holds and records on every account until the server is gone; gives up what fails instead of trying again.
 async function load(worlds: World[], sent: Sent[], gone: () => boolean) {
   const rpc = pgRpc({ connectionString: server.loginUrl, timeout: 2000 })
-  const billing = createBillingModule({ rpc, holdDeadline: 1, recordDeadline: 1 })
+  const billing = createBillingModule({ rpc, holdDeadline: 2000, recordDeadline: 1 })
   const caller = async (world: World, n: number) => {
     const context = await billing.validate(world.key)
     while (!gone()) {

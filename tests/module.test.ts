@@ -537,6 +537,30 @@ test('a hold given up at its deadline says so, and can be asked for again', asyn
   }
 })
 
+test('a hold that is being carried out is given up at its deadline too', async () => {
+  const world = await seed(db.operator)
+  const holder = await db.session()
+  try {
+    await withModule({ rpc: pgRpc(pgOptions), holdDeadline: 300 }, async (billing) => {
+      const context = await billing.validate(world.key)
+      await holder.query('begin')
+      await holder.query('select from data.account_balance where account_id = $1 for update', [
+        world.accountId,
+      ])
+      const id = newId()
+      await refused(billing.hold(context, { id, amount: '1' }), 'timeout', 504)
+      assert.is(billing.health().queues.hold.in_flight, 1)
+      await refused(billing.extend({ id, account_id: world.accountId }), 'timeout', 504)
+      await holder.query('commit')
+      await until(() => billing.health().queues.hold.in_flight === 0, 'the answer nobody waits for')
+      // it was carried out: asked again, it is the same hold
+      assert.is((await billing.hold(context, { id, amount: '1' })).available, '99.0000000000')
+    })
+  } finally {
+    await holder.end()
+  }
+})
+
 test('an id made here is a UUIDv7 of now, and no other', () => {
   const before = Date.now()
   const ids = Array.from({ length: 10_000 }, makeId)
