@@ -40,6 +40,7 @@ const functions: Record<string, string[]> = {
   rotate_virtual_key: [operator],
   set_credit_limit: [operator],
   set_low_balance_threshold: [operator],
+  set_status: [operator],
   spend: [operator, member],
   statement: [operator, member],
   top_up: [operator],
@@ -66,6 +67,7 @@ const views: Record<string, Record<string, string>> = {
     [member]: read,
   },
   rejected_usage: { [operator]: read },
+  status_changes: { [operator]: read, [member]: read },
   tenants: {
     [operator]:
       'select, insert (currency, external_id, id, name, status), update (external_id, name, status)',

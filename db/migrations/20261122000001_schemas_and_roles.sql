@@ -20,21 +20,22 @@ begin
       'available_past_grants', 'await_postings', 'billing_transaction', 'broken_fact', 'cache_invalidation',
       'caller', 'check_entry', 'config_node', 'config_node_updated', 'credit_grant', 'currency',
       'end_or_extend_holds', 'entry_hash', 'entry_kind', 'exact_cost', 'expiries_due', 'figures', 'first_try',
-      'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold',
-      'hold_open', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity', 'keep_owner_identity',
-      'key_context', 'key_hash', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
-      'lock_user_parent', 'make_usage_partitions', 'moment', 'money', 'mount_deleted', 'mount_inserted',
-      'mount_updated', 'movements_of', 'new_entry', 'new_virtual_key', 'open_account', 'outbox_horizon', 'park',
-      'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'read_cursor',
-      'read_hold_requests', 'read_key_imports', 'read_openings', 'read_usage_events', 'reference_is_used_once',
-      'refuse', 'refuse_previous_hash', 'rejected_usage', 'rejected_usage_unresolved', 'require_array',
-      'require_positive_amount', 'seal', 'seq_before', 'sha256', 'shown', 'shown_hold', 'tell_crossings',
-      'tenant', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity',
-      'to_uuid', 'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal',
-      'usage_window', 'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7',
-      'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer',
-      'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted',
-      'virtual_key_updated', 'visible_account', 'visible_user', 'without_keys'
+      'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'grant_draw', 'hash_context',
+      'hold', 'hold_open', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity',
+      'keep_owner_identity', 'key_context', 'key_hash', 'lock_account', 'lock_accounts', 'lock_key_parents',
+      'lock_mount_parents', 'lock_user_parent', 'make_usage_partitions', 'moment', 'money', 'mount_deleted',
+      'mount_inserted', 'mount_updated', 'movements_of', 'new_entry', 'new_virtual_key', 'note_status',
+      'open_account', 'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash', 'price',
+      'price_inserted', 'price_meters', 'read_cursor', 'read_hold_requests', 'read_key_imports',
+      'read_openings', 'read_usage_events', 'reference_is_used_once', 'refuse', 'refuse_previous_hash',
+      'rejected_usage', 'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'seal',
+      'seq_before', 'sha256', 'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tenant',
+      'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
+      'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window',
+      'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_entries',
+      'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer', 'virtual_key',
+      'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
+      'visible_account', 'visible_user', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at',
@@ -43,9 +44,10 @@ begin
       'holds', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id', 'place_holds', 'prices',
       'record_openings', 'record_usage', 'refund_charge', 'rejected_usage', 'release_holds',
       'replay_rejected_usage', 'resolve_billing_account', 'resolve_virtual_key', 'reverse_top_up',
-      'revoke_virtual_key', 'rotate_virtual_key', 'set_credit_limit', 'set_low_balance_threshold', 'spend',
-      'statement', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles', 'verify_balances',
-      'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
+      'revoke_virtual_key', 'rotate_virtual_key', 'set_credit_limit', 'set_low_balance_threshold',
+      'set_status', 'spend', 'statement', 'status_changes', 'tenants', 'top_up', 'unfreeze_funds',
+      'usage_logs', 'user_profiles', 'verify_balances', 'verify_ledger', 'virtual_key_config_nodes',
+      'virtual_keys'
     ]);
   if v_clashes is not null then
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes

@@ -94,6 +94,22 @@ create table data.price (
   constraint unit_size_divides_3600000000 check (unit_size > 0 and mod(3600000000, unit_size::bigint) = 0)
 );
 
+-- each change of a tenant's, user's, key's or node's status, however it came; no row: it has been active from its beginning
+create table data.status_change (
+  id bigint generated always as identity primary key,
+  entity text not null,
+  entity_id uuid not null,
+  old_status text,
+  new_status text not null,
+  actor text not null,
+  reason text,
+  -- the clock's time, not the transaction's: of two changes that waited for each other the second is later
+  created_at timestamptz not null default clock_timestamp(),
+  constraint entity_is_known check (entity in ('tenant', 'user_profile', 'virtual_key', 'config_node')),
+  constraint status_changes check (new_status is distinct from old_status)
+);
+create index on data.status_change (entity_id);
+
 alter table data.tenant enable row level security;
 alter table data.user_profile enable row level security;
 alter table data.virtual_key enable row level security;
@@ -101,6 +117,7 @@ alter table data.previous_key_hash enable row level security;
 alter table data.config_node enable row level security;
 alter table data.virtual_key_config_node enable row level security;
 alter table data.price enable row level security;
+alter table data.status_change enable row level security;
 
 comment on table data.tenant is 'A paying organisation.';
 comment on table data.user_profile is 'A user; paid for by the tenant if there is one, else by their own account.';
@@ -108,6 +125,7 @@ comment on table data.virtual_key is 'A caller''s key: its sha-256 and a display
 comment on table data.previous_key_hash is 'What a rotated key was before, and how long that is still accepted.';
 comment on table data.config_node is 'An upstream instance (a deployment, a channel); prices belong to it.';
 comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
+comment on table data.status_change is 'Who changed which status, when and why; append-only.';
 comment on table data.price is 'Dated unit prices per node, meter and currency; append-only.';
 
 reset role;

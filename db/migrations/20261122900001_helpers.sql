@@ -18,6 +18,19 @@ begin
 end
 $$;
 
+-- history is append-only: the trigger that refuses all else
+create or replace function data.forbid_change()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');
+  return null;
+end
+$$;
+
 -- the text as a uuid, null when it isn't one (a caught cast is four times faster than a pattern)
 create or replace function data.to_uuid(value text)
 returns uuid

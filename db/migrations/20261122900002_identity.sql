@@ -127,6 +127,41 @@ $$;
 create or replace trigger refuse_previous_hash after insert or update of key_hash on data.virtual_key
   for each row execute function data.refuse_previous_hash();
 
+-- a status has its history, with the reason that set_status was given
+create or replace function data.note_status()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into data.status_change (entity, entity_id, old_status, new_status, actor, reason)
+  values (tg_table_name, new.id, case when tg_op = 'UPDATE' then old.status end, new.status, data.actor(),
+    nullif(current_setting('keyledger.reason', true), ''));
+  return null;
+end
+$$;
+create or replace trigger note_status after update on data.tenant
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.tenant
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.user_profile
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.user_profile
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.virtual_key
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.virtual_key
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.config_node
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.config_node
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger append_only before update or delete on data.status_change
+  for each row execute function data.forbid_change();
+create or replace trigger append_only_truncate before truncate on data.status_change
+  for each statement execute function data.forbid_change();
+
 -- an owner's account opens with the owner; a clash of ids fails on the primary key
 create or replace function data.open_account()
 returns trigger

@@ -88,17 +88,6 @@ as $$
 $$;
 
 -- prices are history
-create or replace function data.forbid_change()
-returns trigger
-language plpgsql
-security definer
-set search_path = ''
-as $$
-begin
-  perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');
-  return null;
-end
-$$;
 create or replace trigger append_only before update or delete on data.price
   for each row execute function data.forbid_change();
 create or replace trigger append_only_truncate before truncate on data.price

@@ -257,6 +257,25 @@ grant select on api.user_profiles to keyledger_operator, keyledger_member;
 grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
   update (tenant_id, tenant_role, external_id, display_name, status) on api.user_profiles to keyledger_operator;
 
+create or replace view api.status_changes with (security_barrier) as
+select c.id, c.entity, c.entity_id, c.old_status, c.new_status, c.actor, c.reason, c.created_at
+from (
+  select c.* from data.status_change c where (select v.sees_all from data.viewer v)
+  union all
+  select c.* from data.status_change c
+  where c.entity_id = any (array(
+    select u.id from data.visible_user u
+    union all
+    select k.id from data.visible_user u join data.virtual_key k on k.user_id = u.id
+    union all
+    select v.managed_tenant_id from data.viewer v))
+) c;
+comment on view api.status_changes is
+'Who changed the status of a tenant, user_profile, virtual_key or config_node, when and why; old_status is null for one that began so.
+What has no row here has been active from its beginning. `actor` is the claim `user_id`, else `sub`, of the token that PostgREST checked, else
+the role: a login that may run SQL as the operator can set the claims.';
+grant select on api.status_changes to keyledger_operator, keyledger_member;
+
 create or replace view api.config_nodes as
 select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at from data.config_node n;
 comment on view api.config_nodes is 'Upstream instances (deployments, channels); prices belong to them.';

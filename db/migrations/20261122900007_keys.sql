@@ -453,6 +453,59 @@ comment on function api.revoke_virtual_key(uuid) is
 Answers the key''s row. 404 virtual_key_unknown.';
 grant execute on function api.revoke_virtual_key(uuid) to keyledger_operator;
 
+create or replace function api.set_status(
+  entity text,
+  id uuid,
+  status text,
+  reason text default null
+)
+returns api.status_changes
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_old text;
+  v_shown api.status_changes;
+begin
+  perform set_config('keyledger.reason', coalesce(reason, ''), true);
+  case entity
+    when 'tenant' then
+      update data.tenant t set status = set_status.status where t.id = set_status.id;
+    when 'user_profile' then
+      update data.user_profile u set status = set_status.status where u.id = set_status.id;
+    when 'config_node' then
+      update data.config_node n set status = set_status.status where n.id = set_status.id;
+    when 'virtual_key' then
+      if status is distinct from 'revoked' then
+        perform data.refuse(422, 'invalid_status', 'virtual_key: ' || coalesce(status, 'null'), 'a key can only be revoked');
+      end if;
+      perform api.revoke_virtual_key(id);
+    else
+      perform data.refuse(422, 'invalid_entity', coalesce(entity, 'null'), 'send tenant, user_profile, virtual_key or config_node');
+  end case;
+  if not found then
+    perform data.refuse(404, case entity when 'user_profile' then 'user' else entity end || '_not_found',
+      entity || ' ' || coalesce(id::text, 'null'), 'send the id of a row that is there');
+  end if;
+  perform set_config('keyledger.reason', '', true);
+  select * into v_shown from api.status_changes c
+  where c.entity_id = set_status.id
+  order by c.id desc
+  limit 1;
+  return v_shown;
+exception when check_violation or not_null_violation then
+  perform data.refuse(422, 'invalid_status', entity || ': ' || coalesce(status, 'null'),
+    'send active, suspended or closed; active or disabled for a config_node');
+end
+$$;
+comment on function api.set_status(text, uuid, text, text) is
+'Suspends, disables, closes, revokes or reactivates a tenant, user_profile, config_node or virtual_key, and keeps the reason.
+A change through the views is kept as well, without one. Answers the last of its status_changes; setting what is set changes nothing. 404
+tenant_not_found, user_not_found, config_node_not_found, virtual_key_unknown; 409 closed_is_final; 422 invalid_entity, invalid_status.';
+grant execute on function api.set_status(text, uuid, text, text) to keyledger_operator;
+
 reset role;
 
 -- migrate:down
