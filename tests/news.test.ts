@@ -116,6 +116,12 @@ test('holds come and go without news; only what they are used for counts', async
     [],
   )
   assert.equal(await told(account, () => account.use('1', { hold_id: id })), ['low_balance 4'])
+  // all that is left is set aside, and a charge beside it
+  await account.hold('4')
+  assert.equal(await told(account, () => account.use('1')), [])
+  await account.topUp('7')
+  await account.hold('7')
+  assert.equal(await told(account, () => account.use('6')), ['low_balance 4'])
 })
 
 test('a grant that has expired counts when the next posting settles it, before that posting', async () => {
