@@ -7,7 +7,7 @@ import { gone, send } from './http.ts'
 import { complete, models } from './proxy.ts'
 
 const app = express()
-app.get('/healthz', (_req, res) => void res.status(billing.health().ok ? 200 : 503).json(billing.health()))
+app.get('/healthz', (_req, res) => void res.status(billing.health().http_status).json(billing.health()))
 app.use(billing.middleware())
 app.get('/v1/models', async (req: WithUserContext<Request>, res) => send(res, await models(req.userContext!)))
 app.post(

@@ -12,7 +12,7 @@ declare module 'fastify' {
 }
 
 const app = fastify({ bodyLimit: 10_000_000 })
-app.get('/healthz', (_request, reply) => reply.code(billing.health().ok ? 200 : 503).send(billing.health()))
+app.get('/healthz', (_request, reply) => reply.code(billing.health().http_status).send(billing.health()))
 app.register(async (gateway) => {
   gateway.addHook('onRequest', async (request, reply) => {
     const { userContext, refusal } = await billing.authenticate(request.headers)

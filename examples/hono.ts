@@ -8,7 +8,7 @@ import { billing, run } from './billing.ts'
 import { complete, models } from './proxy.ts'
 
 const app = new Hono<{ Variables: { userContext: UserContext } }>()
-app.get('/healthz', (c) => c.json(billing.health(), billing.health().ok ? 200 : 503))
+app.get('/healthz', (c) => c.json(billing.health(), billing.health().http_status))
 app.use(async (c, next) => {
   const { userContext, refusal } = await billing.authenticate(c.req.header())
   if (refusal) return new Response(refusal.body, refusal)

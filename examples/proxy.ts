@@ -189,7 +189,7 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     const { pathname } = new URL(req.url ?? '/', 'http://gateway')
     if (pathname === '/healthz') {
       const health = billing.health()
-      return send(res, Response.json(health, { status: health.ok ? 200 : 503 }))
+      return send(res, Response.json(health, { status: health.http_status }))
     }
     authenticate(req, res, async () => {
       const [context, signal] = [req.userContext!, gone(res)]

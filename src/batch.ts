@@ -271,8 +271,8 @@ export function createBatcher<Element, Answer>({
 
 const rejected = (error: unknown): Promise<never> => quiet(Promise.reject(error))
 
-// who wants to know of a rejection still does
-function quiet<T>(promise: Promise<T>): Promise<T> {
+/** A promise whose rejection needs no handler; who wants to know of it still does. */
+export function quiet<T>(promise: Promise<T>): Promise<T> {
   promise.catch(() => {})
   return promise
 }

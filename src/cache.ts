@@ -57,6 +57,7 @@ interface Flight<Context> {
 
 const KNOWN_MS = 24 * 3600 * 1000
 const UNKNOWN_MS = 60 * 1000
+export const STALE_IF_ERROR_MS = 300_000
 const JOINABLE_MS = 1000
 
 /**
@@ -68,7 +69,7 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
   redis,
   maxEntries = 100_000,
   maxStaleness = 5000,
-  staleIfError = 300_000,
+  staleIfError = STALE_IF_ERROR_MS,
 }: KeyCacheOptions<Context>): KeyCache<Context> {
   const trust = createTrust(maxStaleness)
   const shared = redis && createRedisTier<Context>(redis, maxStaleness)

@@ -4,6 +4,7 @@ import { randomFillSync } from 'node:crypto'
 import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
 import { KeyledgerError, statusOf } from './errors.ts'
+import type { Metrics } from './metrics.ts'
 import { jsonText, type Rpc } from './rpc.ts'
 import type {
   ExtendAnswer,
@@ -69,24 +70,27 @@ function random(): Uint8Array {
 /** A UUIDv7 of now. Give it to an event or a hold that may be repeated. */
 export const newId = (): string => v7({ random: random() })
 
-export function createCharging({
-  rpc,
-  holdDeadline = 5000,
-  recordDeadline = 30_000,
-}: ChargingOptions): Charging & {
-  stats(): Queues
-  stop(): Promise<void>
-} {
-  const batches = <Answer>(fn: string, argument: string, deadline: number): Batcher<Element, Answer> =>
+export function createCharging(
+  { rpc, holdDeadline = 5000, recordDeadline = 30_000 }: ChargingOptions,
+  metrics: Metrics,
+): Charging & { stats(): Queues; stop(): Promise<void> } {
+  const batches = <Answer>(
+    name: keyof Queues,
+    fn: string,
+    argument: string,
+    deadline: number,
+  ): Batcher<Element, Answer> =>
     createBatcher({
-      send: (elements) => rpc.call(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
+      send: metrics.batches(name, (elements: string[]) =>
+        rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
+      ),
       account: ({ account_id }) => String(account_id),
       deadline,
     })
-  const holds = batches<HoldAnswer>('place_holds', 'requests', holdDeadline)
-  const releases = batches<ReleaseAnswer>('release_holds', 'requests', holdDeadline)
-  const extensions = batches<ExtendAnswer>('extend_holds', 'requests', holdDeadline)
-  const events = batches<UsageAnswer>('record_usage', 'events', recordDeadline)
+  const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline)
+  const releases = batches<ReleaseAnswer>('release', 'release_holds', 'requests', holdDeadline)
+  const extensions = batches<ExtendAnswer>('extend', 'extend_holds', 'requests', holdDeadline)
+  const events = batches<UsageAnswer>('record', 'record_usage', 'events', recordDeadline)
 
   return {
     async hold({ account_id, virtual_key_id }, request) {

@@ -1,10 +1,11 @@
 // The billing module: the cache, its listener and the charging lanes put together into what a gateway calls.
 import { createHash } from 'node:crypto'
 import type { Cluster, Redis } from 'ioredis'
-import { createKeyCache, type KeyCacheOptions, type Tier } from './cache.ts'
+import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS, type Tier } from './cache.ts'
 import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
 import { codeOf, KeyledgerError, keyStatus } from './errors.ts'
 import { createListener } from './listener.ts'
+import { createMetrics } from './metrics.ts'
 import {
   type Authentication,
   createAuthenticate,
@@ -30,12 +31,19 @@ export interface BillingModuleOptions
 }
 
 export interface Health {
-  /** Started, a tier of the cache is trusted, and no queue's last call failed. */
-  ok: boolean
+  /**
+   * `ok`; `degraded`: at work, but something below needs a look (a tier that is not trusted, LISTEN or Redis away, a
+   * queue, the news or the upkeep whose last call failed); `down`: not started or stopped, or Postgres can't be read
+   * and what is known has grown too old (`staleIfError`) to answer any key by.
+   */
+  status: 'ok' | 'degraded' | 'down'
+  /** What to answer a health check with: 503 if `down`, so that a load balancer sends requests elsewhere; else 200. */
+  http_status: 200 | 503
   /** Keys are answered as they were before Postgres went away. */
   stale: boolean
   cache: { memory: boolean; redis: boolean | null; entries: number; answers: Record<Tier, number> }
-  listener: { listening: boolean; age: number | null; error: string | null }
+  /** `listening` is null for a module that doesn't LISTEN; ages are ms since the last complete read was sent. */
+  listener: { listening: boolean | null; age: number | null; error: string | null }
   /** Of the news of accounts; nulls while nobody listens to it. */
   news: { age: number | null; error: string | null }
   queues: Queues
@@ -94,13 +102,15 @@ const BUDGET = ['allowed', 'code', 'available::text', 'account_id', 'currency']
 
 /** Throws TypeError for `listen: false` without `redis`. */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {
-  const { rpc, redis, listen, maxEntries, maxStaleness, staleIfError } = options
+  const { rpc, redis, listen, maxEntries, maxStaleness, staleIfError = STALE_IF_ERROR_MS } = options
   if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
   const cache = createKeyCache<KeyContext>({ load: resolve, redis, maxEntries, maxStaleness, staleIfError })
   const followed = listen === false ? {} : { rpc, connectionString: listen }
   const news = createNews(rpc)
   const listener = createListener({ cache, ...followed, channels: { keyledger_account: news.wake } })
-  const { stats, stop: drain, ...charging } = createCharging(options)
+  const metrics = createMetrics()
+  const { stats, stop: drain, ...charging } = createCharging(options, metrics)
+  let unwatch = () => {}
   const maintenance: Health['maintenance'] = { at: null, error: null }
   let timer: NodeJS.Timeout | undefined
   let servedStale = false
@@ -115,24 +125,27 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     }
   }
 
-  async function lookUp(hash: string): Promise<KeyContext | undefined> {
+  async function lookUp(virtualKey: string): Promise<Partial<Answer<KeyContext>> & { code: string | null }> {
+    if (typeof virtualKey !== 'string' || virtualKey === '' || virtualKey.length > MAX_KEY) {
+      return { code: 'virtual_key_unknown' }
+    }
     try {
-      const { context, tier } = await cache.get(hash)
+      const { context, tier } = await cache.get(createHash('sha256').update(virtualKey).digest('hex'))
       if (tier !== 'memory') servedStale = tier === 'stale'
-      return context
+      return { context, tier, code: context ? context.code : 'virtual_key_unknown' }
     } catch (cause) {
       const detail = 'the key could not be checked'
       throw new KeyledgerError('unavailable', 503, { detail, hint: 'try again', cause })
     }
   }
 
+  const identify = metrics.lookUps(lookUp)
+
   async function validate(virtualKey: string): Promise<UserContext> {
-    const possible = typeof virtualKey === 'string' && virtualKey !== '' && virtualKey.length <= MAX_KEY
-    const context = possible && (await lookUp(createHash('sha256').update(virtualKey).digest('hex')))
-    if (!context) throw refused('virtual_key_unknown')
-    if (context.code !== null) throw refused(context.code)
-    const { virtual_key_id, user_id, tenant_id, account_id, currency, name, key_prefix } = context
-    const config_node_ids = [...context.config_node_ids]
+    const { context, code } = await identify(virtualKey)
+    if (code !== null) throw refused(code)
+    const { virtual_key_id, user_id, tenant_id, account_id, currency, name, key_prefix } = context!
+    const config_node_ids = [...context!.config_node_ids]
     return { virtual_key_id, user_id, tenant_id, account_id, currency, name, key_prefix, config_node_ids }
   }
 
@@ -146,8 +159,38 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     }
   }
 
+  function health(): Health {
+    const { entries, ...answers } = cache.stats()
+    const memory = cache.trust.holds()
+    const redis = cache.redis?.trust.holds() ?? null
+    const { age, error, ...heard } = listener.state()
+    const listening = listen ? heard.listening : null
+    const told = news.state()
+    const queues = stats()
+    const trusted = memory || redis === true
+    const answering = trusted || !error || listen === false || (age !== null && age <= staleIfError)
+    const failing = [
+      error,
+      told.error,
+      maintenance.error,
+      ...Object.values(queues).map((queue) => queue.error),
+    ]
+    const well = trusted && redis !== false && listening !== false && failing.every((reason) => !reason)
+    const status = state !== 'started' || !answering ? 'down' : well ? 'ok' : 'degraded'
+    return {
+      status,
+      http_status: status === 'down' ? 503 : 200,
+      stale: servedStale && !trusted,
+      cache: { memory, redis, entries, answers },
+      listener: { listening, age, error: error ? codeOf(error) : null },
+      news: { age: told.age, error: told.error ? codeOf(told.error) : null },
+      queues,
+      maintenance: { ...maintenance },
+    }
+  }
+
   return {
-    ...charging,
+    ...metrics.operations(charging),
     validate,
     authenticate: createAuthenticate(validate),
     middleware: () => createMiddleware(validate),
@@ -167,24 +210,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
 
     on: news.on,
 
-    health() {
-      const { entries, ...answers } = cache.stats()
-      const memory = cache.trust.holds()
-      const redis = cache.redis?.trust.holds() ?? null
-      const { listening, age, error } = listener.state()
-      const told = news.state()
-      const queues = stats()
-      const delivering = Object.values(queues).every((queue) => queue.error === null)
-      return {
-        ok: state === 'started' && (memory || redis === true) && delivering,
-        stale: servedStale && !memory && !redis,
-        cache: { memory, redis, entries, answers },
-        listener: { listening, age, error: error ? codeOf(error) : null },
-        news: { age: told.age, error: told.error ? codeOf(told.error) : null },
-        queues,
-        maintenance: { ...maintenance },
-      }
-    },
+    health,
 
     async start() {
       if (state === 'stopped') throw new KeyledgerError('stopped', 503, { hint: 'create another module' })
@@ -192,6 +218,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       state = 'started'
       timer = setInterval(maintain, HOUR_MS).unref()
       maintain()
+      unwatch = metrics.watch(health)
       await Promise.all([listener.start(), news.start()])
     },
 
@@ -199,6 +226,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       state = 'stopped'
       clearInterval(timer)
       await drain()
+      unwatch()
       await Promise.all([listener.stop(), news.stop()])
       cache.close()
     },

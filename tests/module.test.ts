@@ -358,7 +358,7 @@ test('a started module answers from memory, follows changes, and says how it is'
   const rpc = counted(pgRpc(pgOptions))
   await withModule({ rpc, listen: db.loginUrl }, async (billing) => {
     const world = await seed(db.operator)
-    assert.is(billing.health().ok, false)
+    assert.equal([billing.health().status, billing.health().http_status], ['down', 503])
     await billing.start()
     await billing.start()
     await until(() => billing.health().listener.listening, 'LISTEN')
@@ -377,7 +377,8 @@ test('a started module answers from memory, follows changes, and says how it is'
     const health = billing.health()
     const idle = { queued: 0, in_flight: 0, failed: 0, error: null }
     assert.equal(JSON.parse(JSON.stringify(health)), {
-      ok: true,
+      status: 'ok',
+      http_status: 200,
       stale: false,
       cache: {
         memory: true,
@@ -423,7 +424,7 @@ test('the Redis tier serves the next process, which only polls', async () => {
           rpc.calls.map(({ fn }) => fn),
           ['maintain'],
         )
-        assert.ok(second.health().ok)
+        assert.is(second.health().status, 'ok')
       })
       assert.is(redis.status, 'ready') // its owner's to close
     })
@@ -461,14 +462,14 @@ test('Postgres away: known keys are answered and that is said, usage waits, and 
   try {
     await withModule({ rpc: pgRpc({ connectionString: proxy.url }), listen: proxy.url }, async (billing) => {
       await billing.start()
-      await until(() => billing.health().ok, 'trust')
+      await until(() => billing.health().status === 'ok', 'trust')
       const context = await billing.validate(world.key)
       proxy.mode = 'refuse'
       proxy.cut()
       await until(() => !billing.health().cache.memory, 'trust to end')
       assert.equal(await billing.validate(world.key), context)
       const health = billing.health()
-      assert.equal([health.ok, health.stale], [false, true])
+      assert.equal([health.status, health.http_status, health.stale], ['degraded', 200, true])
       assert.ok(health.listener.error)
       await refused(billing.validate(`${world.key}x`), 'unavailable', 503)
       await refused(billing.checkBudget(context, '1'), 'unavailable', 503)
@@ -477,7 +478,7 @@ test('Postgres away: known keys are answered and that is said, usage waits, and 
       await until(() => billing.health().queues.record.error === 'unavailable', 'a first try')
       proxy.mode = 'pass'
       assert.is((await answer).status, 'charged')
-      await until(() => billing.health().ok && !billing.health().stale, 'health')
+      await until(() => billing.health().status === 'ok' && !billing.health().stale, 'health')
       assert.is(billing.health().queues.record.error, null)
     })
   } finally {
@@ -572,6 +573,58 @@ test('an id made here is a UUIDv7 of now, and no other', () => {
   }
 })
 
+test('health is down when no key can be answered, and each lesser trouble is degraded', async () => {
+  const proxy = await startProxy(db.loginUrl)
+  const redis = new Redis((await db.redis()).url)
+  const is = (billing: BillingModule, status: string) =>
+    until(() => billing.health().status === status, `health to be ${status}`)
+  try {
+    proxy.mode = 'refuse'
+    const rpc = pgRpc({ connectionString: proxy.url })
+    const options = { rpc, redis, listen: proxy.url, maxStaleness: 1000, staleIfError: 1500 }
+    await withModule(options, async (billing) => {
+      await billing.start()
+      assert.equal([billing.health().status, billing.health().http_status], ['down', 503])
+      proxy.mode = 'pass'
+      await is(billing, 'degraded') // its upkeep has failed, for the hour
+      const { maintenance, ...health } = billing.health()
+      assert.equal([health.http_status, maintenance.error], [200, 'unavailable'])
+
+      await until(() => billing.health().cache.memory, 'trust')
+      proxy.mode = 'refuse'
+      proxy.cut()
+      await until(() => !billing.health().cache.memory, 'trust to end')
+      assert.is(billing.health().status, 'degraded')
+      await is(billing, 'down')
+      proxy.mode = 'pass'
+      await is(billing, 'degraded')
+    })
+
+    await withModule({ rpc: pgRpc(pgOptions), redis, listen: proxy.url }, async (billing) => {
+      await billing.start()
+      await until(() => billing.health().maintenance.at, 'the upkeep')
+      await is(billing, 'ok')
+      redis.disconnect()
+      await until(() => billing.health().cache.redis === false, 'Redis to be gone')
+      assert.is(billing.health().status, 'degraded')
+      await redis.connect()
+      await is(billing, 'ok')
+      proxy.mode = 'refuse'
+      proxy.cut()
+      await until(
+        () => billing.health().cache.memory && !billing.health().listener.listening,
+        'LISTEN to be gone',
+      )
+      assert.is(billing.health().status, 'degraded')
+      proxy.mode = 'pass'
+      await is(billing, 'ok')
+    })
+  } finally {
+    redis.disconnect()
+    await proxy.close()
+  }
+})
+
 test('a failing maintenance is in health, and nowhere else', async () => {
   const rpc = counted(
     pgRpc(pgOptions),
@@ -581,7 +634,7 @@ test('a failing maintenance is in health, and nowhere else', async () => {
     await billing.start()
     await until(() => billing.health().maintenance.error, 'the error')
     assert.equal(billing.health().maintenance, { at: null, error: 'permission_denied' })
-    assert.ok(billing.health().ok)
+    assert.is(billing.health().status, 'degraded')
   })
 })
 

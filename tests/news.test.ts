@@ -120,7 +120,7 @@ test('holds come and go without news; only what they are used for counts', async
   await account.hold('4')
   assert.equal(await told(account, () => account.use('1')), [])
   await account.topUp('7')
-  await account.hold('7')
+  await account.hold('6')
   assert.equal(await told(account, () => account.use('6')), ['low_balance 4'])
 })
 
