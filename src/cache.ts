@@ -1,7 +1,7 @@
 // The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
 import type { Cluster, Redis } from 'ioredis'
 import { LRUCache } from 'lru-cache'
-import { createRedisTier, type Lease, type RedisTier } from './redis.ts'
+import { createRedisTier, type RedisTier } from './redis.ts'
 import { createTrust, type Trust } from './trust.ts'
 
 export interface KeyCacheOptions<Context> {
@@ -105,47 +105,48 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
     ;(context ? known : unknown).set(key, entry)
   }
 
-  function answer(flight: Flight<Context>, tier: Tier, context: Context | undefined): Answer<Context> {
+  function land(key: string, flight: Flight<Context>, tier: Tier, context?: Context): Answer<Context> {
+    if (flights.get(key) === flight) flights.delete(key)
     given[tier] += flight.callers
     return { context, tier }
   }
 
-  async function resolve(key: string, hash: string, flight: Flight<Context>): Promise<Answer<Context>> {
+  // then() rather than await: a hit in Redis passes through here as often as not
+  function resolve(key: string, hash: string, flight: Flight<Context>): Promise<Answer<Context>> {
+    if (!shared?.trust.holds()) return fromPostgres(key, hash, flight)
+    return shared.get(key).then(
+      (raw) => {
+        // asked after the answer: ioredis may have sent the command again, to a Redis that came back older
+        const entry = shared.trust.holds() ? shared.open(raw) : undefined
+        if (!entry || lifetime(entry.context) <= 0) return fromPostgres(key, hash, flight, raw)
+        remember(key, flight, freeze(entry.context))
+        return land(key, flight, 'redis', entry.context)
+      },
+      () => fromPostgres(key, hash, flight),
+    )
+  }
+
+  async function fromPostgres(key: string, hash: string, flight: Flight<Context>, raw?: string | null) {
     try {
-      const found = await fromRedis(key)
-      if ('context' in found) {
-        remember(key, flight, found.context)
-        return answer(flight, 'redis', found.context)
-      }
+      // undefined: the tier is away, or another reader has the lease
+      const lease = raw === undefined ? undefined : await shared!.lease(key, raw).catch(() => undefined)
       const reading = load(hash)
       let context: Context | undefined
       try {
         context = await withinTime(reading, maxStaleness)
       } catch {
         const stale = await lastKnown(key)
-        if (stale) return answer(flight, 'stale', stale)
+        if (stale) return land(key, flight, 'stale', stale)
         // failed, and says why; or slow, and nothing better is known
         context = await reading
       }
       remember(key, flight, freeze(context))
       const ttl = Math.floor(lifetime(context))
-      if (found.lease && ttl > 0) shared?.store(found.lease, context, ttl).catch(() => {})
-      return answer(flight, 'database', context)
-    } finally {
+      if (lease && ttl > 0) shared!.store(lease, context, ttl).catch(() => {})
+      return land(key, flight, 'database', context)
+    } catch (error) {
       if (flights.get(key) === flight) flights.delete(key)
-    }
-  }
-
-  async function fromRedis(key: string): Promise<{ context: Context | undefined } | { lease?: Lease }> {
-    if (!shared?.trust.holds()) return {}
-    try {
-      const raw = await shared.get(key)
-      // after the answer: ioredis may have sent the command again, to a Redis that came back older
-      const entry = shared.trust.holds() ? shared.open(raw) : undefined
-      if (entry && lifetime(entry.context) > 0) return { context: freeze(entry.context) }
-      return { lease: await shared.lease(key, raw) }
-    } catch {
-      return {} // it has ended the tier's trust
+      throw error
     }
   }
 

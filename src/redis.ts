@@ -112,8 +112,8 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
     })
   }
 
-  // The gets of one turn of the event loop leave in one write: each write by itself costs more than all the rest of a
-  // hit. Not in a Cluster, whose keys are not all in one place.
+  // What one turn of the event loop asks for leaves as one command: each by itself costs more than all the rest of a hit.
+  // Not in a Cluster, whose keys are not all in one place.
   let gets: Get[] = []
 
   function getTogether(key: string): Promise<string | null> {
@@ -124,14 +124,9 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
   function sendGets() {
     const sent = gets
     gets = []
-    ask(() => redis.pipeline(sent.map(({ key }) => ['get', key])).exec()).then(
-      (answers) => {
-        if (answers!.some(([error]) => error)) trust.end()
-        sent.forEach(({ resolve, reject }, i) => {
-          const [error, value] = answers![i]!
-          if (error) reject(error)
-          else resolve(value as string | null)
-        })
+    ask(() => redis.mget(sent.map(({ key }) => key))).then(
+      (values) => {
+        for (let i = 0; i < sent.length; i++) sent[i]!.resolve(values[i]!)
       },
       (error) => {
         for (const { reject } of sent) reject(error)

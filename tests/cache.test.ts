@@ -408,7 +408,7 @@ test('redis: what is not an entry is replaced', async () => {
   }
 })
 
-test('redis: a hit is one get and nothing else', async () => {
+test('redis: a hit is one read and nothing else', async () => {
   const first = await sharedCache('one get')
   const second = await sharedCache('one get')
   const hash = newHash()
@@ -418,7 +418,7 @@ test('redis: a hit is one get and nothing else', async () => {
   await admin.config('RESETSTAT')
   assert.equal(await second.get(hash), { context: answer('a'), tier: 'redis' })
   const commands = (await admin.info('commandstats')).match(/(?<=cmdstat_)(?!config|info)[^\r]*?calls=\d+/g)
-  assert.equal(commands, ['get:calls=1'])
+  assert.equal(commands, ['mget:calls=1'])
 })
 
 test('redis: a reader that is done is nobody to join', async () => {
