@@ -68,7 +68,8 @@ async function attempt(
   const headers: Record<string, string> = { 'x-usage-id': hold.id }
   const meter = createMeter(size)
   const call = new AbortController()
-  const silence = setTimeout(() => call.abort(), PATIENCE)
+  const silence = setTimeout(() => call.abort(), PATIENCE).unref()
+  // three times in the life of the hold
   const extending = setInterval(() => billing.extend(hold, HOLD_SECONDS).catch(() => {}), HOLD_SECONDS * 333)
   let settled: Promise<UsageAnswer | undefined> | undefined
 
@@ -148,7 +149,8 @@ async function attempt(
         const chunk: Completion | undefined = parse(data)
         if (chunk) meter.add(chunk)
         if (wanted || chunk?.usage === undefined) yield event(data)
-        else if (chunk.choices?.length) yield event(JSON.stringify({ ...chunk, usage: undefined }))
+        else if (!chunk.usage || chunk.choices?.length)
+          yield event(JSON.stringify({ ...chunk, usage: undefined }))
       }
       await settle()
       if (data) yield event(data)

@@ -24,12 +24,14 @@ const servers = [
 const world = ['VIRTUAL_KEY', 'KEY_ID', 'USER_ID', 'TENANT_ID', 'NODE_ID', 'UPSTREAM_URL']
 
 const running: { child: ChildProcess; dir: string; left: () => string[] }[] = []
+const leftovers: string[] = []
 test.after.each(async () => {
   for (const { child, dir, left } of running.splice(0)) {
     child.kill('SIGKILL')
     await until(() => left().length === 0, `nothing left of ${left()}`)
-    rmSync(dir, { recursive: true })
+    leftovers.push(dir)
   }
+  for (const dir of leftovers.splice(0)) rmSync(dir, { recursive: true })
 })
 
 // What was installed is tested: npm stays out of it.
@@ -143,9 +145,12 @@ test('prints the promised lines, each good for what it says; ends by Ctrl-C', as
 })
 
 test('says so where redis-server is not installed', async () => {
-  const { values, err } = await dev([process.execPath, '--import', 'tsx', 'scripts/dev.ts'], {
-    PATH: pathWithoutRedis(),
-  })
+  const bin = mkdtempSync('/tmp/keyledger-dev-bin-')
+  chmodSync(bin, 0o755)
+  for (const name of ['sh', 'id', 'test', 'sleep', 'mv', 'rm', 'chown'])
+    symlinkSync(inPath(name)!, join(bin, name))
+  leftovers.push(bin)
+  const { values, err } = await dev([process.execPath, '--import', 'tsx', 'scripts/dev.ts'], { PATH: bin })
   assert.is(values.REDIS_URL, undefined)
   assert.match(err(), /no REDIS_URL: redis-server is not installed/)
 })
@@ -187,13 +192,3 @@ test('a wrong option gets one line and exit code 2', async () => {
 })
 
 test.run()
-
-// the programs it needs, and no redis-server among them
-function pathWithoutRedis(): string {
-  const bin = mkdtempSync('/tmp/keyledger-dev-bin-')
-  chmodSync(bin, 0o755)
-  test.after(() => rmSync(bin, { recursive: true }))
-  for (const name of ['sh', 'id', 'test', 'sleep', 'mv', 'rm', 'chown'])
-    symlinkSync(inPath(name)!, join(bin, name))
-  return bin
-}
