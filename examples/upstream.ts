@@ -1,11 +1,12 @@
 // A small upstream that speaks the OpenAI API, for trying the gateway offline. It repeats what it is told; a word is a token.
-// The first part of the path says what goes wrong: http://…/429/v1 is always busy. See `scenarios`.
+// The first part of the path says what is different: http://…/429/v1 is always busy. See `scenarios`.
 import { createServer, type Server, type ServerResponse } from 'node:http'
 import { text } from 'node:stream/consumers'
 
-/** What can go wrong, by the path before `/v1`. */
+/** What it can do beside answering, by the path before `/v1`. */
 export const scenarios = [
   'no-usage',
+  'filtered',
   '400',
   '401',
   '429',
@@ -81,6 +82,8 @@ export function createUpstream(): Server {
     }
     const choice = (delta: object, finish_reason: string | null = null) =>
       event({ choices: [{ index: 0, delta, finish_reason }] })
+    // as Azure begins a stream
+    if (scenario === 'filtered') event({ choices: [], prompt_filter_results: [] })
     choice({ role: 'assistant', content: '' })
     for (const [n, word] of said.entries()) {
       if (n === SAID_BEFORE && scenario === 'stall') return

@@ -223,6 +223,15 @@ test('a stream is passed on as without us; its usage is asked for, and shown to 
   }
 })
 
+test('a chunk of neither words nor usage is passed on', async () => {
+  const who = await caller()
+  const body = { model: 'filtered', messages, stream: true as const }
+  const { chunks } = await streamed(await who.openai.chat.completions.create(body))
+  const { choices, ...rest } = chunks[0]!
+  assert.equal([choices, 'usage' in rest, 'prompt_filter_results' in rest], [[], false, true])
+  await charged(who, [['filtered 0', used]])
+})
+
 test('the charge is committed before a stream says that it is done', async () => {
   const who = await caller()
   const response = await who.openai.chat.completions
