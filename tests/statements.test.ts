@@ -360,7 +360,7 @@ test('pages go over every account in order, those opened by then, closed owners 
 
 test('credit that expired is gone from the period of its moment, whenever its entry is posted', async () => {
   const account = await payer(db, { funds: '1' })
-  const soon = await later(await now(), 500_000)
+  const soon = await later(await now(), 2_000_000)
   await account.grant('4', { expires_at: soon })
   await account.grant('3', { expires_at: '2099-01-01', priority: 200 })
   await account.use('1.5')
@@ -396,7 +396,7 @@ test('credit that expired is gone from the period of its moment, whenever its en
 
   // sealed afterwards, with the entry posted, it is the same
   const other = await payer(db, { funds: '1' })
-  const then = await later(await now(), 300_000)
+  const then = await later(await now(), 2_000_000)
   await other.grant('4', { expires_at: then })
   await passed(then)
   const end = await now()
@@ -410,7 +410,7 @@ test('credit that expired is gone from the period of its moment, whenever its en
 
 test('an expiry exactly at the end belongs to the period, an entry exactly at the end to the next', async () => {
   const account = await payer(db, { funds: '1' })
-  const soon = await later(await now(), 300_000)
+  const soon = await later(await now(), 2_000_000)
   await account.grant('4', { expires_at: soon })
   await passed(soon)
   await account.use('1')
@@ -524,7 +524,7 @@ test('closing during traffic: statements join, add up, and with the later entrie
     for (let n = 0; ends < 8 || n < 30; n++) {
       await account.record(...Array.from({ length: 1 + (n % 3) }, () => account.event('0.01')))
       if (n % 7 === i) await account.topUp('0.03')
-      if (n % 11 === i) await account.grant('0.02', { expires_at: await later(await now(), 300_000) })
+      if (n % 11 === i) await account.grant('0.02', { expires_at: await later(await now(), 2_000_000) })
     }
   }
   const closer = async () => {
@@ -615,8 +615,8 @@ test('balance_at is what the entries before the moment say, with snapshots or wi
     moments.push(await now())
   }
   await step(account.topUp('10'))
-  const soon = await later(await now(), 250_000)
-  const sooner = await later(soon, -100_000)
+  const soon = await later(await now(), 2_500_000)
+  const sooner = await later(soon, -500_000)
   await step(account.grant('2', { expires_at: soon }))
   await step(account.grant('1', { expires_at: sooner }))
   await step(account.use('0.5'))
@@ -730,10 +730,10 @@ test('statements are not changed or deleted', async () => {
 
 // what each statement is checked for: tampering with every trigger off, and the one thing found
 const subject = await payer(db, { funds: '3' })
-await subject.grant('2', { expires_at: await later(await now(), 100_000) })
+await subject.grant('2', { expires_at: await later(await now(), 2_000_000) })
 await subject.use('1')
 await close(subject, await now())
-await passed(await later(await now(), 110_000))
+await passed(await later(await now(), 2_100_000))
 await subject.use('7')
 const middle = await close(subject, await now())
 await subject.topUp('1')

@@ -26,11 +26,17 @@ create table data.usage_window (
   is_the_only_row boolean primary key default true,
   floor timestamptz not null,
   ceiling timestamptz not null,
+  -- months before it were dropped
+  dropped_before timestamptz,
+  -- what ended before it is purged; the account where purging up to the floor goes on
+  purged_before timestamptz not null,
+  purging_from uuid,
   constraint one_row check (is_the_only_row),
   constraint window_is_forward check (ceiling >= floor)
 );
-insert into data.usage_window (floor, ceiling)
-values (date_trunc('month', now(), 'UTC') - interval '1 month', date_trunc('month', now(), 'UTC') - interval '1 month');
+insert into data.usage_window (floor, ceiling, purged_before)
+select m.first, m.first, m.first
+from (select date_trunc('month', now(), 'UTC') - interval '1 month' as first) m;
 
 -- events kept until they can be charged; id is a digest of the event, so that a retry meets its first try
 create table data.rejected_usage (
@@ -53,7 +59,7 @@ alter table data.usage_window enable row level security;
 alter table data.rejected_usage enable row level security;
 
 comment on table data.usage_log is 'Each charged event, by month of its id; append-only.';
-comment on table data.usage_window is 'The range of event and hold times accepted.';
+comment on table data.usage_window is 'The range of event and hold times accepted, and how far retention has come.';
 comment on table data.rejected_usage is 'Events that could not be charged yet, kept whole.';
 
 reset role;

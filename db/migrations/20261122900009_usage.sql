@@ -43,9 +43,11 @@ begin
         when r.user_id is null then 'virtual_key_unknown'
         when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id)
           then 'config_node_not_found'
-        -- a hold of another account is no hold of this one, and a freeze is not to be drawn
+        -- a hold of another account is no hold of this one, and a freeze is not to be drawn; one of before the window ended and is purged
         when r.hold_id is not null and not exists (
-          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null) then 'invalid_hold'
+          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null)
+          and (r.hold_id >= w.first or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id))
+          then 'invalid_hold'
         else p.code
       end as code
     from (

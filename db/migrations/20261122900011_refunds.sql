@@ -41,7 +41,10 @@ begin
     select l.transaction_seq, l.cost into v_charge.seq, v_event_cost
     from data.usage_log l
     where l.account_id = refund_charge.account_id and l.id = usage_id;
-    if not found or v_charge.seq <> refund_charge.seq then
+    if not found then
+      perform data.refuse_dropped_usage(usage_id);
+    end if;
+    if v_charge.seq is null or v_charge.seq <> refund_charge.seq then
       perform data.refuse(404, 'charge_not_found', 'usage ' || usage_id, 'send the id of an event charged to this account, with its seq or none');
     end if;
   end if;
@@ -105,7 +108,8 @@ comment on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) i
 'Gives back a charge, whole or in part: of a usage entry by `seq`, or of one event by `usage_id`.
 At most what was charged, over all refunds of the entry and of the event together; `amount` null: all that is left. Pays debt first; money
 comes back before free credit, which returns to grants not yet expired, else to the balance. Repeated with the same `reference` it answers
-the first entry. 404 account_not_found, charge_not_found; 409 refund_exceeds_charge, reference_mismatch; 422 invalid_amount.';
+the first entry. 404 account_not_found, charge_not_found; 409 refund_exceeds_charge, reference_mismatch; 410 usage_dropped; 422
+invalid_amount.';
 grant execute on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) to keyledger_operator;
 
 create or replace function api.reverse_top_up(

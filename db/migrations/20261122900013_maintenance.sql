@@ -1,5 +1,5 @@
 -- migrate:up
--- What time asks for: months of usage ahead, and the outboxes kept short.
+-- What time asks for: months of usage ahead, months long billed dropped, holds and outboxes kept short.
 
 set local role keyledger_owner;
 
@@ -41,6 +41,141 @@ begin
 end
 $$;
 
+create or replace function api.drop_usage_partitions(older_than timestamptz)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = ''
+set timezone = 'UTC'
+set lock_timeout = '5s'
+as $$
+declare
+  v_floor timestamptz := date_trunc('month', older_than);
+  v_month text;
+  v_found bigint;
+  v_not_sealed uuid;
+  v_dropped text[] := '{}';
+  v_events bigint := 0;
+begin
+  if older_than is null or not isfinite(older_than) or older_than > now() then
+    perform data.refuse(422, 'invalid_older_than', 'older_than must be a moment that has passed', 'months that ended by then are dropped');
+  end if;
+  -- one at a time, and nobody makes months again
+  perform pg_advisory_xact_lock(hashtextextended('keyledger.make_usage_partitions', 0));
+  update data.usage_window w set floor = v_floor where w.floor < v_floor;
+
+  for v_month in
+    select c.relname
+    from pg_catalog.pg_inherits i
+    join pg_catalog.pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'data.usage_log'::regclass and to_date(right(c.relname, 7), 'YYYY_MM') < v_floor
+    order by c.relname
+  loop
+    -- whoever is writing into the month is done, and nobody begins; the other months go on
+    execute format('lock table only data.%I in share mode', v_month);
+    execute format(
+      'select coalesce(sum(u.events), 0), (array_agg(u.account_id) filter (where u.last_seq > coalesce((
+          select max(s.last_seq) from data.accounting_snapshot s where s.account_id = u.account_id), 0)))[1]
+        from (select l.account_id, count(*) as events, max(l.transaction_seq) as last_seq from data.%I l group by l.account_id) u', v_month)
+    into v_found, v_not_sealed;
+    if v_not_sealed is not null then
+      perform data.refuse(409, 'usage_not_sealed', v_month || ' has usage of account ' || v_not_sealed || ' that no statement covers',
+        'close_period first, for every account; usage of a month may be charged after it');
+    end if;
+    v_dropped := v_dropped || v_month;
+    v_events := v_events + v_found;
+  end loop;
+
+  if v_dropped <> '{}' then
+    update data.usage_window w set dropped_before = greatest(w.dropped_before, v_floor);
+    -- every charge waits behind this: rather give up
+    perform set_config('lock_timeout', '500ms', true);
+    -- who read the window before it was raised finds no month to write to
+    lock table only data.usage_log in access exclusive mode;
+    foreach v_month in array v_dropped loop
+      execute format('drop table data.%I', v_month);
+    end loop;
+  end if;
+  return jsonb_build_object('floor', (select w.floor from data.usage_window w), 'dropped', v_dropped, 'events', v_events);
+end
+$$;
+comment on function api.drop_usage_partitions(timestamptz) is
+'Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage.
+No event or hold of before can come in any more: those parked stay parked, so replay them first. Ledger and statements stay whole, and
+prove as before; events of a dropped month can''t be explained, refunded one by one or summed up again (410 usage_dropped). Answers {floor,
+dropped, events}. 409 usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for long: call again.';
+grant execute on function api.drop_usage_partitions(timestamptz) to keyledger_operator;
+
+-- refuse usage of a month that was dropped
+create or replace function data.refuse_dropped_usage(id uuid)
+returns void
+language plpgsql
+as $$
+declare
+  v_dropped_before timestamptz := (select w.dropped_before from data.usage_window w);
+begin
+  if refuse_dropped_usage.id < data.uuid_floor(v_dropped_before) then
+    perform data.refuse(410, 'usage_dropped', 'usage of before ' || v_dropped_before || ' is no longer kept',
+      'its entry is in billing_transactions, and its sums in a statement');
+  end if;
+end
+$$;
+
+-- Purges what ended and can't come back, its id being below the window's floor: request holds, and parked events that were resolved.
+-- Freezes stay: they are history. At most a portion of each per call, going on where the last call ended.
+create or replace function data.purge_ended(
+  portion bigint default 100000,
+  out holds bigint,
+  out events bigint
+)
+returns record
+language plpgsql
+set enable_seqscan = off
+as $$
+declare
+  v_window data.usage_window;
+  v_first_kept uuid;
+  v_last uuid;
+begin
+  select * into v_window from data.usage_window for update;
+  v_first_kept := data.uuid_floor(v_window.floor);
+  holds := 0;
+  events := 0;
+  if v_window.purged_before >= v_window.floor then
+    return;
+  end if;
+  with ended as (
+    select e.account_id, e.id
+    from data.account_balance a
+    cross join lateral (
+      select h.account_id, h.id
+      from data.hold h
+      where h.account_id = a.account_id and h.id < v_first_kept and h.status <> 'open' and h.expires_at is not null
+      order by h.id
+      limit portion
+      offset 0
+    ) e
+    where a.account_id >= coalesce(v_window.purging_from, '00000000-0000-0000-0000-000000000000')
+    order by a.account_id
+    limit portion
+  ), gone as (
+    delete from data.hold h using ended e where h.account_id = e.account_id and h.id = e.id returning h.account_id
+  )
+  select count(*), (array_agg(g.account_id order by g.account_id desc))[1] into holds, v_last from gone g;
+  with gone as (
+    delete from data.rejected_usage r
+    where r.id = any (array(
+      select u.id from data.rejected_usage u where u.resolved_at is not null and u.usage_id < v_first_kept limit portion))
+    returning r.id
+  )
+  select count(*) into events from gone g;
+  update data.usage_window w
+  set purged_before = case when greatest(holds, events) < portion then v_window.floor else w.purged_before end,
+    purging_from = case when greatest(holds, events) = portion then coalesce(v_last, w.purging_from) end;
+end
+$$;
+
 create or replace function api.maintain()
 returns jsonb
 language plpgsql
@@ -52,8 +187,11 @@ declare
   v_made text[];
   v_invalidations bigint;
   v_events bigint;
+  v_holds bigint;
+  v_rejected bigint;
 begin
   v_made := data.make_usage_partitions();
+  select p.holds, p.events into v_holds, v_rejected from data.purge_ended() p;
   with invalidation as (
     delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' returning c.xid
   ), event as (
@@ -72,11 +210,13 @@ begin
   into v_invalidations, v_events
   from gone g;
   return jsonb_build_object(
-    'usage_partitions_made', v_made, 'cache_invalidations_purged', v_invalidations, 'account_events_purged', v_events);
+    'usage_partitions_made', v_made, 'cache_invalidations_purged', v_invalidations, 'account_events_purged', v_events,
+    'holds_purged', v_holds, 'rejected_usage_purged', v_rejected);
 end
 $$;
 comment on function api.maintain() is
-'Makes the coming months of usage_log and purges the outboxes of cache_changes and account_news (48 hours).
+'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
+drop_usage_partitions raised, ended holds and resolved rejected_usage: up to 100000 a call.
 Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 

@@ -189,6 +189,7 @@ begin
   -- both through the views: a member is shown what they may see there, so maybe the event and not the whole entry
   select * into v_usage from api.usage_logs l where l.account_id = explain_charge.account_id and l.id = usage_id;
   if not found then
+    perform data.refuse_dropped_usage(usage_id);
     perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
       'send the id of an event charged to this account; one not charged yet is in rejected_usage');
   end if;
@@ -252,7 +253,7 @@ comment on function api.explain_charge(uuid, uuid) is
 unit_size before rounding, by the prices that were in force at the event''s time; `sum` of them {amount, is_exact}, `rounded` half up to 10
 decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the
 rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: what each bucket and which grants paid; a
-member who may not see the whole account is shown its seq. Amounts are strings. 404 usage_not_found.';
+member who may not see the whole account is shown its seq. Amounts are strings. 404 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
 create or replace function api.spend(
@@ -290,6 +291,7 @@ begin
   -- ids carry whole milliseconds: the first one not before the moment
   v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend."from", '1970-01-01Z') + interval '999 microseconds'));
   v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend."to", '9999-01-01Z') + interval '999 microseconds'));
+  perform data.refuse_dropped_usage(v_first);
 
   if spend."by" = 'meter' then
     return query
@@ -345,7 +347,8 @@ comment on function api.spend(text, timestamptz, timestamptz, uuid) is
 Of events used from `from` on and before `to`, of one account or of all the reader may see. Answers [{key, name, currency, events, quantity,
 cost}], a row per key and currency; `key` is an id, a meter, or the tag''s value (null: events without the tag), and `name` its name. Costs
 are before refunds, and in any of these ways add up to the same sum: by meter, an event''s rounding falls to its meters in order of name, so that each
-is within 1e-10 of quantity * price. `quantity` is the meter''s. Usage that retention dropped is in statements only. 422 invalid_by, invalid_period.';
+is within 1e-10 of quantity * price. `quantity` is the meter''s. 410 usage_dropped from before the months kept
+(statements have its sums); 422 invalid_by, invalid_period.';
 grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
 
 reset role;

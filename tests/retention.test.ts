@@ -1,0 +1,332 @@
+// Retention: whole months of usage dropped once statements cover them, never to be charged again, and what ended purged.
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { database, type Row } from './support/database.ts'
+import { failure } from './support/failure.ts'
+import { idAt, type Payer, payer } from './support/payer.ts'
+import { code, transports } from './support/transports.ts'
+
+const test = suite('retention')
+const db = await database(test)
+const { operator } = db
+
+// two years of months, from the first one on
+const first = new Date(Date.UTC(new Date().getUTCFullYear() - 2, 0, 15))
+await db.sql(
+  `update data.usage_window set floor = date_trunc('month', $1::timestamptz, 'UTC'), purged_before = '2000-01-01'`,
+  [first],
+)
+await operator('select api.maintain()')
+/** The middle of the month, so many after the first. */
+const month = (n: number) => new Date(Date.UTC(first.getUTCFullYear(), n, 15))
+const start = (n: number) => new Date(Date.UTC(first.getUTCFullYear(), n, 1))
+const partition = (n: number) => `usage_log_${month(n).toISOString().slice(0, 7).replace('-', '_')}`
+let next = 0
+
+const drop = async (older_than: Date): Promise<Row> =>
+  (await operator('select api.drop_usage_partitions($1) as it', [older_than]))[0]!.it
+const months = async (): Promise<string[]> =>
+  (
+    await db.sql(
+      `select inhrelid::regclass::text as name from pg_inherits where inhparent = 'data.usage_log'::regclass order by 1`,
+    )
+  ).map(({ name }) => name.replace('data.', ''))
+const floor = async (): Promise<string> =>
+  (await db.sql('select floor from data.usage_window'))[0]!.floor.toISOString()
+const closeAll = () => operator('select account_id from api.close_period(clock_timestamp(), null, 10000)')
+const proved = async (...accounts: Payer[]) => {
+  assert.equal(await db.sql('select * from api.verify_balances()'), [])
+  for (const { accountId } of accounts)
+    assert.equal(await operator('select * from api.verify_ledger($1)', [accountId]), [])
+}
+/** An event of the middle of that month. */
+const of = (account: Payer, n: number, usd = '1') => account.event(usd, { id: idAt(month(n)) })
+
+test('what no statement covers is not dropped, and the window stays as it was', async () => {
+  const n = next++
+  const [covered, not] = await Promise.all([payer(db, { funds: '10' }), payer(db, { funds: '10' })])
+  await covered.record(of(covered, n))
+  await closeAll()
+  await not.record(of(not, n))
+  const before = [await floor(), await months()]
+  const refused = await failure(drop(start(n + 1)))
+  assert.equal([refused.code, refused.message], ['PT409', 'usage_not_sealed'])
+  assert.match(refused.detail, new RegExp(`${partition(n)} has usage of account ${not.accountId}`))
+  // of an account with a statement, recorded after it
+  await closeAll()
+  await covered.record(of(covered, n))
+  assert.is((await failure(drop(start(n + 1)))).message, 'usage_not_sealed')
+  assert.equal([await floor(), await months()], before)
+  await closeAll()
+  assert.equal(await drop(start(n + 1)), {
+    floor: (await drop(start(n + 1))).floor,
+    dropped: [partition(n)],
+    events: 3,
+  })
+  assert.is(await floor(), start(n + 1).toISOString())
+  await proved(covered, not)
+})
+
+test('whole months only; the ledger and the statements prove as before', async () => {
+  const n = next
+  next += 3
+  const account = await payer(db, { funds: '100' })
+  const [a, b, c] = [of(account, n), of(account, n + 1), of(account, n + 2)]
+  await account.record(a, b, c, account.event('4')) // one entry over four months
+  await account.record(of(account, n), of(account, n + 1))
+  await account.post('refund_charge', { usage_id: a.id, amount: '0.25' })
+  await closeAll()
+  const [{ at }] = (await operator(
+    'select period_start::text as at from api.accounting_snapshots where account_id = $1',
+    [account.accountId],
+  )) as [Row]
+  const statement = () => operator('select api.statement($1, $2) as it', [account.accountId, at])
+  const sealed = await statement()
+  const kept = await months()
+  // in the middle of the third one: that one stays
+  assert.equal((await drop(month(n + 2))).dropped, [partition(n), partition(n + 1)])
+  assert.equal(
+    await months(),
+    kept.filter((name) => name !== partition(n) && name !== partition(n + 1)),
+  )
+  assert.equal(await drop(month(n + 2)), { floor: (await drop(month(n + 2))).floor, dropped: [], events: 0 })
+  await proved(account)
+  assert.equal(await statement(), sealed)
+
+  // never again
+  const balance = (await account.figures()).balance
+  for (const event of [a, b, of(account, n + 1)])
+    assert.equal(
+      (await account.record(event)).map(({ status, code }) => [status, code]),
+      [['parked', 'id_outside_window']],
+    )
+  assert.equal(
+    (await account.record(c)).map(({ status }) => status),
+    ['duplicate'],
+  )
+  assert.is((await account.place(account.request('1', { id: idAt(month(n)) })))[0]!.code, 'id_outside_window')
+  const parked = await operator(
+    'select id from api.rejected_usage where resolved_at is null and account_id = $1',
+    [account.accountId],
+  )
+  await operator('select api.replay_rejected_usage($1)', [parked.map(({ id }) => id)])
+  assert.is((await account.figures()).balance, balance)
+
+  for (const [fn, args] of [
+    ['explain_charge', { usage_id: a.id }],
+    ['refund_charge', { usage_id: a.id }],
+  ] as const) {
+    const refused = await failure(account.post(fn, args))
+    assert.equal([refused.code, refused.message], ['PT410', 'usage_dropped'], fn)
+  }
+  const spent = (from: Date) =>
+    operator(`select events, trim_scale(cost)::text as cost from api.spend('user', $1, now(), $2)`, [
+      from,
+      account.accountId,
+    ])
+  assert.is((await failure(spent(month(n + 1)))).message, 'usage_dropped')
+  assert.equal(await spent(start(n + 2)), [{ events: '2', cost: '5' }])
+  // what is kept is explained and refunded as ever, and the whole entry by its seq
+  assert.ok(await account.post('explain_charge', { usage_id: c.id }))
+  await account.post('refund_charge', { usage_id: c.id })
+  await account.post('refund_charge', { seq: 2 })
+  assert.is((await failure(account.post('refund_charge', { seq: 2 }))).message, 'refund_exceeds_charge')
+  await proved(account)
+  await account.use('1')
+  await closeAll()
+  await proved(account)
+})
+
+test('who is writing into the month is waited for, and seen', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  const writer = await db.session('keyledger_gateway')
+  const dropper = await db.session('keyledger_operator')
+  try {
+    await writer.query('begin')
+    await writer.query('select api.record_usage($1)', [JSON.stringify([of(account, n)])])
+    const dropping = failure(dropper.query('select api.drop_usage_partitions($1)', [start(n + 1)]))
+    await db.blocked(dropper)
+    // other months are charged meanwhile
+    assert.is((await (await payer(db, { funds: '1' })).use('1')).status, 'charged')
+    await writer.query('commit')
+    assert.is((await dropping).message, 'usage_not_sealed')
+  } finally {
+    await writer.end()
+    await dropper.end()
+  }
+  await closeAll()
+  await drop(start(n + 1))
+  await proved(account)
+})
+
+test('an event that was let in before the drop charges nothing after it, and is parked when it comes again', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  const holder = await db.session()
+  const writer = await db.session('keyledger_gateway')
+  const events = [of(account, n), account.event('1')]
+  try {
+    await holder.query('begin')
+    await holder.query('select from data.account_balance where account_id = $1 for update', [
+      account.accountId,
+    ])
+    const late = failure(writer.query('select api.record_usage($1)', [JSON.stringify(events)]))
+    await db.blocked(writer)
+    assert.equal((await drop(start(n + 1))).dropped, [partition(n)])
+    await holder.query('commit')
+    assert.is((await late).code, '23514')
+  } finally {
+    await holder.end()
+    await writer.end()
+  }
+  assert.is((await account.figures()).balance, '10')
+  assert.equal(
+    (await account.record(...events)).map(({ status, code }) => [status, code]),
+    [
+      ['parked', 'id_outside_window'],
+      ['charged', undefined],
+    ],
+  )
+  await proved(account)
+})
+
+test('a long read makes it give up at once, with nothing changed', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  await account.record(of(account, n))
+  await closeAll()
+  const reader = await db.session('keyledger_operator')
+  const before = [await floor(), await months()]
+  try {
+    await reader.query('begin; select count(*) from api.usage_logs')
+    assert.is((await failure(drop(start(n + 1)))).code, '55P03')
+    assert.equal([await floor(), await months()], before)
+  } finally {
+    await reader.end()
+  }
+  assert.equal((await drop(start(n + 1))).dropped, [partition(n)])
+})
+
+test('holds that ended and resolved events of before the floor are purged, a portion at a time', async () => {
+  const n = next++
+  const accounts = await Promise.all([1, 2, 3].map(() => payer(db, { funds: '100' })))
+  const [{ id: unpriced }] = (await operator(
+    `insert into api.config_nodes (name) values ('unpriced') returning id`,
+  )) as [Row]
+  const open: string[] = []
+  const ended: string[] = []
+  const inWindow: string[] = []
+  const froze: string[] = []
+  for (const account of accounts) {
+    const at = (n: number) => ({ id: idAt(month(n)) })
+    open.push(await account.hold('1', at(n)))
+    for (let i = 0; i < 3; i++) ended.push(await account.hold('1', at(n)))
+    await account.release(...ended.slice(-3, -1))
+    await account.record(account.event('0.5', { ...at(n + 1), hold_id: ended.at(-1) }))
+    inWindow.push(await account.hold('1', at(n + 1)))
+    await account.release(inWindow.at(-1)!)
+    // one parked and charged later, one never
+    await account.record(
+      account.event('1', { ...at(n), config_node_id: unpriced }),
+      account.event('1', { ...at(n), meters: {} }),
+    )
+    const [freeze] = await operator(`select id from api.freeze_funds($1, 1, 'dispute', $2)`, [
+      account.accountId,
+      'case 1',
+    ])
+    await operator('select api.unfreeze_funds($1, $2)', [account.accountId, freeze!.id])
+    froze.push(freeze!.id)
+  }
+  // a freeze of that time, as years later
+  await db.sql('update data.hold set id = $1 where id = $2', [idAt(month(n)), froze[0]])
+  await operator(
+    `insert into api.prices (config_node_id, meter, unit_price, effective_from) values ($1, 'usd', 1, '2020-01-01')`,
+    [unpriced],
+  )
+  await operator('select api.replay_rejected_usage()')
+  await closeAll()
+  const count = async (): Promise<Row> =>
+    (
+      await db.sql(
+        `select (select count(*)::int from data.hold where id = any ($1)) as open, (select count(*)::int from data.hold where id = any ($2)) as ended,
+          (select count(*)::int from data.hold where id = any ($3)) as in_window,
+          (select count(*)::int from data.hold where expires_at is null) as frozen,
+          (select count(*)::int from data.rejected_usage where resolved_at is not null and account_id = any ($4)) as resolved,
+          (select count(*)::int from data.rejected_usage where resolved_at is null and account_id = any ($4)) as unresolved`,
+        [open, ended, inWindow, accounts.map(({ accountId }) => accountId)],
+      )
+    )[0]!
+  const all = { open: 3, ended: 9, in_window: 3, frozen: 3, resolved: 3, unresolved: 3 }
+  await db.sql('select data.purge_ended()')
+  assert.equal(await count(), all, 'nothing of the window is purged')
+
+  await drop(start(n + 1))
+  assert.equal(await count(), all)
+  const left: [number, number][] = []
+  for (let i = 0; i < 6; i++) {
+    const [row] = await db.sql('select holds::int, events::int from data.purge_ended(2)')
+    left.push([row!.holds, row!.events])
+  }
+  assert.equal(left, [
+    [2, 2],
+    [2, 1],
+    [2, 0],
+    [2, 0],
+    [1, 0],
+    [0, 0],
+  ])
+  assert.equal(await count(), { ...all, ended: 0, resolved: 0 })
+  const [row] = await operator('select api.maintain() as m')
+  assert.equal([row!.m.holds_purged, row!.m.rejected_usage_purged], [0, 0])
+
+  // an event whose hold is gone is charged; the hold can't come back; another's hold is still no hold
+  const [account, other] = accounts as [Payer, Payer]
+  assert.is((await account.use('1', { hold_id: ended[0] })).status, 'charged')
+  assert.is((await account.place(account.request('1', { id: ended[0] })))[0]!.code, 'id_outside_window')
+  assert.is((await account.use('1', { hold_id: await other.hold('1') })).code, 'invalid_hold')
+  const [frozen] = await db.sql('select id from data.hold where expires_at is null and account_id = $1', [
+    account.accountId,
+  ])
+  assert.is((await account.use('1', { hold_id: frozen!.id })).code, 'invalid_hold')
+  await proved(...accounts)
+})
+
+test('maintain purges', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  await account.release(await account.hold('1', { id: idAt(month(n)) }))
+  await drop(start(n + 1))
+  const [ended] = await db.sql(
+    `select count(*)::int as holds from data.hold
+    where status <> 'open' and expires_at is not null and id < data.uuid_floor($1)`,
+    [start(n + 1)],
+  )
+  assert.ok(ended!.holds > 0)
+  const [row] = await db.gateway('select api.maintain() as m')
+  assert.is(row!.m.holds_purged, ended!.holds)
+})
+
+test('each transport says what is wrong with older_than', async () => {
+  const tomorrow = new Date(Date.now() + 86_400_000).toISOString()
+  for (const { operator: rpc } of Object.values(await transports(db))) {
+    for (const older_than of [null, 'infinity', '-infinity', tomorrow])
+      assert.is(
+        await code(rpc.call('drop_usage_partitions', { older_than })),
+        '422 invalid_older_than',
+        `${older_than}`,
+      )
+    const { dropped, events } = await rpc.call<Row>('drop_usage_partitions', {
+      older_than: start(0).toISOString(),
+    })
+    assert.equal([dropped, events], [[], 0])
+    const account = await payer(db)
+    const usage_id = idAt(month(0))
+    assert.is(
+      await code(rpc.call('explain_charge', { account_id: account.accountId, usage_id })),
+      '410 usage_dropped',
+    )
+  }
+})
+
+test.run()
