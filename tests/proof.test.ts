@@ -217,6 +217,14 @@ const tampering: [sql: string, problem: string, seq: number | null, usageId?: st
   [`delete from data.billing_transaction where ${own} and seq >= 6`, 'entry is missing', 6],
   [`delete from data.billing_transaction where ${own} and seq in (3, 4)`, 'entry is missing', 3],
   [`delete from data.billing_transaction where ${own}`, 'entry is missing', 1],
+  // …and the hashes closed over it: the seq alone tells
+  [
+    `delete from data.billing_transaction where ${own} and seq = 7; delete from data.usage_log where ${own} and transaction_seq = 7;
+    ${change(`prev_hash = decode('${heads[6]}', 'hex')`, 8)}; ${refit(8)};
+    update data.account_balance set head_hash = (select hash from data.billing_transaction where ${own} and seq = 8) where ${own}`,
+    'entry is missing',
+    7,
+  ],
   // …and the gap closed
   [`delete from data.billing_transaction where ${own} and seq = 3; ${shift(4, -1)}`, 'entry is missing', 3],
   // two exchanged
@@ -331,6 +339,11 @@ test('usage that retention dropped is not missing; what is left of an entry is p
     `${floor(two[0]!.id)}; delete from data.usage_log where ${own} and id < data.uuid_floor((select floor from data.usage_window))`,
     async (session) => {
       assert.equal(await both(session), [[], []])
+      // nor does it hide what comes after
+      await session.query(`savepoint whole; ${change("actor = 'x'", 8)}`)
+      const [[later]] = (await both(session)) as [Row[]]
+      assert.equal([later!.problem, later!.seq], ['entry was altered', '8'])
+      await session.query('rollback to whole')
       await session.query(`insert into data.usage_log (account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, final, meters, price_ids, cost, recorded_at)
         values ('${account.accountId}', '${stranger}', 4, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), true, '{}', '{}', 0, now())`)
       const [[first], [problem]] = (await both(session)) as [Row[], Row[]]
