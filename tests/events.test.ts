@@ -438,4 +438,25 @@ for (const [name, { gateway }] of Object.entries(through)) {
 
 test('the ledger is whole after all of it', () => holdsTrue(db.sql))
 
+test('a repeated event is looked up by its key, in a plan made while there was no history', async () => {
+  const session = await db.session()
+  try {
+    const plans: string[] = []
+    session.on('notice', ({ message }) => plans.push(message ?? ''))
+    const twice = JSON.stringify([good.event('1')])
+    // an empty partition, known to be empty, is as quick to read whole; it is next month's, and the plan stays
+    await session.query('vacuum analyze data.usage_log')
+    await session.query('select api.record_usage($1)', [twice])
+    await session.query(`load 'auto_explain'; set auto_explain.log_min_duration = 0;
+      set auto_explain.log_nested_statements = on; set client_min_messages = log`)
+    const { rows } = await session.query('select api.record_usage($1) as answers', [twice])
+    assert.is(rows[0].answers[0].status, 'duplicate')
+    const scans = plans.flatMap((plan) => plan.match(/Scan [^\n]* on usage_log[^\n]*\n[^\n]*/g) ?? [])
+    assert.ok(scans.length, plans.join('\n'))
+    for (const scan of scans) assert.match(scan, /Index Cond: \(\(account_id = .* AND \(\(id\)::uuid = /)
+  } finally {
+    await session.end()
+  }
+})
+
 test.run()
