@@ -49,16 +49,17 @@ interface Buckets {
   outstanding_amount: string
 }
 
-const kinds: Record<string, string> = {
-  opening: 'Carried over',
-  top_up: 'Payments',
-  top_up_reversal: 'Payments reversed',
-  usage: 'Usage',
-  refund: 'Refunds',
-  adjustment: 'Adjustments',
-  credit_grant: 'Free credit granted',
-  credit_expiry: 'Free credit expired',
-  limit_change: 'Credit limit changed',
+// of one entry, and of several
+const kinds: Record<string, [one: string, several: string]> = {
+  opening: ['Carried over', 'Carried over'],
+  top_up: ['Payment', 'Payments'],
+  top_up_reversal: ['Payment reversed', 'Payments reversed'],
+  usage: ['Usage', 'Usage'],
+  refund: ['Refund', 'Refunds'],
+  adjustment: ['Adjustment', 'Adjustments'],
+  credit_grant: ['Free credit granted', 'Free credit granted'],
+  credit_expiry: ['Free credit expired', 'Free credit expired'],
+  limit_change: ['Credit limit changed', 'Credit limit changed'],
 }
 
 /** The page. Every text of the statement is escaped. */
@@ -69,7 +70,13 @@ export function renderStatement(statement: Statement): string {
     const movement = statement.movements[kind]
     if (!movement) return []
     const { entries, balance, free_credit, outstanding_amount, amount } = movement
-    return [row(kinds[kind]!, `${entries}`, ...[balance, free_credit, outstanding_amount, amount].map(money))]
+    return [
+      row(
+        kinds[kind]![1],
+        grouped(`${entries}`),
+        ...[balance, free_credit, outstanding_amount, amount].map(money),
+      ),
+    ]
   })
   const used = sum(statement.usage.map(({ cost }) => cost))
 
@@ -146,7 +153,7 @@ ${
   <thead><tr><th scope="col">When</th><th scope="col">What</th><th scope="col">Amount</th></tr></thead>
   <tbody>${statement.entries.map(
     (entry) => html`
-    <tr><td>${moment(entry.at)}</td><td>${kinds[entry.kind] ?? entry.kind}<small>${about(entry)}</small></td>
+    <tr><td>${moment(entry.at)}</td><td>${kinds[entry.kind]?.[0] ?? entry.kind}<small>${about(entry)}</small></td>
       <td>${money(entry.amount)}</td></tr>`,
   )}
   </tbody>

@@ -101,7 +101,7 @@ test('every figure is on it, the rows add up, and texts stay texts', async () =>
   assert.equal(find('All usage'), ['All usage', '', '2', '1\u202f000.250001'])
   assert.ok(
     said.some(
-      (cells) => cells[1]?.startsWith('Refunds') && cells[1].includes('of entry 3') && cells[2] === '0.25',
+      (cells) => cells[1]?.startsWith('Refund') && cells[1].includes('of entry 3') && cells[2] === '0.25',
     ),
   )
   for (const part of [doc.head, account.accountId, 'Entries 1 to 5']) assert.match(html, part)
