@@ -199,6 +199,13 @@ test('of the first moment, not of the last', async () => {
     assert.is(await count(at(10), micros(10, us)), 1, `to .010${us}`)
   }
   assert.is(await count('0044-03-15T00:00:00Z BC', '9999-12-31T00:00:00Z'), 5)
+  // the first id that a moment can have is of that moment
+  const one = await payer(db)
+  const hex = at(60).getTime().toString(16).padStart(12, '0')
+  await one.use('1', { id: `${hex.slice(0, 8)}-${hex.slice(8)}-7000-8000-000000000000` })
+  const events = async (first: Date, last: Date) =>
+    (await spend(db.operator, 'user', { from: first, to: last, account_id: one.accountId })).length
+  assert.equal([await events(at(59), at(60)), await events(at(60), at(61))], [0, 1])
   assert.is(await count('1900-01-01T00:00:00Z', '294000-01-01T00:00:00Z'), 5)
 })
 

@@ -84,6 +84,7 @@ begin
         select t.seq, t.prev_hash, t.hash::bytea as hash, t.usage_list, data.entry_hash(t) as content_hash
         from data.billing_transaction t
         where t.account_id = verify_ledger.account_id
+        offset 0 -- or each use would hash again
       ) c
       window w as (order by c.seq)
     ) e
