@@ -206,7 +206,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     },
 
     checkBudget: ({ user_id, virtual_key_id }, amount) =>
-      rpc.call('check_budget', { user_id, virtual_key_id, amount }, { select: BUDGET }),
+      rpc.call<BudgetAnswer>('check_budget', { user_id, virtual_key_id, amount }, { select: BUDGET }),
 
     on: news.on,
 

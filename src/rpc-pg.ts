@@ -195,7 +195,7 @@ const lookup = (fn: string) => `
   join pg_type t on t.oid = p.prorettype
   where p.pronamespace = 'api'::regnamespace and p.prokind = 'f' and p.proname = ${literal(fn)}`
 
-function columnList(select: string[], of: string) {
+function columnList(select: readonly string[], of: string) {
   return columns(select)
     .map(({ name, type }) => {
       if (name === '*') return `${of}*`

@@ -46,13 +46,17 @@ export function postgrestRpc({
     throw isServerError(answer) ? fromServer(answer) : fromHttp(response.status)
   }
 
-  const selected = (select: string[]) =>
+  const selected = (select: readonly string[]) =>
     columns(select)
       .map(({ name, type }) => (type ? `${name}::${type}` : name))
       .join(',')
 
   return {
-    async call<T>(fn: string, args: Record<string, unknown> = {}, { select }: { select?: string[] } = {}) {
+    async call<T>(
+      fn: string,
+      args: Record<string, unknown> = {},
+      { select }: { select?: readonly string[] } = {},
+    ) {
       const query = select ? `?select=${selected(select)}` : ''
       try {
         return (await request(`/rpc/${identifier(fn)}${query}`, argumentsJson(args))) as T

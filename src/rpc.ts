@@ -1,14 +1,44 @@
 // The one interface to schema `api`, and what its two transports share: checking names, and making JSON.
+import type { Functions, Views } from './catalog.ts'
 import { invalidInput } from './errors.ts'
 
-export interface CallOptions {
-  /** Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money: `available::text`. */
-  select?: string[]
+/** A column of a row, as itself or cast (`amount::text`), or all of them. */
+export type ColumnOf<Row> = (keyof Row & string) | `${keyof Row & string}::${string}` | '*'
+
+/** A row with the columns selected: those cast to text are strings, other casts unknown. */
+export type Selected<Row, Column extends string> = {
+  [C in Column | (Column extends '*' ? keyof Row & string : never) as C extends `${infer Name}::${string}`
+    ? Name
+    : Exclude<C, '*'>]: C extends `${infer Name}::${infer Type}`
+    ? Type extends 'text'
+      ? string | (Name extends keyof Row ? Extract<Row[Name], null> : never)
+      : unknown
+    : C extends keyof Row
+      ? Row[C]
+      : never
 }
 
-export interface RowsQuery {
+type RowOf<Result> = Result extends (infer Row)[] ? Row : Result
+type Untyped =
+  'its arguments or columns are not those of the catalog: mend them, or name the type of the answer yourself'
+type Answered<Result, Column extends string> = [Column] extends [never]
+  ? Result
+  : Result extends (infer Row)[]
+    ? Selected<Row, Column>[]
+    : Selected<Result, Column>
+// those that need no argument
+type Argless = {
+  [F in keyof Functions]: Record<never, never> extends Functions[F]['args'] ? F : never
+}[keyof Functions]
+
+export interface CallOptions<Column extends string = string> {
+  /** Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money: `available::text`. */
+  select?: readonly Column[]
+}
+
+export interface RowsQuery<Column extends string = string> {
   /** `column`, `column::type` or `*`; at least one. */
-  select: string[]
+  select: readonly Column[]
   /** Only rows where each column equals its value. */
   where?: Record<string, string>
   /** At most so many; PostgREST's own `db-max-rows` may be lower. Default: all. */
@@ -26,10 +56,36 @@ export interface Rpc {
    * Calls `api.<fn>` with arguments by name. A composite or jsonb comes as it is, a set as an array, a scalar as its
    * value, void as null. An argument left out or undefined takes its default; null is SQL's null.
    */
-  call<T>(fn: string, args?: Record<string, unknown>, options?: CallOptions): Promise<T>
+  call<F extends keyof Functions, Column extends ColumnOf<RowOf<Functions[F]['result']>> = never>(
+    fn: F,
+    args: Functions[F]['args'],
+    options?: CallOptions<Column>,
+  ): Promise<Answered<Functions[F]['result'], Column>>
+  call<F extends Argless>(fn: F): Promise<Functions[F]['result']>
+  /** The same, of a type that you name, and with any arguments: for functions of your own. */
+  call<T, Fn extends string = string>(
+    fn: Fn extends keyof Functions ? Untyped : Fn,
+    args?: Record<string, unknown>,
+    options?: CallOptions,
+  ): Promise<T>
   /** Reads rows of `api.<view>`. */
-  rows<T>(view: string, query: RowsQuery): Promise<T[]>
+  rows<V extends keyof Views, Column extends ColumnOf<Views[V]>>(
+    view: V,
+    query: RowsQuery<Column>,
+  ): Promise<Selected<Views[V], Column>[]>
+  /** The same, of a type that you name. */
+  rows<T, View extends string = string>(
+    view: View extends keyof Views ? Untyped : View,
+    query: RowsQuery,
+  ): Promise<T[]>
   /** Closes the connections it opened itself. */
+  close(): Promise<void>
+}
+
+/** What a transport implements: it knows no types of its own. */
+export interface Transport {
+  call<T>(fn: string, args?: Record<string, unknown>, options?: CallOptions): Promise<T>
+  rows<T>(view: string, query: RowsQuery): Promise<T[]>
   close(): Promise<void>
 }
 
@@ -46,7 +102,7 @@ export function identifier(name: string): string {
 }
 
 /** Reads `select`: `column`, `column::type` or `*`. */
-export function columns(select: string[]): { name: string; type?: string }[] {
+export function columns(select: readonly string[]): { name: string; type?: string }[] {
   if (!select.length) throw invalidInput('`select` is empty', 'name the columns')
   return select.map((item) => {
     if (item === '*') return { name: item }

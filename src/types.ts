@@ -180,3 +180,60 @@ export interface AccountNews {
   /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
   reset: { kind: 'reset' }
 }
+
+/** As `api.place_holds` takes one request. */
+export type PlaceHoldRequest = HoldRequest & { id: string; account_id: string; virtual_key_id: string }
+
+/** As `api.release_holds` takes one. */
+export interface ReleaseRequest {
+  id: string
+  account_id: string
+}
+
+/** As `api.extend_holds` takes one. */
+export interface ExtendRequest extends ReleaseRequest {
+  /** Seconds from now. Default 900. */
+  expires_in?: number
+}
+
+/** As `api.record_usage` takes one event. */
+export type RecordedEvent = UsageEvent & { id: string }
+
+/** A key in use elsewhere, for `api.import_virtual_keys`: whose it is, and its sha-256 or the key itself. */
+export type KeyImport = ({ user_id: string } | { user_external_id: string }) &
+  ({ key_hash: string } | { virtual_key: string }) & {
+    name?: string | null
+    /** For display, up to 12 characters. */
+    key_prefix?: string | null
+    expires_at?: string | null
+    config_node_ids?: string[] | null
+  }
+
+export interface KeyImportAnswer {
+  status: 'imported' | 'duplicate' | 'refused'
+  code?: string
+  id?: string
+  key_prefix?: string
+  /** A duplicate that differs from what is here. */
+  mismatch?: true
+}
+
+/** What an account had elsewhere, for `api.record_openings`. Amounts are decimal strings; a negative balance is owed. */
+export type Opening = (
+  | { account_id: string }
+  | { tenant_external_id: string }
+  | { user_external_id: string }
+) & {
+  balance: string
+  free_credit?: string | null
+  credit_limit?: string | null
+  reference?: string | null
+}
+
+export interface OpeningAnswer {
+  status: 'opened' | 'duplicate' | 'refused'
+  code?: string
+  account_id?: string
+  seq?: number
+  available?: string
+}

@@ -237,6 +237,16 @@ bouncing(
       await billing.stop()
       await rpc.close()
     }
+    // and nobody else's session finds any of it: several at once, so that each of the connections answers
+    const left = Array.from({ length: 6 }, () =>
+      once(
+        bouncer.url,
+        `select current_setting('role') as role, current_setting('request.jwt.claims', true) as claims,
+        current_setting('statement_timeout') as timeout, pg_sleep(0.1)::text as slept`,
+      ),
+    )
+    for (const [row] of await Promise.all(left))
+      assert.equal([row!.role, row!.claims || null, row!.timeout], ['none', null, '0'])
     const [{ connections }] = (await db.sql(
       `select count(*)::int as connections from pg_stat_activity where usename = '${login.user}'`,
     )) as [{ connections: number }]

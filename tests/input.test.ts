@@ -42,11 +42,11 @@ const codes = (answers: Row[]) => answers.map(({ status, code }) => `${status} $
 const resolve =
   (vk: unknown): Case[1] =>
   ({ gateway }) =>
-    code(gateway.call('resolve_billing_account', { vk }))
+    code(gateway.call<unknown>('resolve_billing_account', { vk }))
 const resolveHash =
   (key_hash: unknown): Case[1] =>
   ({ gateway }) =>
-    code(gateway.call('resolve_virtual_key', { key_hash }))
+    code(gateway.call<unknown>('resolve_virtual_key', { key_hash }))
 const hash = hashOf(good.key)
 for (const vk of [
   'vk_unknown',
@@ -106,7 +106,7 @@ for (const [who, expected] of Object.entries(unusable)) {
     ],
     [
       `${expected}: no hold`,
-      async ({ gateway }) => codes(await gateway.call('place_holds', { requests: [request('1')] })),
+      async ({ gateway }) => codes(await gateway.call<Row[]>('place_holds', { requests: [request('1')] })),
       [`refused ${expected}`],
     ],
   )
@@ -134,12 +134,12 @@ each(
   ],
   [
     'without an account: a hold',
-    async ({ gateway }) => codes(await gateway.call('place_holds', { requests: [gone.request('1')] })),
+    async ({ gateway }) => codes(await gateway.call<Row[]>('place_holds', { requests: [gone.request('1')] })),
     ['refused account_not_found'],
   ],
   [
     'without an account: an event',
-    async ({ gateway }) => codes(await gateway.call('record_usage', { events: [gone.event('1')] })),
+    async ({ gateway }) => codes(await gateway.call<Row[]>('record_usage', { events: [gone.event('1')] })),
     ['parked account_not_found'],
   ],
   [
@@ -170,7 +170,7 @@ each(
   ],
   [
     'no account id: top_up',
-    ({ operator }) => code(operator.call('top_up', { account_id: null, amount: '1' })),
+    ({ operator }) => code(operator.call<unknown>('top_up', { account_id: null, amount: '1' })),
     '404 account_not_found',
   ],
 )
@@ -213,7 +213,7 @@ for (const [amount, ...except] of amounts) {
   each([
     `a hold of ${short(amount)}`,
     async ({ gateway }) =>
-      codes(await gateway.call('place_holds', { requests: [good.request(amount as string)] })),
+      codes(await gateway.call<Row[]>('place_holds', { requests: [good.request(amount as string)] })),
     ['refused invalid_amount'],
   ])
 }
@@ -229,7 +229,7 @@ for (const amount of ['abc', '', '1,5', '0x10', '1_0', '１２', {}, [], true]) 
   each([
     `a hold of ${short(amount)}`,
     async ({ gateway }) =>
-      codes(await gateway.call('place_holds', { requests: [good.request(amount as string)] })),
+      codes(await gateway.call<Row[]>('place_holds', { requests: [good.request(amount as string)] })),
     ['refused invalid_amount'],
   ])
 }
@@ -315,7 +315,7 @@ each(
   [
     'an argument that is none',
     ({ operator }) =>
-      code(operator.call('top_up', { account_id: good.accountId, amount: '1', currency: 'USD' })),
+      code(operator.call<unknown>('top_up', { account_id: good.accountId, amount: '1', currency: 'USD' })),
     '404 function_not_found',
   ],
   [

@@ -12,6 +12,7 @@ import {
   postgrestRpc,
   type Rpc,
 } from '../src/index.ts'
+import type { Transport } from '../src/rpc.ts'
 import { batch, callers, errors } from './support/callers.ts'
 import { database, type Row } from './support/database.ts'
 import { failure } from './support/failure.ts'
@@ -330,10 +331,10 @@ async function client(
   const calls: string[] = []
   const counted: Rpc = {
     ...rpc,
-    call(fn, ...rest) {
-      calls.push(fn)
-      return rpc.call(fn, ...rest)
-    },
+    call: ((...call: Parameters<Transport['call']>) => {
+      calls.push(call[0])
+      return (rpc as Transport).call(...call)
+    }) as Rpc['call'],
   }
   const billing = createBillingModule({ ...options, rpc: counted })
   const events: AccountNews[NewsKind][] = []

@@ -69,7 +69,7 @@ test('an account without entries is proved, and contains no head', async () => {
 
 for (const [name, { operator }] of Object.entries(through)) {
   test(`who asks wrongly is told so, by ${name}`, async () => {
-    const ask = (args: Row) => code(operator.call('verify_ledger', args))
+    const ask = (args: Row) => code(operator.call<unknown>('verify_ledger', args))
     assert.is(await ask({ account_id: randomUUID() }), '404 account_not_found')
     for (const expected_head of ['x', '0', `${heads[8]}0`, `0x${heads[8]}`])
       assert.is(await ask({ account_id: account.accountId, expected_head }), '422 invalid_expected_head')
@@ -599,7 +599,7 @@ test('who may have a charge explained: those who see the event, and the entry on
 
 for (const [name, { operator }] of Object.entries(through))
   test(`an event that was not charged to the account is not explained, by ${name}`, async () => {
-    const ask = (args: Row) => code(operator.call('explain_charge', args))
+    const ask = (args: Row) => code(operator.call<unknown>('explain_charge', args))
     for (const args of [
       { account_id: account.accountId, usage_id: newId() },
       { account_id: bystander.accountId, usage_id: three[0]!.id },

@@ -223,7 +223,8 @@ for (const [name, make] of Object.entries(transports)) {
     )
     same(await failure(rpc.call('resolve_virtual_key', { key_hash: 'no' })), ['virtual_key_unknown', 404])
     const select = ['allowed', 'available::text']
-    const ask = (amount: unknown) => rpc.call('check_budget', { user_id: userId, amount }, { select })
+    const ask = (amount: unknown) =>
+      rpc.call<unknown>('check_budget', { user_id: userId, amount }, { select })
     assert.equal(await ask('12.34'), { allowed: true, available: '12.3400000000' })
     assert.equal(await ask('12.35'), { allowed: false, available: '12.3400000000' })
     for (const amount of [
@@ -241,8 +242,8 @@ for (const [name, make] of Object.entries(transports)) {
       assert.ok([400, 422].includes(status))
     }
     for (const requests of [null, {}, 'x', 5]) {
-      same(await failure(rpc.call('place_holds', { requests })), ['invalid_requests', 422])
-      same(await failure(rpc.call('record_usage', { events: requests })), ['invalid_events', 422])
+      same(await failure(rpc.call<unknown>('place_holds', { requests })), ['invalid_requests', 422])
+      same(await failure(rpc.call<unknown>('record_usage', { events: requests })), ['invalid_events', 422])
     }
     assert.equal(await rpc.call('place_holds', { requests: [] }), [])
     same(await failure(rpc.call('top_up', { account_id: accountId, amount: '1' })), [

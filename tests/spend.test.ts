@@ -255,7 +255,12 @@ test('only the months of the period are read', async () => {
 for (const [name, { operator }] of Object.entries(through)) {
   test(`called with its names, by ${name}`, async () => {
     assert.equal(
-      await operator.call('spend', { by: 'config_node', from: at(40), to: at(41), account_id: tenantId }),
+      await operator.call<unknown>('spend', {
+        by: 'config_node',
+        from: at(40),
+        to: at(41),
+        account_id: tenantId,
+      }),
       [{ key: mary.nodeId, name: 'big', currency: 'USD', events: 1, quantity: null, cost: 4 }],
     )
     assert.equal(
@@ -267,7 +272,7 @@ for (const [name, { operator }] of Object.entries(through)) {
       [{ key: 'usd', quantity: '3', cost: '6.0000000000' }],
     )
     assert.equal(
-      await operator.call('spend', { by: 'user', from: at(1), to: at(2), account_id: tenantId }),
+      await operator.call<unknown>('spend', { by: 'user', from: at(1), to: at(2), account_id: tenantId }),
       [],
     )
   })

@@ -251,7 +251,7 @@ test("the same rows through PostgREST, with a member's token", async () => {
       rows.map((row) => `${nameOf(row.user_id)}@${nameOf(row.account_id)}`).join(' '),
       expected.usage_logs,
     )
-    const refused = await failure(rpc.call('top_up', { account_id: ids[name], amount: '1' }))
+    const refused = await failure(rpc.call<unknown>('top_up', { account_id: ids[name], amount: '1' }))
     assert.equal([refused.code, refused.status], ['permission_denied', 403])
   }
 })

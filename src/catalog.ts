@@ -1,0 +1,572 @@
+// Made by `npm run types` from the database's catalog: what the functions of schema api take and answer, and the rows of its views.
+import type {
+  AccountNews,
+  ExtendAnswer,
+  ExtendRequest,
+  HoldAnswer,
+  KeyImport,
+  KeyImportAnswer,
+  Opening,
+  OpeningAnswer,
+  PlaceHoldRequest,
+  RecordedEvent,
+  ReleaseAnswer,
+  ReleaseRequest,
+  UsageAnswer,
+} from './types.ts'
+
+/**
+ * As JSON has them. The catalog doesn't say which columns are never null. A `number` may be a decimal, which loses digits: select it
+ * `::text`. Amounts among the arguments are decimal strings.
+ */
+export interface Views {
+  /** Who pays for a user, and what they have: one row per user. */
+  account_balances: {
+    user_id: string | null
+    external_id: string | null
+    tenant_id: string | null
+    account_id: string | null
+    owner: string | null
+    currency: string | null
+    balance: number | null
+    free_credit: number | null
+    credit_limit: number | null
+    frozen_balance: number | null
+    outstanding_amount: number | null
+    overdue_amount: number | null
+    available: number | null
+    balance_version: number | null
+    last_charged_at: string | null
+  }
+  /** Sealed statements. */
+  accounting_snapshots: {
+    account_id: string | null
+    period_start: string | null
+    period_end: string | null
+    first_seq: number | null
+    last_seq: number | null
+    currency: string | null
+    balance_opening: number | null
+    free_credit_opening: number | null
+    outstanding_opening: number | null
+    balance_closing: number | null
+    free_credit_closing: number | null
+    outstanding_closing: number | null
+    expiry_due: number | null
+    overdue_amount: number | null
+    movements: unknown
+    usage: unknown
+    head_hash: string | null
+    sealed_at: string | null
+  }
+  /** An account's figures: one row per payer. */
+  billing_accounts: {
+    account_id: string | null
+    owner: string | null
+    owner_user_id: string | null
+    owner_tenant_id: string | null
+    currency: string | null
+    balance: number | null
+    free_credit: number | null
+    credit_limit: number | null
+    frozen_balance: number | null
+    outstanding_amount: number | null
+    overdue_amount: number | null
+    available: number | null
+    low_balance_threshold: number | null
+    balance_version: number | null
+    last_charged_at: string | null
+    created_at: string | null
+    head: string | null
+  }
+  /** The ledger: every entry of an account, in order of seq, chained by hash. */
+  billing_transactions: {
+    account_id: string | null
+    seq: number | null
+    kind: string | null
+    amount: number | null
+    balance_delta: number | null
+    free_credit_delta: number | null
+    outstanding_delta: number | null
+    balance_after: number | null
+    free_credit_after: number | null
+    outstanding_after: number | null
+    credit_limit_after: number | null
+    reference: string | null
+    actor: string | null
+    reason: string | null
+    usage_count: number | null
+    usage_digest: string | null
+    refund_of_seq: number | null
+    refund_of_usage_id: string | null
+    metadata: unknown
+    prev_hash: string | null
+    hash: string | null
+    created_at: string | null
+    counter_account: string | null
+  }
+  /** Upstream instances (deployments, channels); prices belong to them. */
+  config_nodes: {
+    id: string | null
+    name: string | null
+    provider: string | null
+    model: string | null
+    endpoint: string | null
+    status: string | null
+    created_at: string | null
+  }
+  /** Money set aside for requests: open, captured, released or expired. */
+  holds: {
+    account_id: string | null
+    id: string | null
+    amount: number | null
+    captured: number | null
+    status: string | null
+    expires_at: string | null
+    virtual_key_id: string | null
+    config_node_id: string | null
+    meters: unknown
+    created_at: string | null
+    ended_at: string | null
+    reference: string | null
+    reason: string | null
+    actor: string | null
+    ended_by: string | null
+    end_reason: string | null
+  }
+  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next one. */
+  prices: {
+    id: number | null
+    config_node_id: string | null
+    meter: string | null
+    unit_price: number | null
+    unit_size: number | null
+    currency: string | null
+    effective_from: string | null
+    created_at: string | null
+  }
+  /** Events that could not be charged, with the code that says why; kept until resolved. */
+  rejected_usage: {
+    id: string | null
+    event: unknown
+    usage_id: string | null
+    account_id: string | null
+    code: string | null
+    created_at: string | null
+    tried_at: string | null
+    resolved_at: string | null
+    resolution: string | null
+  }
+  /** Paying organisations. */
+  tenants: {
+    id: string | null
+    name: string | null
+    external_id: string | null
+    currency: string | null
+    status: string | null
+    created_at: string | null
+  }
+  /** Each charged event: who used what, what it cost, and the ledger entry (transaction_seq) that charged it. */
+  usage_logs: {
+    used_at: string | null
+    account_id: string | null
+    id: string | null
+    transaction_seq: number | null
+    virtual_key_id: string | null
+    user_id: string | null
+    config_node_id: string | null
+    hold_id: string | null
+    final: boolean | null
+    meters: unknown
+    price_ids: number[] | null
+    cost: number | null
+    request_id: string | null
+    metadata: unknown
+    recorded_at: string | null
+  }
+  /** Users. A user with a tenant is paid for by the tenant, any other pays alone (`account_id`). */
+  user_profiles: {
+    id: string | null
+    tenant_id: string | null
+    tenant_role: string | null
+    external_id: string | null
+    display_name: string | null
+    currency: string | null
+    status: string | null
+    account_id: string | null
+    created_at: string | null
+  }
+  /** Mounts: the nodes a key may hold funds for. */
+  virtual_key_config_nodes: {
+    virtual_key_id: string | null
+    config_node_id: string | null
+    created_at: string | null
+  }
+  /** Virtual keys by their display prefix; neither the key nor its hash is shown. */
+  virtual_keys: {
+    id: string | null
+    key_prefix: string | null
+    user_id: string | null
+    tenant_id: string | null
+    name: string | null
+    status: string | null
+    expires_at: string | null
+    config_node_ids: string[] | null
+    created_at: string | null
+    revoked_at: string | null
+    previous_valid_until: string | null
+  }
+}
+
+/** Arguments by name, those with a default optional; what is answered when no columns are selected. */
+export interface Functions {
+  /** What has happened to accounts since a cursor, and the next cursor. */
+  account_news: {
+    args: {
+      cursor?: unknown
+    }
+    result: AccountNews
+  }
+  /** Corrects an account by a signed amount, with a reason. */
+  adjust_balance: {
+    args: {
+      account_id: string
+      amount: string
+      reason: string
+      reference?: string | null
+      expected_version?: number | null
+      metadata?: unknown
+    }
+    result: Views['billing_transactions']
+  }
+  /** An account's figures as of a moment: after every entry posted before it, less the free credit that had expired by then. */
+  balance_at: {
+    args: {
+      account_id: string
+      at: string
+    }
+    result: unknown
+  }
+  /** The cache keys changed since a cursor, and the next cursor. */
+  cache_changes: {
+    args: {
+      cursor?: unknown
+    }
+    result: unknown
+  }
+  /** Says whether a user could pay an amount now: advice, a hold is the guarantee. */
+  check_budget: {
+    args: {
+      user_id: string
+      amount: string
+      virtual_key_id?: string | null
+    }
+    result: {
+      allowed: boolean | null
+      code: string | null
+      account_id: string | null
+      currency: string | null
+      available: number | null
+    }
+  }
+  /** Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening. */
+  close_period: {
+    args: {
+      period_end: string
+      after?: string | null
+      limit?: number | null
+    }
+    result: Views['accounting_snapshots'][]
+  }
+  /** Creates a virtual key and shows it, once: only its sha-256 is kept. */
+  create_virtual_key: {
+    args: {
+      user_id: string
+      name?: string | null
+      expires_at?: string | null
+      config_node_ids?: string[] | null
+    }
+    result: {
+      id: string | null
+      virtual_key: string | null
+      key_prefix: string | null
+      created_at: string | null
+    }
+  }
+  /** Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}. */
+  explain_charge: {
+    args: {
+      account_id: string
+      usage_id: string
+    }
+    result: unknown
+  }
+  /** Keeps open holds open for longer. */
+  extend_holds: {
+    args: {
+      requests: ExtendRequest[]
+    }
+    result: ExtendAnswer[]
+  }
+  /** Freezes part of an account's money until unfreeze_funds: a hold without expiry that no event draws on. */
+  freeze_funds: {
+    args: {
+      account_id: string
+      amount: string
+      reason: string
+      reference?: string | null
+    }
+    result: Views['holds']
+  }
+  /** Gives promotional credit, spent before paid money; debt is paid first. */
+  grant_credit: {
+    args: {
+      account_id: string
+      amount: string
+      expires_at?: string | null
+      priority?: number | null
+      reference?: string | null
+      reason?: string | null
+    }
+    result: Views['billing_transactions']
+  }
+  /** Takes over keys that are in use elsewhere; their callers notice nothing. */
+  import_virtual_keys: {
+    args: {
+      keys: KeyImport[]
+    }
+    result: KeyImportAnswer[]
+  }
+  /** Makes the coming months of usage_log and purges the outboxes of cache_changes and account_news (48 hours). */
+  maintain: {
+    args: Record<string, never>
+    result: unknown
+  }
+  /** Makes an id for an event or a hold: a UUIDv7 of now. */
+  new_id: {
+    args: Record<string, never>
+    result: string
+  }
+  /** Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold. */
+  place_holds: {
+    args: {
+      requests: PlaceHoldRequest[]
+    }
+    result: HoldAnswer[]
+  }
+  /** Opens accounts with what they had elsewhere: each account's first entry. */
+  record_openings: {
+    args: {
+      openings: Opening[]
+    }
+    result: OpeningAnswer[]
+  }
+  /** Charges what was used, exactly once per id. */
+  record_usage: {
+    args: {
+      events: RecordedEvent[]
+    }
+    result: UsageAnswer[]
+  }
+  /** Gives back a charge, whole or in part: of a usage entry by `seq`, or of one event by `usage_id`. */
+  refund_charge: {
+    args: {
+      account_id: string
+      seq?: number | null
+      amount?: string | null
+      reference?: string | null
+      usage_id?: string | null
+      reason?: string | null
+    }
+    result: Views['billing_transactions']
+  }
+  /** Gives back what open holds still set aside. */
+  release_holds: {
+    args: {
+      requests: ReleaseRequest[]
+    }
+    result: ReleaseAnswer[]
+  }
+  /** Charges parked events again, after a price or an account was fixed. */
+  replay_rejected_usage: {
+    args: {
+      ids?: string[] | null
+      max_events?: number | null
+    }
+    result: (UsageAnswer & { rejected_id: string })[]
+  }
+  /** Resolves a virtual key to who pays, and what they have. */
+  resolve_billing_account: {
+    args: {
+      vk: string
+    }
+    result: {
+      virtual_key_id: string | null
+      user_id: string | null
+      tenant_id: string | null
+      account_id: string | null
+      owner: string | null
+      name: string | null
+      key_prefix: string | null
+      virtual_key_status: string | null
+      user_status: string | null
+      tenant_status: string | null
+      code: string | null
+      valid_until: string | null
+      config_node_ids: string[] | null
+      currency: string | null
+      balance: number | null
+      free_credit: number | null
+      credit_limit: number | null
+      frozen_balance: number | null
+      outstanding_amount: number | null
+      overdue_amount: number | null
+      available: number | null
+      balance_version: number | null
+    }
+  }
+  /** Resolves the sha-256 of a virtual key to its user and payer. */
+  resolve_virtual_key: {
+    args: {
+      key_hash: string
+    }
+    result: {
+      virtual_key_id: string | null
+      user_id: string | null
+      tenant_id: string | null
+      account_id: string | null
+      name: string | null
+      key_prefix: string | null
+      virtual_key_status: string | null
+      user_status: string | null
+      tenant_status: string | null
+      code: string | null
+      valid_until: string | null
+      config_node_ids: string[] | null
+      currency: string | null
+    }
+  }
+  /** Takes back a top-up that the bank took back (chargeback, payment refund): by `seq`, or by its payment's `top_up_reference`. */
+  reverse_top_up: {
+    args: {
+      account_id: string
+      seq?: number | null
+      amount?: string | null
+      reference?: string | null
+      top_up_reference?: string | null
+      reason?: string | null
+    }
+    result: Views['billing_transactions']
+  }
+  /** Ends a key for good, and what it was before a rotation; ending it again changes nothing. */
+  revoke_virtual_key: {
+    args: {
+      id: string
+    }
+    result: Views['virtual_keys']
+  }
+  /** Gives a virtual key a new text, and shows it, once; its id, mounts, budgets, spend and history stay. */
+  rotate_virtual_key: {
+    args: {
+      id: string
+      grace?: string | null
+    }
+    result: {
+      id: string | null
+      virtual_key: string | null
+      key_prefix: string | null
+      created_at: string | null
+      previous_valid_until: string | null
+    }
+  }
+  /** Sets how far below zero the balance may go. */
+  set_credit_limit: {
+    args: {
+      account_id: string
+      credit_limit: string
+      reason?: string | null
+    }
+    result: Views['billing_accounts']
+  }
+  /** Sets the funds at which an account's balance is low; null for none. */
+  set_low_balance_threshold: {
+    args: {
+      account_id: string
+      amount: string
+    }
+    result: Views['billing_accounts']
+  }
+  /** Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
+  spend: {
+    args: {
+      by: string
+      from: string
+      to: string
+      account_id?: string | null
+    }
+    result: {
+      key: string | null
+      name: string | null
+      currency: string | null
+      events: number | null
+      quantity: number | null
+      cost: number | null
+    }[]
+  }
+  /** One sealed statement as a document. */
+  statement: {
+    args: {
+      account_id: string
+      period_start: string
+    }
+    result: unknown
+  }
+  /** Adds paid money to an account; debt is paid first. */
+  top_up: {
+    args: {
+      account_id: string
+      amount: string
+      reference?: string | null
+      reason?: string | null
+      metadata?: unknown
+    }
+    result: Views['billing_transactions']
+  }
+  /** Ends a freeze: its money is available again. */
+  unfreeze_funds: {
+    args: {
+      account_id: string
+      id: string
+      reason?: string | null
+    }
+    result: Views['holds']
+  }
+  /** Proves the ledger: answers one row per problem, none when every figure is proved. */
+  verify_balances: {
+    args: {
+      for_account_id?: string | null
+    }
+    result: {
+      account_id: string | null
+      problem: string | null
+      seq: number | null
+      expected: string | null
+      actual: string | null
+    }[]
+  }
+  /** Proves that an account's history is the one that was recorded: no row when it is. */
+  verify_ledger: {
+    args: {
+      account_id: string
+      expected_head?: string | null
+    }
+    result: {
+      account_id: string | null
+      problem: string | null
+      seq: number | null
+      usage_id: string | null
+      expected: string | null
+      actual: string | null
+    }[]
+  }
+}
