@@ -157,6 +157,17 @@ export interface Views {
     resolved_at: string | null
     resolution: string | null
   }
+  /** Who changed the status of a tenant, user_profile, virtual_key or config_node, when and why; old_status is null for one that began so. */
+  status_changes: {
+    id: number | null
+    entity: string | null
+    entity_id: string | null
+    old_status: string | null
+    new_status: string | null
+    actor: string | null
+    reason: string | null
+    created_at: string | null
+  }
   /** Paying organisations. */
   tenants: {
     id: string | null
@@ -495,6 +506,16 @@ export interface Functions {
       amount: string
     }
     result: Views['billing_accounts']
+  }
+  /** Suspends, disables, closes, revokes or reactivates a tenant, user_profile, config_node or virtual_key, and keeps the reason. */
+  set_status: {
+    args: {
+      entity: string
+      id: string
+      status: string
+      reason?: string | null
+    }
+    result: Views['status_changes']
   }
   /** Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
   spend: {
