@@ -304,6 +304,13 @@ export interface Functions {
       created_at: string | null
     }
   }
+  /** Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage. */
+  drop_usage_partitions: {
+    args: {
+      older_than: string
+    }
+    result: unknown
+  }
   /** Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}. */
   explain_charge: {
     args: {
@@ -348,7 +355,7 @@ export interface Functions {
     }
     result: KeyImportAnswer[]
   }
-  /** Makes the coming months of usage_log and purges the outboxes of cache_changes and account_news (48 hours). */
+  /** Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that */
   maintain: {
     args: Record<string, never>
     result: unknown

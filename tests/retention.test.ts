@@ -312,7 +312,7 @@ test('each transport says what is wrong with older_than', async () => {
   for (const { operator: rpc } of Object.values(await transports(db))) {
     for (const older_than of [null, 'infinity', '-infinity', tomorrow])
       assert.is(
-        await code(rpc.call('drop_usage_partitions', { older_than })),
+        await code(rpc.call<unknown>('drop_usage_partitions', { older_than })),
         '422 invalid_older_than',
         `${older_than}`,
       )
