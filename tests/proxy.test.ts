@@ -444,7 +444,25 @@ test('told to stop, it ends what it has begun and delivers what is queued', asyn
   const error = await failure(streamed(stream))
   assert.is(error.code, 'upstream_broke_off')
   await charged(who, [['stall 0', estimated({ model: 'stall', messages, stream: true }, 4)]])
+  await until(() => !runs(other.pid), 'its end')
   await other.stop()
+})
+
+test('what was used while the database was away is charged when it is back', async () => {
+  const who = await caller()
+  const body = { model: 'stall', messages, stream: true as const }
+  const stream = await who.openai.chat.completions.create(body)
+  await postgrest.kill9()
+  let broken = false
+  const ending = failure(streamed(stream)).then((error) => {
+    broken = true
+    return error
+  })
+  await until(() => calls[0]!.aborted, 'the upstream to be given up')
+  assert.is(broken, false)
+  await postgrest.restart()
+  assert.is((await ending).code, 'upstream_broke_off')
+  await charged(who, [['stall 0', estimated(body, 4)]])
 })
 
 test('models are those of the nodes mounted on the key', async () => {
@@ -547,3 +565,11 @@ test('events without content, in any packets, of any line ends, are read', async
 })
 
 test.run()
+
+function runs(pid: number): boolean {
+  try {
+    return process.kill(pid, 0)
+  } catch {
+    return false
+  }
+}
