@@ -19,7 +19,7 @@ begin
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
       'available_past_grants', 'await_postings', 'billing_transaction', 'broken_fact', 'cache_invalidation',
       'caller', 'check_entry', 'config_node', 'config_node_updated', 'credit_grant', 'currency',
-      'end_or_extend_holds', 'entry_hash', 'entry_kind', 'exact_cost', 'expiries_due', 'figures', 'first_try',
+      'end_or_extend_holds', 'entry_hash', 'entry_kind', 'exact_cost', 'expiries_due', 'first_try',
       'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold',
       'hold_open', 'invalidate', 'is_amount', 'keep_account', 'keep_key_identity', 'keep_owner_identity',
       'key_context', 'key_hash', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',

@@ -472,6 +472,8 @@ language plpgsql
 stable
 as $$
 #variable_conflict use_column
+declare
+  v_none constant data.money := 0;
 begin
   return query
   with statement as (
@@ -505,37 +507,29 @@ begin
         coalesce((s.previous).period_end, a.created_at)::text, s.period_start::text),
       ('statement does not follow from the one before: seq', (coalesce((s.previous).last_seq, 0) + 1)::text, s.first_seq::text),
       ('statement does not follow from the one before: figures',
-        data.figures((s.previous).balance_closing, (s.previous).free_credit_closing, (s.previous).outstanding_closing),
-        data.figures(s.balance_opening, s.free_credit_opening, s.outstanding_opening)),
+        concat_ws(', ', coalesce((s.previous).balance_closing, v_none), coalesce((s.previous).free_credit_closing, v_none),
+          coalesce((s.previous).outstanding_closing, v_none)),
+        concat_ws(', ', s.balance_opening, s.free_credit_opening, s.outstanding_opening)),
       ('statement does not close with its last entry',
-        data.figures(l.balance_after, l.free_credit_after, l.outstanding_after),
-        data.figures(s.balance_closing, s.free_credit_closing + s.expiry_due, s.outstanding_closing)),
+        concat_ws(', ', coalesce(l.balance_after, v_none), coalesce(l.free_credit_after, v_none), coalesce(l.outstanding_after, v_none)),
+        concat_ws(', ', s.balance_closing, s.free_credit_closing + s.expiry_due, s.outstanding_closing)),
       ('head of a statement is not its last entry''s hash', encode(coalesce(l.hash, ''), 'hex'), encode(s.head_hash, 'hex')),
       ('statement is not cut at its end', 'true', (
         (s.last_seq = 0 or coalesce(l.created_at < s.period_end, false)) and coalesce(n.created_at >= s.period_end, true))::text),
-      ('expiries of a statement are not the grants''', data.figures(e.due), data.figures(s.expiry_due)),
+      ('expiries of a statement are not the grants''', e.due::data.money::text, s.expiry_due::text),
       ('movements of a statement are not its entries''', m.movements::text, s.movements::text),
       ('movements of a statement do not lead to its closing',
-        data.figures(s.balance_closing - s.balance_opening, s.free_credit_closing - s.free_credit_opening,
+        concat_ws(', ', s.balance_closing - s.balance_opening, s.free_credit_closing - s.free_credit_opening,
           s.outstanding_closing - s.outstanding_opening),
-        data.figures(v.balance, v.free_credit, v.outstanding)),
+        concat_ws(', ', coalesce(v.balance, v_none), coalesce(v.free_credit, v_none), coalesce(v.outstanding, v_none))),
       ('usage of a statement is not its charges',
-        data.figures(m.events, -(m.movements #>> '{usage,amount}')::numeric, u.cost),
-        data.figures(u.events, u.cost, u.metered)),
+        concat_ws(', ', m.events, coalesce(-(m.movements #>> '{usage,amount}')::numeric, v_none), coalesce(u.cost, v_none)),
+        concat_ws(', ', coalesce(u.events, 0), coalesce(u.cost, v_none), coalesce(u.metered, v_none))),
       ('overdue_amount of a statement is not what was left unpaid',
-        data.figures(greatest(s.outstanding_opening - m.paid, 0)), data.figures(s.overdue_amount))
+        greatest(s.outstanding_opening - m.paid, 0)::data.money::text, s.overdue_amount::text)
   ) as c (problem, expected, actual)
   where c.expected <> c.actual;
 end
-$$;
-
--- figures as one text, none as 0
-create or replace function data.figures(variadic figures numeric[])
-returns text
-language sql
-immutable parallel safe
-as $$
-  select string_agg(coalesce(f.figure, 0)::numeric(28, 10)::text, ', ' order by f.n) from unnest(figures) with ordinality as f (figure, n)
 $$;
 
 reset role;
