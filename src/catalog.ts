@@ -74,6 +74,7 @@ export interface Views {
     overdue_amount: number | null
     available: number | null
     low_balance_threshold: number | null
+    time_zone: string | null
     balance_version: number | null
     last_charged_at: string | null
     created_at: string | null
@@ -104,6 +105,21 @@ export interface Views {
     hash: string | null
     created_at: string | null
     counter_account: string | null
+  }
+  /** What keys, users and tenants may spend of an account, and what they have left in the window they are in now. */
+  budgets: {
+    id: string | null
+    account_id: string | null
+    scope: string | null
+    scope_id: string | null
+    amount: number | null
+    period: string | null
+    window_start: string | null
+    window_end: string | null
+    spent: number | null
+    held: number | null
+    remaining: number | null
+    created_at: string | null
   }
   /** Upstream instances (deployments, channels); prices belong to them. */
   config_nodes: {
@@ -225,6 +241,7 @@ export interface Views {
     config_node_ids: string[] | null
     created_at: string | null
     revoked_at: string | null
+    last_used_at: string | null
     previous_valid_until: string | null
   }
 }
@@ -278,6 +295,7 @@ export interface Functions {
       account_id: string | null
       currency: string | null
       available: number | null
+      remaining: number | null
     }
   }
   /** Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening. */
@@ -405,6 +423,13 @@ export interface Functions {
     }
     result: ReleaseAnswer[]
   }
+  /** Removes a budget; nothing it counted is kept. */
+  remove_budget: {
+    args: {
+      id: string
+    }
+    result: Views['budgets']
+  }
   /** Charges parked events again, after a price or an account was fixed. */
   replay_rejected_usage: {
     args: {
@@ -497,6 +522,17 @@ export interface Functions {
       previous_valid_until: string | null
     }
   }
+  /** Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount. */
+  set_budget: {
+    args: {
+      account_id: string
+      scope: string
+      scope_id: string
+      amount: string
+      period: string
+    }
+    result: Views['budgets']
+  }
   /** Sets how far below zero the balance may go. */
   set_credit_limit: {
     args: {
@@ -523,6 +559,14 @@ export interface Functions {
       reason?: string | null
     }
     result: Views['status_changes']
+  }
+  /** Sets the time zone in which an account's days, weeks and months begin (UTC at first). */
+  set_time_zone: {
+    args: {
+      account_id: string
+      time_zone: string
+    }
+    result: Views['billing_accounts']
   }
   /** Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
   spend: {

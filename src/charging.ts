@@ -96,10 +96,11 @@ export function createCharging(
     async hold({ account_id, virtual_key_id }, request) {
       const { id = newId(), ...asked } = request
       const answer = await soon(holds.add({ ...asked, id, account_id, virtual_key_id }), holdDeadline)
-      const { amount = '0', available = '0', expires_at } = answer
+      const { amount = '0', available = '0', remaining, expires_at } = answer
       const code = refusal(answer)
       if (code === undefined) return { id, account_id, amount, available, expires_at: expires_at! }
-      throw new KeyledgerError(code, statusOf(code), { detail: `${amount} asked, ${available} available` })
+      const left = remaining === undefined ? `${available} available` : `${remaining} left of the budget`
+      throw new KeyledgerError(code, statusOf(code), { detail: `${amount} asked, ${left}` })
     },
 
     release: ({ id, account_id }) => releases.add({ id, account_id }),

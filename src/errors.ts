@@ -156,6 +156,8 @@ export function isRetryable(error: unknown): boolean {
 const statuses: Record<string, number> = {
   insufficient_funds: 402,
   key_budget_exceeded: 402,
+  user_budget_exceeded: 402,
+  tenant_budget_exceeded: 402,
   virtual_key_disabled: 403,
   virtual_key_expired: 403,
   user_suspended: 403,

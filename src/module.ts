@@ -98,7 +98,7 @@ const BALANCE = [
   ...['credit_limit::text', 'frozen_balance::text', 'outstanding_amount::text', 'overdue_amount::text'],
   ...['available::text', 'balance_version'],
 ]
-const BUDGET = ['allowed', 'code', 'available::text', 'account_id', 'currency']
+const BUDGET = ['allowed', 'code', 'available::text', 'remaining::text', 'account_id', 'currency']
 
 /** Throws TypeError for `listen: false` without `redis`. */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {

@@ -115,6 +115,8 @@ export interface BudgetAnswer {
   /** Why not. */
   code: string | null
   available: string
+  /** What the tightest budget of the key, the user and the tenant has left; null if there is none. */
+  remaining: string | null
   account_id: string
   currency: string
 }
@@ -149,6 +151,8 @@ export interface HoldAnswer {
   code?: string
   amount?: string
   available?: string
+  /** What the budget that refused it has left. */
+  remaining?: string
   expires_at?: string
   hold_status?: 'open' | 'captured' | 'released' | 'expired'
   mismatch?: true

@@ -101,6 +101,7 @@ for (const [name, make] of Object.entries(rpcs)) {
       allowed: true,
       code: null,
       available: '1.0000000000',
+      remaining: null,
       account_id: world.accountId,
       currency: 'USD',
     })

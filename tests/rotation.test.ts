@@ -245,7 +245,7 @@ test('a hash that a key had is no other key’s, nor its own again', async () =>
   assert.is(truncated.message, 'truncate_forbidden')
 })
 
-test('importing a hash that a key had: the same user’s import again, another’s is refused', async () => {
+test('importing a hash that a key had is refused, and so is another’s new one', async () => {
   const [world, other] = [await seed(operator), await seed(operator)]
   const { virtual_key } = await rotate(world.keyId, '0')
   const element = (user_id: string, key: string) => ({ user_id, virtual_key: key })
@@ -261,7 +261,7 @@ test('importing a hash that a key had: the same user’s import again, another�
   assert.equal(
     row!.answers.map(({ status, code, id }: Row) => [status, code, id === world.keyId]),
     [
-      ['duplicate', undefined, true],
+      ['refused', 'virtual_key_expired', true],
       ['refused', 'key_taken', false],
       ['refused', 'key_taken', false],
       ['imported', undefined, false],

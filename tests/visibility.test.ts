@@ -57,6 +57,9 @@ for (const [name, tenant] of people) if (tenant) await use(name, tenant)
 await use('sam', 'sam')
 await operator('update api.user_profiles set tenant_id = $2 where id = $1', [ids.nora, ids.a])
 await use('nora', 'a')
+const budget = (account: string, scope: string, id: string | undefined) =>
+  operator(`select id from api.set_budget($1, $2, $3, 5, 'day')`, [ids[account], scope, id])
+await budget('a', 'user', ids.eve)
 await operator('update api.user_profiles set tenant_id = null where id = $1', [ids.eve])
 await use('eve', 'eve')
 await gateway(`select api.record_usage(jsonb_build_array(jsonb_build_object('account_id', $1::text)))`, [
@@ -73,6 +76,7 @@ const shown: Record<string, string> = {
   account_balances: `select user_id as a, account_id as b from api.account_balances`,
   accounting_snapshots: `select account_id as a from api.accounting_snapshots`,
   billing_accounts: `select account_id as a from api.billing_accounts`,
+  budgets: `select distinct scope_id as a, account_id as b from api.budgets`,
   billing_transactions: `select distinct account_id as a from api.billing_transactions`,
   holds: `select id, account_id as b, virtual_key_id as a from api.holds`,
   tenants: `select id as a from api.tenants`,
@@ -82,6 +86,15 @@ const shown: Record<string, string> = {
 }
 const nameOf = (id: string) =>
   [...Object.entries(ids), ...Object.entries(keys)].find(([, value]) => value === id)?.[0] ?? 'others'
+
+// of each person and key on the account that pays now, of nora alone as well, and of tenant a
+for (const [name, tenant] of people) {
+  const account = { nora: 'a', eve: 'eve' }[name] ?? tenant ?? name
+  await budget(account, 'user', ids[name])
+  await budget(account, 'virtual_key', keys[name])
+}
+await budget('nora', 'user', ids.nora)
+await budget('a', 'tenant', ids.a)
 
 async function sees(reader: Sql): Promise<Record<string, string>> {
   const seen: Record<string, string> = {}
@@ -97,6 +110,7 @@ const alone = (name: string) => ({
   account_balances: `${name}@${name}`,
   billing_accounts: name,
   billing_transactions: name,
+  budgets: `${name}@${name} ${name}@${name}`,
   holds: `${name}@${name}`,
   usage_logs: `${name}@${name}`,
   user_profiles: name,
@@ -105,6 +119,7 @@ const alone = (name: string) => ({
 const mary = {
   account_balances: 'mary@a',
   billing_accounts: 'a mary',
+  budgets: 'mary@a mary@a',
   holds: 'mary@a',
   tenants: 'a',
   usage_logs: 'mary@a',
@@ -123,6 +138,7 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       accounting_snapshots: 'a',
       billing_accounts: 'a adam',
       billing_transactions: 'a',
+      budgets: 'a@a adam@a adam@a eve@a mary@a mary@a nora@a nora@a',
       holds: 'adam@a eve@a mary@a nora@a',
       tenants: 'a',
       usage_logs: 'adam@a eve@a mary@a nora@a',
@@ -138,6 +154,7 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       accounting_snapshots: 'b',
       billing_accounts: 'b bob',
       billing_transactions: 'b',
+      budgets: 'bob@b bob@b',
       holds: 'bob@b',
       tenants: 'b',
       usage_logs: 'bob@b',
@@ -153,6 +170,7 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       account_balances: 'nora@a',
       billing_accounts: 'a nora',
       billing_transactions: 'nora',
+      budgets: 'nora@a nora@a nora@nora',
       holds: 'nora@a nora@nora',
       tenants: 'a',
       usage_logs: 'nora@a nora@nora',

@@ -56,6 +56,12 @@ create table data.previous_key_hash (
 );
 create index on data.previous_key_hash (virtual_key_id);
 
+-- when a key was last used, to the minute: apart from the key, whose changes evict caches; made with it, so that using it only updates
+create table data.virtual_key_use (
+  virtual_key_id uuid primary key references data.virtual_key on delete cascade,
+  last_used_at timestamptz
+) with (fillfactor = 50);
+
 create table data.config_node (
   id uuid primary key default gen_random_uuid(),
   name text not null unique,
@@ -114,6 +120,7 @@ alter table data.tenant enable row level security;
 alter table data.user_profile enable row level security;
 alter table data.virtual_key enable row level security;
 alter table data.previous_key_hash enable row level security;
+alter table data.virtual_key_use enable row level security;
 alter table data.config_node enable row level security;
 alter table data.virtual_key_config_node enable row level security;
 alter table data.price enable row level security;
@@ -123,6 +130,7 @@ comment on table data.tenant is 'A paying organisation.';
 comment on table data.user_profile is 'A user; paid for by the tenant if there is one, else by their own account.';
 comment on table data.virtual_key is 'A caller''s key: its sha-256 and a display prefix, never the key.';
 comment on table data.previous_key_hash is 'What a rotated key was before, and how long that is still accepted.';
+comment on table data.virtual_key_use is 'When each key was last used.';
 comment on table data.config_node is 'An upstream instance (a deployment, a channel); prices belong to it.';
 comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
 comment on table data.status_change is 'Who changed which status, when and why; append-only.';

@@ -14,6 +14,9 @@ create table data.account_balance (
   frozen_balance data.amount not null default 0,
   outstanding_amount data.amount not null default 0,
   low_balance_threshold data.amount,
+  -- where its budgets' days begin, and whether it has any, so that others need not look
+  time_zone text not null default 'UTC',
+  has_budgets boolean not null default false,
   available data.money not null
     generated always as (free_credit + balance + credit_limit - frozen_balance - outstanding_amount) stored,
   balance_version bigint not null default 0,

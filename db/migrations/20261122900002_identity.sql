@@ -162,6 +162,21 @@ create or replace trigger append_only before update or delete on data.status_cha
 create or replace trigger append_only_truncate before truncate on data.status_change
   for each statement execute function data.forbid_change();
 
+-- a key's row of use opens with the key
+create or replace function data.open_virtual_key_use()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into data.virtual_key_use (virtual_key_id) values (new.id);
+  return null;
+end
+$$;
+create or replace trigger open_virtual_key_use after insert on data.virtual_key
+  for each row execute function data.open_virtual_key_use();
+
 -- an owner's account opens with the owner; a clash of ids fails on the primary key
 create or replace function data.open_account()
 returns trigger

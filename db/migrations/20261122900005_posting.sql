@@ -255,6 +255,7 @@ declare
   v_spent uuid[];
   v_crossed uuid[];
   v_funds numeric[];
+  v_has_budgets boolean;
 begin
   accounts := '{}';
   charged := 0;
@@ -378,8 +379,9 @@ begin
   select array_agg(u.account order by (u.account).account_id),
     array_agg((u.account).account_id) filter (where u.free_credit_paid > 0),
     array_agg((u.account).account_id) filter (where u.crossed),
-    array_agg(u.funds) filter (where u.crossed)
-  into accounts, v_spent, v_crossed, v_funds
+    array_agg(u.funds) filter (where u.crossed),
+    bool_or((u.account).has_budgets)
+  into accounts, v_spent, v_crossed, v_funds, v_has_budgets
   from updated u;
 
   if (entries[1]).kind = 'credit_grant' then
@@ -408,6 +410,9 @@ begin
     )
     insert into data.grant_draw (account_id, seq, grant_seq, amount)
     select d.account_id, d.version, d.seq, d.amount from drawn d;
+  end if;
+  if v_has_budgets and charged > 0 then
+    perform data.count_spend(accounts, post.usage);
   end if;
   if v_crossed is not null then
     perform data.tell_crossings(v_crossed, v_funds);

@@ -71,6 +71,7 @@ select
   ), 0) else 0 end::numeric(28, 10) as overdue_amount,
   a.available + h.due - g.due as available,
   a.low_balance_threshold,
+  a.time_zone,
   a.balance_version,
   a.last_charged_at,
   a.created_at,
@@ -143,6 +144,7 @@ select
   array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
   k.created_at,
   k.revoked_at,
+  (select u.last_used_at from data.virtual_key_use u where u.virtual_key_id = k.id) as last_used_at,
   (select max(p.valid_until) from data.previous_key_hash p where p.virtual_key_id = k.id) as previous_valid_until
 from (
   select k.*, u.tenant_id
@@ -156,7 +158,7 @@ from (
 ) k;
 comment on view api.virtual_keys is
 'Virtual keys by their display prefix; neither the key nor its hash is shown.
-`previous_valid_until`: when the last one it was before a rotation stops, or stopped.';
+`last_used_at`: the last use recorded, to the minute. `previous_valid_until`: when the last one it was before a rotation stops, or stopped.';
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as
@@ -215,6 +217,47 @@ comment on view api.holds is
 'Money set aside for requests: open, captured, released or expired.
 One without expires_at is an operator''s freeze: `reference`, `reason` and `actor` say why and by whom, `ended_by` and `end_reason` its end.';
 grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
+
+create or replace view api.budgets with (security_barrier) as
+select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, w.window_start, w.window_end,
+  coalesce(s.spent, 0)::numeric(28, 10) as spent, h.held::numeric(28, 10) as held,
+  (b.amount - coalesce(s.spent, 0) - h.held)::numeric(28, 10) as remaining, b.created_at
+from (
+  select b.* from data.budget b where (select v.sees_all from data.viewer v)
+  union all
+  select b.* from data.budget b
+  where b.account_id = any (array(select v.account_id from data.visible_account v))
+    and (b.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
+      or (b.scope = 'user' and b.scope_id = (select v.user_id from data.viewer v))
+      or (b.scope = 'virtual_key' and b.scope_id = any (array(
+        select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v)))))
+) b
+cross join lateral (select a.time_zone from data.account_balance a where a.account_id = b.account_id) a
+-- as data.window_start has it; a total has neither beginning nor end
+cross join lateral (
+  select date_trunc(nullif(b.period, 'total'), statement_timestamp() at time zone a.time_zone) as starts
+) l
+cross join lateral (select l.starts + ('1 ' || nullif(b.period, 'total'))::interval as ends) e
+cross join lateral (
+  select
+    case when (l.starts at time zone a.time_zone - interval '1 hour') at time zone a.time_zone = l.starts
+      then l.starts at time zone a.time_zone - interval '1 hour' else l.starts at time zone a.time_zone end as window_start,
+    case when (e.ends at time zone a.time_zone - interval '1 hour') at time zone a.time_zone = e.ends
+      then e.ends at time zone a.time_zone - interval '1 hour' else e.ends at time zone a.time_zone end as window_end
+) w
+left join data.budget_spend s
+  on s.account_id = b.account_id and s.budget_id = b.id and s.window_start = coalesce(w.window_start, '-infinity')
+cross join lateral (
+  select coalesce(sum(o.amount - o.captured), 0) as held
+  from data.hold o
+  join data.virtual_key k on k.id = o.virtual_key_id
+  where o.account_id = b.account_id and o.status = 'open' and o.expires_at > statement_timestamp()
+    and b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
+) h;
+comment on view api.budgets is
+'What keys, users and tenants may spend of an account, and what they have left in the window they are in now.
+remaining = amount - spent - held; it is negative where more was used than held. A total has no window.';
+grant select on api.budgets to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.accounting_snapshots with (security_barrier) as
 select s.* from data.accounting_snapshot s where (select v.sees_all from data.viewer v)

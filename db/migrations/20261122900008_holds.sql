@@ -11,7 +11,8 @@ create or replace function api.check_budget(
   out code text,
   out account_id uuid,
   out currency text,
-  out available numeric
+  out available numeric,
+  out remaining numeric
 )
 returns record
 language plpgsql
@@ -21,6 +22,7 @@ set search_path = ''
 as $$
 declare
   v_key_user_id uuid;
+  v_over text;
 begin
   perform data.require_positive_amount(amount);
   select u.account_id,
@@ -52,16 +54,21 @@ begin
   if currency is null then
     perform data.refuse(404, 'account_not_found', 'account ' || account_id, 'accounts open with their tenant or user');
   end if;
-  if code is null and amount > available then
-    code := 'insufficient_funds';
+  if exists (select from data.account_balance b where b.account_id = check_budget.account_id and b.has_budgets) then
+    select min(b.remaining), (array_agg(b.scope order by b.n) filter (where check_budget.amount > b.remaining))[1]
+    into remaining, v_over
+    from data.budgets_left(account_id, array[virtual_key_id], array[user_id], clock_timestamp())
+      with ordinality as b (scope, scope_id, remaining, n);
   end if;
+  code := coalesce(code, case when amount > available then 'insufficient_funds' end, data.budget_code(v_over));
   allowed := code is null;
 end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-`code` is why not: insufficient_funds, user_suspended, tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free
-credit that may expire before a hold would. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
+`code` is why not: insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended, tenant_suspended,
+virtual_key_disabled, virtual_key_expired. `available` counts free credit that may expire before a hold would. `remaining` is what the tightest
+of the budgets of key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 create or replace function data.require_array(
@@ -96,7 +103,8 @@ returns table (
   ord bigint,
   id text,
   hold data.hold,
-  code text
+  code text,
+  user_id uuid
 )
 language plpgsql
 stable
@@ -127,7 +135,8 @@ begin
       when k.account_id <> r.account_id then 'invalid_account'
       when r.config_node_id is not null and r.config_node_id <> all (k.config_node_ids) then 'node_not_mounted'
       when r.is_priced then p.code
-    end
+    end,
+    k.user_id
   from (
     select
       e.ord,
@@ -202,8 +211,10 @@ declare
   v_ids text[];
   v_holds data.hold[];
   v_codes text[];
+  v_user_ids uuid[];
   v_account_ids uuid[];
   v_availables numeric[];
+  v_have_budgets boolean[];
   v_longest interval;
   v_outlive_grants boolean[];
   v_account_id uuid;
@@ -213,6 +224,10 @@ declare
   v_pasts numeric[];
   v_end timestamptz;
   v_backing numeric;
+  v_scopes text[];
+  v_scope_ids uuid[];
+  v_lefts numeric[];
+  v_over integer;
   v_now timestamptz;
   v_hold data.hold;
   v_first_tries data.hold[];
@@ -226,8 +241,9 @@ begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
-    array_agg(distinct (r.hold).account_id) filter (where r.code is null), max((r.hold).expires_at - (r.hold).created_at)
-  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest
+    array_agg(distinct (r.hold).account_id) filter (where r.code is null), max((r.hold).expires_at - (r.hold).created_at),
+    array_agg(r.user_id)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest, v_user_ids
   from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
   perform data.lock_accounts(v_account_ids);
@@ -235,8 +251,9 @@ begin
   select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id),
     array_agg(a.free_credit > 0 and exists (
       select from data.credit_grant g
-      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < v_now + v_longest) order by a.account_id)
-  into v_account_ids, v_availables, v_outlive_grants
+      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < v_now + v_longest) order by a.account_id),
+    array_agg((select b.has_budgets from data.account_balance b where b.account_id = a.account_id) order by a.account_id)
+  into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a where a.account_id = any (v_account_ids);
   select array_agg(h order by u.ordinality) into v_first_tries
   from unnest(v_holds) with ordinality u
@@ -251,6 +268,12 @@ begin
       v_moments := null;
       if v_outlive_grants[v_next] then
         select * into v_moments, v_pasts from data.available_past_grants(v_account_id, '-infinity', v_now + v_longest);
+      end if;
+      v_scopes := null;
+      if v_have_budgets[v_next] then
+        select array_agg(b.scope), array_agg(b.scope_id), array_agg(b.remaining)
+        into v_scopes, v_scope_ids, v_lefts
+        from data.budgets_left(v_account_id, array(select h.virtual_key_id from unnest(v_holds) h), v_user_ids, v_now) b;
       end if;
       v_next := v_next + 1;
       v_new_from := cardinality(v_new_ids) + 1;
@@ -280,8 +303,18 @@ begin
         v_backing := least(v_available, (
           select min(m.available) from unnest(v_moments, v_pasts) as m (at, available) where m.at < v_end));
       end if;
+      v_over := null;
+      if v_scopes is not null then
+        -- its key's, its user's and its tenant's; the first it doesn't fit refuses it
+        select min(b.n) into v_over
+        from unnest(v_scopes, v_scope_ids, v_lefts) with ordinality as b (scope, scope_id, remaining, n)
+        where v_hold.amount > b.remaining
+          and case b.scope when 'virtual_key' then b.scope_id = v_hold.virtual_key_id when 'user' then b.scope_id = v_user_ids[i] else true end;
+      end if;
       if v_hold.amount > v_backing then
         v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
+      elsif v_over is not null then
+        v_answer := jsonb_build_object('status', 'refused', 'code', data.budget_code(v_scopes[v_over]), 'remaining', v_lefts[v_over]::text);
       else
         v_answer := jsonb_build_object('status', 'held');
         v_hold.expires_at := v_end;
@@ -291,6 +324,13 @@ begin
           v_pasts := array(
             select case when m.at < v_end then m.available - v_hold.amount else m.available end
             from unnest(v_moments, v_pasts) with ordinality as m (at, available, n) order by m.n);
+        end if;
+        if v_scopes is not null then
+          v_lefts := array(
+            select b.remaining - case when case b.scope
+                when 'virtual_key' then b.scope_id = v_hold.virtual_key_id when 'user' then b.scope_id = v_user_ids[i] else true end
+              then v_hold.amount else 0 end
+            from unnest(v_scopes, v_scope_ids, v_lefts) with ordinality as b (scope, scope_id, remaining, n) order by b.n);
         end if;
         v_new := v_new || v_hold;
         v_new_ids := v_new_ids || v_hold.id::uuid;
@@ -320,7 +360,8 @@ comment on function api.place_holds(jsonb) is
 Takes [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order
 [{id, status: held | duplicate | refused, code?, amount, available, expires_at}]. ids are UUIDv7 made by the caller; a repeated id is
 `duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that
-expires before the hold included: insufficient_funds may come with more available than was asked.';
+expires before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and tenant_budget_exceeded come with
+what the budget has left (`remaining`); the holds of one call share it.';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
 -- what release_holds and extend_holds share

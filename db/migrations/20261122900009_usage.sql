@@ -10,15 +10,16 @@ create or replace function data.read_usage_events(
   ids_are_well_formed boolean default true,
   out ords bigint[],
   out usage data.usage_log[],
-  out codes text[]
+  out codes text[],
+  out idle_keys uuid[]
 )
 returns record
 language plpgsql
 stable
 as $$
 begin
-  select array_agg(e.ord), array_agg(e.usage), array_agg(e.code)
-  into ords, usage, codes
+  select array_agg(e.ord), array_agg(e.usage), array_agg(e.code), array_agg(distinct (e.usage).virtual_key_id) filter (where e.is_idle)
+  into ords, usage, codes, idle_keys
   from (
     select
       r.ord,
@@ -27,6 +28,7 @@ begin
         coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost, data.without_keys(r.event -> 'request_id') #>> '{}',
         data.without_keys(nullif(r.event -> 'metadata', 'null')), null
       )::data.usage_log as usage,
+      r.is_idle,
       case
         when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
         when r.id is null then 'invalid_id'
@@ -54,7 +56,11 @@ begin
       select
         i.*,
         (select a.currency from data.account_balance a where a.account_id = i.account_id) as currency,
-        (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id
+        (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id,
+        exists (
+          select from data.virtual_key_use u
+          where u.virtual_key_id = i.virtual_key_id
+            and (u.last_used_at is null or u.last_used_at < statement_timestamp() - interval '1 minute')) as is_idle
       from (
         select
           e.ord,
@@ -82,7 +88,34 @@ exception when invalid_text_representation or check_violation then
   if not ids_are_well_formed then
     raise;
   end if;
-  select r.ords, r.usage, r.codes into ords, usage, codes from data.read_usage_events(events, false) r;
+  select r.ords, r.usage, r.codes, r.idle_keys into ords, usage, codes, idle_keys from data.read_usage_events(events, false) r;
+end
+$$;
+
+-- Says when keys were last used: at most once a minute each. Skips a row that another call is at: nobody waits here, whatever they hold.
+create or replace function data.mark_used(
+  keys uuid[],
+  usage data.usage_log[]
+)
+returns void
+language plpgsql
+as $$
+begin
+  update data.virtual_key_use k
+  set last_used_at = d.at
+  from (
+    select v.virtual_key_id, e.at
+    from (
+      select u.virtual_key_id, least(max(data.uuid_time(u.id)), clock_timestamp()) as at
+      from unnest(mark_used.usage) u
+      where u.virtual_key_id = any (keys)
+      group by u.virtual_key_id
+    ) e
+    join data.virtual_key_use v on v.virtual_key_id = e.virtual_key_id
+    where v.last_used_at is null or v.last_used_at < e.at - interval '1 minute'
+    for update of v skip locked
+  ) d
+  where k.virtual_key_id = d.virtual_key_id;
 end
 $$;
 
@@ -123,6 +156,7 @@ declare
   v_ords bigint[];
   v_usage data.usage_log[];
   v_codes text[];
+  v_idle_keys uuid[];
   v_chargeable data.usage_log[];
   v_accounts data.account_balance[];
   v_charged bigint;
@@ -136,7 +170,7 @@ declare
 begin
   perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
-  select r.ords, r.usage, r.codes into v_ords, v_usage, v_codes from data.read_usage_events(events) r;
+  select r.ords, r.usage, r.codes, r.idle_keys into v_ords, v_usage, v_codes, v_idle_keys from data.read_usage_events(events) r;
   v_chargeable := v_usage;
   if num_nonnulls(variadic v_codes) > 0 then
     v_chargeable := '{}';
@@ -149,6 +183,9 @@ begin
   if cardinality(v_chargeable) > 0 then
     perform data.lock_accounts(array(select distinct u.account_id from unnest(v_chargeable) u));
     select p.accounts, p.charged into v_accounts, v_charged from data.post(usage => v_chargeable) p;
+    if v_idle_keys is not null then
+      perform data.mark_used(v_idle_keys, v_chargeable);
+    end if;
   end if;
 
   -- events and accounts are both in account_id order

@@ -335,6 +335,7 @@ begin
     union all select * from data.verify_grants(for_account_id)
     union all select * from data.verify_usage(for_account_id)
     union all select * from data.verify_statements(for_account_id)
+    union all select * from data.verify_budgets(for_account_id)
   ) p
   order by p.account_id, p.seq nulls first, p.problem, p.expected;
 end
@@ -343,8 +344,8 @@ comment on function api.verify_balances(uuid) is
 'Proves the ledger: answers one row per problem, none when every figure is proved.
 Of one account (`for_account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free credit against
 grants, grants against draws and expiries, seq gapless, normal form, the sign of each amount, refunds against what they refund, each entry
-against the one before, its hash, charges against their usage rows, and statements against the entries they seal. Usage that retention
-dropped is no problem.';
+against the one before, its hash, charges against their usage rows, statements against the entries they seal, and budgets against the usage
+of their windows. Usage that retention dropped is no problem.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;
 
 reset role;
