@@ -140,6 +140,7 @@ test('whole months only; the ledger and the statements prove as before', async (
 test('who is writing into the month is waited for, and seen', async () => {
   const n = next++
   const account = await payer(db, { funds: '10' })
+  const other = await payer(db, { funds: '10' })
   const writer = await db.session('keyledger_gateway')
   const dropper = await db.session('keyledger_operator')
   try {
@@ -148,7 +149,7 @@ test('who is writing into the month is waited for, and seen', async () => {
     const dropping = failure(dropper.query('select api.drop_usage_partitions($1)', [start(n + 1)]))
     await db.blocked(dropper)
     // other months are charged meanwhile
-    assert.is((await (await payer(db, { funds: '1' })).use('1')).status, 'charged')
+    assert.is((await other.use('1')).status, 'charged')
     await writer.query('commit')
     assert.is((await dropping).message, 'usage_not_sealed')
   } finally {
