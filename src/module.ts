@@ -75,8 +75,8 @@ export interface BillingModule extends Charging {
   /** Advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
   checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
   /**
-   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`, `back_in_funds`, and `reset` when
-   * some may have been missed. Gives the function that ends it. Listeners are called in order, an account's events in
+   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`, `back_in_funds`, `budget_exhausted`,
+   * and `reset` when some may have been missed. Gives the function that ends it. Listeners are called in order, an account's events in
    * the order of its entries, and not waited for; one that throws is a process warning. A lost connection is caught up
    * with. Each process that listens is told: keep the `id` of what you have done, and drop it when it comes again.
    * Begins with `start`; while nobody listens, nothing is read. 400 `invalid_input` for an unknown kind.

@@ -33,7 +33,7 @@ interface Read {
   reset: boolean
 }
 
-const kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'reset']
+const kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'budget_exhausted', 'reset']
 
 export function createNews(rpc: Pick<Rpc, 'call'>): News {
   const listeners = new Map(kinds.map((kind) => [kind, new Set<NewsListener<never>>()]))

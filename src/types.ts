@@ -158,8 +158,8 @@ export interface HoldAnswer {
   mismatch?: true
 }
 
-/** A crossing of an account's funds, at the moment of the posting that caused it. */
-export interface FundsNews<Kind extends string> {
+/** A crossing of an account's funds or of a budget, at the moment of the posting that caused it. */
+export interface AccountEvent<Kind extends string> {
   /** The same in every process that is told, so that copies can be dropped. Grows with the account's entries. */
   id: number
   kind: Kind
@@ -173,14 +173,27 @@ export interface FundsNews<Kind extends string> {
   created_at: string
 }
 
+/** A budget that is used up: whose it is, and how far. */
+export interface BudgetNews {
+  id: string
+  scope: 'virtual_key' | 'user' | 'tenant'
+  /** The id of the key, user or tenant. */
+  scope_id: string
+  period: 'day' | 'week' | 'month' | 'total'
+  amount: string
+  spent: string
+}
+
 /** What `on` tells, by kind. */
 export interface AccountNews {
   /** Funds fell to the account's threshold or below it. */
-  low_balance: FundsNews<'low_balance'> & { threshold: string }
+  low_balance: AccountEvent<'low_balance'> & { threshold: string }
   /** Funds fell to 0 or below. */
-  exhausted: FundsNews<'exhausted'>
+  exhausted: AccountEvent<'exhausted'>
   /** Funds rose above 0. */
-  back_in_funds: FundsNews<'back_in_funds'>
+  back_in_funds: AccountEvent<'back_in_funds'>
+  /** What counts against a budget in its present window has reached its amount; a budget of 0 says nothing. */
+  budget_exhausted: AccountEvent<'budget_exhausted'> & { budget: BudgetNews }
   /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
   reset: { kind: 'reset' }
 }

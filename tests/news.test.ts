@@ -13,11 +13,12 @@ import {
   type Rpc,
 } from '../src/index.ts'
 import type { Transport } from '../src/rpc.ts'
+import { budgeting } from './support/budgets.ts'
 import { batch, callers, errors } from './support/callers.ts'
 import { database, type Row } from './support/database.ts'
 import { failure } from './support/failure.ts'
 import { event, holdsTrue } from './support/ledger.ts'
-import { type Payer, payer } from './support/payer.ts'
+import { idAt, type Payer, payer } from './support/payer.ts'
 import { startProxy } from './support/proxy.ts'
 import { seed } from './support/seed.ts'
 
@@ -149,17 +150,90 @@ test('what takes money back crosses as a charge does', async () => {
   ])
 })
 
+const { setBudget, team } = budgeting(db)
+const exhausted = (events: Row[]) =>
+  events.flatMap(({ kind, budget }) =>
+    kind === 'budget_exhausted' ? [`${budget.scope} ${budget.period}`] : [],
+  )
+
+test('a budget is told when it is used up, once in each window', async () => {
+  const { first, second } = await team()
+  const made = await setBudget(first, 'user', '10', { period: 'day' })
+  await setBudget(first, 'tenant', '10.5', { period: 'total' })
+  await setBudget(first, 'virtual_key', '0')
+  await setBudget(second, 'user', '1')
+  const after = async (work: () => Promise<unknown>) => {
+    const { cursor } = await news()
+    await work()
+    return exhausted((await news(cursor)).events)
+  }
+  assert.equal(await after(() => first.use('9.9999999999')), [])
+  const { cursor } = await news()
+  const { seq } = await first.use('0.0000000001')
+  const { events } = await news(cursor)
+  assert.equal(
+    { ...events[0], id: 0, created_at: '' },
+    {
+      id: 0,
+      kind: 'budget_exhausted',
+      account_id: first.accountId,
+      seq,
+      funds: '990.0000000000',
+      budget: {
+        id: made.id,
+        scope: 'user',
+        scope_id: first.userId,
+        period: 'day',
+        amount: '10.0000000000',
+        spent: '10.0000000000',
+      },
+      created_at: '',
+    },
+  )
+  assert.is(events.length, 1)
+  assert.equal(await after(() => first.use('0.1')), [], 'further past it')
+  assert.equal(
+    (await after(() => first.record(first.event('0.2'), second.event('2')))).sort(),
+    ['tenant total', 'user month'],
+    'two at once, of what both have used',
+  )
+  assert.equal(await after(() => setBudget(first, 'user', '5', { period: 'day' })), [], 'set lower')
+  assert.equal(await after(() => setBudget(first, 'user', '20', { period: 'day' })), [], 'set higher')
+  assert.equal(await after(() => first.use('9.8')), ['user day'], 'and used up again')
+  await holdsTrue(db.sql)
+})
+
+test('an event that comes late uses up a budget of its own window in silence', async () => {
+  const account = await payer(db, { funds: '10' })
+  const usedUp = async (moment: Date) => {
+    const { cursor } = await news()
+    await account.use('6', { id: idAt(moment) })
+    return exhausted((await news(cursor)).events)
+  }
+  await setBudget(account, 'user', '5', { period: 'day' })
+  // as if it had been set long ago
+  await db.sql(
+    `update data.budget set counted_from = date_trunc('day', now(), 'UTC') - interval '2 days' where account_id = $1`,
+    [account.accountId],
+  )
+  const now = Date.now()
+  assert.equal(await usedUp(new Date(now - 36 * 3600 * 1000)), [])
+  assert.equal(await usedUp(new Date(now)), ['user day'])
+  await holdsTrue(db.sql)
+})
+
 test('64 concurrent charges across both lines: each crossing once', async () => {
   const world = await seed(db.operator, { funds: '100' })
   await db.operator('select api.set_low_balance_threshold($1, 50)', [world.accountId])
+  await db.operator(`select api.set_budget($1, 'user', $2, 75, 'month')`, [world.accountId, world.userId])
   const { cursor } = await news()
-  // 2.50 each: the 20th leaves 50, the 40th nothing
+  // 2.50 each: the 20th leaves 50, the 30th uses the budget up, the 40th leaves nothing
   const calls = Array.from({ length: 64 }, () => batch('record_usage', [event(world, 1_000_000)]))
   assert.equal(errors(await callers(db.loginUrl, calls)), [])
   const { events } = await news(cursor)
   assert.equal(
     events.map(({ kind, seq, funds }) => `${kind} ${seq} ${Number(funds)}`),
-    ['low_balance 21 50', 'exhausted 41 0'],
+    ['low_balance 21 50', 'budget_exhausted 31 25', 'exhausted 41 0'],
   )
   await holdsTrue(db.sql)
 })
@@ -325,7 +399,7 @@ const rpcs: Record<string, (url?: string) => Rpc> = {
 /** A module, and all it is told, as `kind funds`. */
 async function client(
   options: Partial<BillingModuleOptions> = {},
-  kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'reset'],
+  kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'budget_exhausted', 'reset'],
 ) {
   const rpc = options.rpc ?? rpcs.pg!()
   const calls: string[] = []
@@ -498,6 +572,41 @@ test('nothing is read while nobody listens, and what happened then is not told',
   await account.topUp('1')
   await account.use('1')
   await until(() => seen.length === 1, 'the news')
+})
+
+test('what was read for one who has ended listening is told to nobody who came after', async () => {
+  const account = await payer(db, { funds: '1' })
+  const made = rpcs.pg!()
+  let open = () => {}
+  let reached = () => {}
+  const held = new Promise<void>((resolve) => {
+    reached = resolve
+  })
+  const rpc: Rpc = {
+    ...made,
+    async call<T>(fn: string, args?: Record<string, unknown>) {
+      const answer = await made.call<T>(fn, args)
+      if (fn === 'account_news' && (answer as News).events.some(({ seq }) => seq === 2)) {
+        reached()
+        await new Promise<void>((resolve) => {
+          open = resolve
+        })
+      }
+      return answer
+    },
+  }
+  const one = await started({ rpc }, [])
+  const end = one.billing.on('exhausted', () => {})
+  await readAgain(one)
+  await account.use('1')
+  await held
+  end()
+  const seen: unknown[] = []
+  one.billing.on('exhausted', (event) => seen.push(event))
+  await readAgain(one)
+  open()
+  await readAgain(one)
+  assert.equal(seen, [])
 })
 
 test('a listener that throws, or rejects, stops no other, and is a warning', async () => {

@@ -26,17 +26,18 @@ begin
       'local_moment', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
       'lock_user_parent', 'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted',
       'mount_inserted', 'mount_updated', 'movements_of', 'new_entry', 'new_virtual_key', 'note_status',
-      'open_account', 'open_virtual_key_use', 'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash',
-      'price', 'price_inserted', 'price_meters', 'purge_ended', 'read_cursor', 'read_hold_requests',
-      'read_key_imports', 'read_openings', 'read_usage_events', 'recount_budget', 'reference_is_used_once',
-      'refuse', 'refuse_dropped_usage', 'refuse_previous_hash', 'rejected_usage', 'rejected_usage_unresolved',
-      'require_array', 'require_positive_amount', 'seal', 'seq_before', 'sha256', 'shown', 'shown_hold',
-      'status_change', 'tell_crossings', 'tenant', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in',
-      'to_moment', 'to_quantity', 'to_uuid', 'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of',
-      'usage_seal', 'usage_window', 'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7',
-      'verify_budgets', 'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements',
-      'verify_usage', 'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted',
-      'virtual_key_inserted', 'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user',
+      'open_account', 'open_virtual_key_use', 'outbox_horizon', 'park', 'post', 'post_one',
+      'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended', 'read_cursor',
+      'read_hold_requests', 'read_key_imports', 'read_openings', 'read_usage_events', 'recount_budget',
+      'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_previous_hash', 'rejected_usage',
+      'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'seal', 'seq_before', 'sha256',
+      'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
+      'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
+      'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window',
+      'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets',
+      'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer',
+      'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted',
+      'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user', 'wake_for_news',
       'window_start', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
@@ -48,8 +49,8 @@ begin
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',
       'resolve_virtual_key', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
       'set_credit_limit', 'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement',
-      'status_changes', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles', 'verify_balances',
-      'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
+      'status_changes', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles',
+      'verify_balances', 'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
     ]);
   if v_clashes is not null then
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes

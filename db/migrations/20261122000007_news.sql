@@ -12,8 +12,10 @@ create table data.account_event (
   kind text not null,
   funds data.money not null,
   threshold data.amount,
+  budget jsonb,
   created_at timestamptz not null,
-  constraint kind_is_known check (kind in ('low_balance', 'exhausted', 'back_in_funds'))
+  constraint kind_is_known check (kind in ('low_balance', 'exhausted', 'back_in_funds', 'budget_exhausted')),
+  constraint budget_is_of_its_kind check ((kind = 'budget_exhausted') = (budget is not null))
 );
 create index on data.account_event (xid);
 create index on data.account_event (created_at);
@@ -22,7 +24,7 @@ insert into data.outbox_horizon (outbox, purged_xid) values ('account', '0');
 
 alter table data.account_event enable row level security;
 
-comment on table data.account_event is 'Crossings of each account''s funds, by the entry that caused them; the truth behind the wake-up.';
+comment on table data.account_event is 'Crossings of each account''s funds and budgets, by the entry that caused them; the truth behind the wake-up.';
 
 reset role;
 

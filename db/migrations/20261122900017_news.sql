@@ -1,8 +1,21 @@
 -- migrate:up
--- News of accounts: funds that cross a line are told once, by an outbox and a wake-up. A charge that crosses none says nothing.
+-- News of accounts: funds that cross a line, and a budget used up, are told once, by an outbox and a wake-up. A charge that crosses
+-- none says nothing.
 -- Funds are balance + free_credit + credit_limit - outstanding_amount: holds come and go, and don't count.
 
 set local role keyledger_owner;
+
+-- only a wake-up: a full queue must never abort a charge
+create or replace function data.wake_for_news()
+returns void
+language plpgsql
+as $$
+begin
+  if pg_notification_queue_usage() < 0.5 then
+    perform pg_notify('keyledger_account', '');
+  end if;
+end
+$$;
 
 -- Writes what these accounts have crossed since they had `before`, and wakes the readers. The caller holds the accounts' locks, so that
 -- each crossing is met once. Notifying takes a lock of the whole database until the commit: never do it for what is no crossing.
@@ -27,9 +40,28 @@ begin
   ) as k (n, kind, crossed)
   where k.crossed
   order by a.account_id, k.n;
-  -- only a wake-up: a full queue must never abort a charge
-  if pg_notification_queue_usage() < 0.5 then
-    perform pg_notify('keyledger_account', '');
+  perform data.wake_for_news();
+end
+$$;
+
+-- Writes which budgets have just been used up, of those whose window is the present one, and wakes the readers.
+create or replace function data.tell_exhausted_budgets(spends data.budget_spend[])
+returns void
+language plpgsql
+as $$
+begin
+  insert into data.account_event (account_id, seq, kind, funds, budget, created_at)
+  select a.account_id, a.balance_version, 'budget_exhausted', a.available + a.frozen_balance,
+    jsonb_build_object('id', b.id, 'scope', b.scope, 'scope_id', b.scope_id, 'period', b.period,
+      'amount', b.amount::text, 'spent', s.spent::text),
+    a.head_at
+  from unnest(spends) s
+  cross join lateral (select * from data.account_balance x where x.account_id = s.account_id offset 0) a
+  cross join lateral (select * from data.budget x where x.account_id = s.account_id and x.id = s.budget_id offset 0) b
+  where s.window_start = data.window_start(b.period, a.time_zone, a.head_at)
+  order by a.account_id, b.id;
+  if found then
+    perform data.wake_for_news();
   end if;
 end
 $$;
@@ -87,6 +119,7 @@ begin
           'seq', e.seq,
           'funds', e.funds::text,
           'threshold', e.threshold::text,
+          'budget', e.budget,
           'created_at', e.created_at
         )) order by e.id)
         from data.account_event e
@@ -101,9 +134,10 @@ end
 $$;
 comment on function api.account_news(jsonb) is
 'What has happened to accounts since a cursor, and the next cursor.
-Without a cursor it starts from now, without events. Answers {cursor, reset, events: [{id, kind, account_id, seq, funds, threshold?,
+Without a cursor it starts from now, without events. Answers {cursor, reset, events: [{id, kind, account_id, seq, funds, threshold?, budget?,
 created_at}]}, oldest first. `low_balance`: funds fell to the account''s threshold or below; `exhausted`: to 0 or below; `back_in_funds`: they
-rose above 0. Funds are balance + free_credit + credit_limit - outstanding_amount, holds not counted, and `seq` is the entry that changed them.
+rose above 0; `budget_exhausted`: what counts against a budget in its present window has reached its amount, with `budget` {id, scope,
+scope_id, period, amount, spent}. Funds are balance + free_credit + credit_limit - outstanding_amount, holds not counted, and `seq` is the entry that changed them.
 `reset` true: the cursor is of another cluster, ahead of this one or older than what is kept (48 hours); events may be missing, so read the
 accounts. Keep the cursor after handling the events: whoever repeats a cursor gets the same ids again.';
 grant execute on function api.account_news(jsonb) to keyledger_gateway, keyledger_operator;
