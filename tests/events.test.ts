@@ -438,22 +438,48 @@ for (const [name, { gateway }] of Object.entries(through)) {
 
 test('the ledger is whole after all of it', () => holdsTrue(db.sql))
 
-test('a repeated event is looked up by its key, in a plan made while there was no history', async () => {
+test('events and holds are looked up by key, in plans made while there was no history', async () => {
   const session = await db.session()
   try {
     const plans: string[] = []
     session.on('notice', ({ message }) => plans.push(message ?? ''))
-    const twice = JSON.stringify([good.event('1')])
-    // an empty partition, known to be empty, is as quick to read whole; it is next month's, and the plan stays
-    await session.query('vacuum analyze data.usage_log')
-    await session.query('select api.record_usage($1)', [twice])
+    const call = async (fn: string, ...elements: Row[]) => {
+      const { rows } = await session.query(`select api.${fn}($1) as answers`, [JSON.stringify(elements)])
+      return rows[0].answers.map(({ status }: Row) => status)
+    }
+    // a table known to be small is as quick to read whole; it fills, and the plan stays
+    await session.query('vacuum analyze')
     await session.query(`load 'auto_explain'; set auto_explain.log_min_duration = 0;
       set auto_explain.log_nested_statements = on; set client_min_messages = log`)
-    const { rows } = await session.query('select api.record_usage($1) as answers', [twice])
-    assert.is(rows[0].answers[0].status, 'duplicate')
-    const scans = plans.flatMap((plan) => plan.match(/Scan [^\n]* on usage_log[^\n]*\n[^\n]*/g) ?? [])
-    assert.ok(scans.length, plans.join('\n'))
-    for (const scan of scans) assert.match(scan, /Index Cond: \(\(account_id = .* AND \(\(id\)::uuid = /)
+    const { event, ...more } = await payer(db, { funds: '10' })
+    const hold = { account_id: more.accountId, virtual_key_id: more.keyId, amount: '1' }
+    const [used, due] = [newId(), newId()]
+    assert.equal(await call('place_holds', { ...hold, id: used }, { ...hold, id: due }), ['held', 'held'])
+    await session.query(`update data.hold set expires_at = now() - interval '1 s' where id = $1`, [due])
+    plans.length = 0
+    const one = event('1', { hold_id: used })
+    assert.equal(await call('record_usage', one), ['charged'])
+    assert.equal(await call('record_usage', one), ['duplicate'])
+    const [{ statuses }] = (await db.sql(
+      `select string_agg(status, ' ' order by status) as statuses from data.hold where account_id = $1`,
+      [hold.account_id],
+    )) as [Row]
+    assert.is(statuses, 'captured expired')
+
+    const scans = plans.flatMap(
+      (plan) => plan.match(/Scan [^\n]* on (usage_log|hold|account_balance)[^\n]*\n[^\n]*/g) ?? [],
+    )
+    for (const [table, least] of [
+      ['usage_log', 1],
+      ['hold', 3],
+      ['account_balance', 3],
+    ] as const) {
+      const found = scans.filter((scan) => scan.includes(` on ${table}`))
+      assert.ok(found.length >= least, plans.join('\n'))
+      for (const scan of found) assert.match(scan, /Index Cond: \(+account_id = /, plans.find((p) => p.includes(scan)))
+    }
+    for (const scan of scans.filter((each) => / on usage_log|hold_pkey/.test(each)))
+      assert.match(scan, /Index Cond: .* AND \(\(id\)::uuid = /)
   } finally {
     await session.end()
   }

@@ -134,7 +134,8 @@ as $$
 $$;
 
 -- The hot functions below and in the next files fix their plans: by index for any number of rows, made once. Else a plan made on an
--- empty table scans it until the next analyze, and planning anew is a fifth of a call (measured).
+-- empty table scans it until the next analyze, and planning anew is a fifth of a call (measured). Those whose updates join do so by
+-- nested loops only: a hash join reads all holds there are, which is cheap as long as there are few.
 
 -- Locks accounts, in account_id order, and settles what the clock has ended: holds past their expiry, grants past theirs.
 create or replace function data.lock_accounts(ids uuid[])
@@ -142,6 +143,8 @@ returns void
 language plpgsql
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 declare
@@ -244,6 +247,8 @@ returns record
 language plpgsql
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 declare
