@@ -476,7 +476,7 @@ test('events and holds are looked up by key, in plans made while there was no hi
     ] as const) {
       const found = scans.filter((scan) => scan.includes(` on ${table}`))
       assert.ok(found.length >= least, plans.join('\n'))
-      for (const scan of found) assert.match(scan, /Index Cond: \(+account_id = /, plans.find((p) => p.includes(scan)))
+      for (const scan of found) assert.match(scan, /Index Cond: \(+account_id = /)
     }
     for (const scan of scans.filter((each) => / on usage_log|hold_pkey/.test(each)))
       assert.match(scan, /Index Cond: .* AND \(\(id\)::uuid = /)
