@@ -175,7 +175,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       maintenance.error,
       ...Object.values(queues).map((queue) => queue.error),
     ]
-    const well = trusted && redis !== false && listening !== false && failing.every((reason) => !reason)
+    const well = trusted && redis !== false && failing.every((reason) => !reason)
     const status = state !== 'started' || !answering ? 'down' : well ? 'ok' : 'degraded'
     return {
       status,

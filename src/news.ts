@@ -3,11 +3,11 @@ import { withinTime } from './cache.ts'
 import { invalidInput } from './errors.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
-import type { AccountNews } from './types.ts'
+import type { AccountEvents } from './types.ts'
 import { createLoop, type Loop, READ_MS } from './wake.ts'
 
-export type NewsKind = keyof AccountNews
-export type NewsListener<Kind extends NewsKind> = (event: AccountNews[Kind]) => unknown
+export type NewsKind = keyof AccountEvents
+export type NewsListener<Kind extends NewsKind> = (event: AccountEvents[Kind]) => unknown
 
 export interface NewsState {
   /** ms since the last complete read was sent; null before the first, and while nobody listens. */
@@ -27,12 +27,6 @@ export interface News {
   state(): NewsState
 }
 
-interface Read {
-  cursor: Cursor
-  events: AccountNews[Exclude<NewsKind, 'reset'>][]
-  reset: boolean
-}
-
 const kinds: NewsKind[] = ['low_balance', 'exhausted', 'back_in_funds', 'budget_exhausted', 'reset']
 
 export function createNews(rpc: Pick<Rpc, 'call'>): News {
@@ -49,7 +43,7 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
     const own = createLoop(async () => {
       const sentAt = performance.now()
       try {
-        const read = await withinTime(rpc.call<Read>('account_news', { cursor }), READ_MS)
+        const read = await withinTime(rpc.call('account_news', { cursor }), READ_MS)
         if (loop !== own) return
         if (read.reset) tell({ kind: 'reset' })
         for (const event of read.events) tell(event)
@@ -63,7 +57,7 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
     return own
   }
 
-  function tell(event: AccountNews[NewsKind]) {
+  function tell(event: AccountEvents[NewsKind]) {
     for (const listener of [...(listeners.get(event.kind) ?? [])]) {
       // in a promise, so that what one throws is as what it rejects with, and stops no other
       new Promise((resolve) => resolve(listener(event as never))).catch((error) =>

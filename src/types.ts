@@ -1,4 +1,5 @@
 // The shapes of schema `api` that the client sends and gets. Amounts are decimal strings, ids UUIDs, moments ISO 8601.
+import type { Cursor } from './redis.ts'
 
 /** What `api.resolve_virtual_key` answers, and the cache keeps: who a key is, who pays, and until when that holds. */
 export interface KeyContext {
@@ -185,7 +186,7 @@ export interface BudgetNews {
 }
 
 /** What `on` tells, by kind. */
-export interface AccountNews {
+export interface AccountEvents {
   /** Funds fell to the account's threshold or below it. */
   low_balance: AccountEvent<'low_balance'> & { threshold: string }
   /** Funds fell to 0 or below. */
@@ -196,6 +197,15 @@ export interface AccountNews {
   budget_exhausted: AccountEvent<'budget_exhausted'> & { budget: BudgetNews }
   /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
   reset: { kind: 'reset' }
+}
+
+/** What `api.account_news` answers. Keep the cursor after handling the events. */
+export interface AccountNews {
+  cursor: Cursor
+  /** Oldest first. */
+  events: AccountEvents[Exclude<keyof AccountEvents, 'reset'>][]
+  /** Some may have been missed since the cursor given: read the accounts you care about. */
+  reset: boolean
 }
 
 /** As `api.place_holds` takes one request. */

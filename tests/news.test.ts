@@ -4,7 +4,7 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../scripts/supervise.ts'
 import {
-  type AccountNews,
+  type AccountEvents,
   type BillingModuleOptions,
   createBillingModule,
   type NewsKind,
@@ -25,11 +25,11 @@ import { seed } from './support/seed.ts'
 const test = suite('news')
 const db = await database(test)
 
-interface Cursor {
-  cluster: string
-  snapshot: string
+interface News {
+  cursor: { cluster: string; snapshot: string }
+  events: Row[]
+  reset: boolean
 }
-type News = { cursor: Cursor; events: Row[]; reset: boolean }
 
 const news = async (cursor?: unknown): Promise<News> =>
   (
@@ -411,7 +411,7 @@ async function client(
     }) as Rpc['call'],
   }
   const billing = createBillingModule({ ...options, rpc: counted })
-  const events: AccountNews[NewsKind][] = []
+  const events: AccountEvents[NewsKind][] = []
   const ends = kinds.map((kind) => billing.on(kind, (event) => events.push(event)))
   await billing.start()
   return {
