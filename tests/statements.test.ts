@@ -509,7 +509,9 @@ test('two close the same accounts at once: the same statements; another end wait
     await db.blocked(third!)
     await first!.query('commit')
     assert.equal((await same).rows, rows)
-    for (const [i, row] of (await next).rows.entries())
+    const followed = (await next).rows
+    assert.is(followed.length, rows.length)
+    for (const [i, row] of followed.entries())
       assert.is(row.period_start.getTime(), rows[i]!.period_end.getTime())
   } finally {
     for (const session of [first, second, third]) await session!.end()
