@@ -1,7 +1,7 @@
 # What there is to do here: `make help` lists it. It needs Node.js 20 or later, and make.
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-versions demo dev bench build
+.PHONY: help install check test test-versions soak demo dev bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: install ## run the tests on real servers; ARGS='cache' runs tests/*cache*.
 
 test-versions: install ## run the tests on PostgreSQL 15, 16 and 18 as well (npm has them)
 	for version in 15 16 18; do PG_VERSION=$$version npm run -s test -- $(ARGS) || exit; done
+
+soak: install ## run 100,000 random operations against a model (OPERATIONS=… as many); SEED=… and PATH_TO=… repeat a failure
+	@npm run -s soak
 
 demo: install ## replay an hour of LLM traffic and prove every cent; ARGS='--help' lists the options
 	@npm run -s demo -- $(ARGS)

@@ -7,7 +7,7 @@ import { once, type TestServer } from '../tests/support/database.ts'
 import { ensureRedis } from './redis.ts'
 import { migrate, prepareRoles, secret, startPostgres, withDatabase } from './servers.ts'
 
-const secondsPerFile = 300
+const secondsPerFile = Number(process.env.SECONDS_PER_FILE ?? 300)
 const tests = join(dirname(dirname(fileURLToPath(import.meta.url))), 'tests')
 const wanted = process.argv.slice(2)
 const files = readdirSync(tests)

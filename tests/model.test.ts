@@ -1,0 +1,297 @@
+// Random sequences of every money operation, one after the other and at once, against a model: after each step every figure, grant, hold and
+// entry is what the model says, and every invariant holds. OPERATIONS=100000 makes it a soak; SEED=… (and PATH_TO=…) repeats a failure.
+import fc from 'fast-check'
+import type pg from 'pg'
+import { suite } from 'uvu'
+import * as assert from 'uvu/assert'
+import { movableClock } from './support/clock.ts'
+import { database, type Row } from './support/database.ts'
+import { holdsTrue } from './support/ledger.ts'
+import { figuresOf, openAccount, Refused, shown, type World } from './support/model.ts'
+import { type Dice, kinds, type Operation, type Setting } from './support/model-steps.ts'
+import { seed } from './support/seed.ts'
+
+const test = suite('model')
+const db = await database(test)
+await movableClock(db.sql)
+const wanted = Number(process.env.OPERATIONS ?? 2000)
+const given = process.env.SEED ? Number(process.env.SEED) : Math.floor(Math.random() * 2 ** 31)
+
+// meter `usd` costs 1 a unit, `third` 1 for 3
+const { nodeId } = await seed(db.operator)
+await db.operator(
+  `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from)
+  values ($1, 'usd', 1, 1, '2020-01-01'), ($1, 'third', 1, 3, '2020-01-01')`,
+  [nodeId],
+)
+
+const sessions: Record<string, pg.Client[]> = { keyledger_owner: [await db.session()] }
+for (const role of ['keyledger_gateway', 'keyledger_operator'] as const)
+  sessions[role] = await Promise.all(Array.from({ length: 4 }, () => db.session(role)))
+db.onClose(() => Promise.all(Object.values(sessions).flatMap((some) => some.map((session) => session.end()))))
+
+async function begin(): Promise<{ world: World; setting: Setting }> {
+  await db.sql('update clock.ahead set seconds = 0')
+  const [{ ids }] = (await db.operator(
+    `with tenant as (insert into api.tenants (name) values ('model') returning id),
+      alone as (insert into api.user_profiles (display_name) values ('model') returning id)
+    select array(select id from tenant) || array(select id from alone) as ids`,
+  )) as [Row]
+  const [tenantId, ...alone] = ids as string[]
+  const members = await db.operator(
+    'insert into api.user_profiles (tenant_id) values ($1) returning id, tenant_id',
+    [tenantId],
+  )
+  const keys = await db.operator(
+    `select u.id, k.id as key_id from unnest($1::uuid[]) as u (id)
+    cross join lateral api.create_virtual_key(u.id, config_node_ids => array[$2::uuid]) k`,
+    [[...alone, ...members.map(({ id }) => id)], nodeId],
+  )
+  const users = keys.map(({ id, key_id }): World['users'] extends Map<infer K, infer V> ? [K, V] : never => [
+    id,
+    {
+      id,
+      keyId: key_id,
+      tenantId: members.find((member) => member.id === id)?.tenant_id ?? null,
+      suspended: false,
+    },
+  ])
+  const [{ began }] = (await db.sql('select clock_timestamp() as began')) as [Row]
+  const accounts = new Map(
+    [...ids, ...members.map(({ id }) => id)].map((id) => [id as string, openAccount(id)]),
+  )
+  const world: World = { now: 0, hour: new Map(), accounts, users: new Map(users), parked: [] }
+  world.hour.set(0, figuresOf(world))
+  return { world, setting: { began: began.getTime(), nodeId } }
+}
+
+/** What the database has, in the words of the model. */
+async function read(accounts: string[], touched: string[]): Promise<[Map<string, unknown>, Row[]]> {
+  const reading = db.sql(
+    `select a.account_id,
+      array[a.balance, a.free_credit, a.credit_limit, a.frozen_balance, a.outstanding_amount, a.available]::text[] as figures,
+      array(select g.seq || ': ' || g.remaining from data.credit_grant g where g.account_id = a.account_id and g.remaining > 0
+        and (g.expires_at is null or g.expires_at > clock.clock_timestamp()) order by g.seq) as grants,
+      array(select h.id || ' ' || h.status || ' ' || h.captured || '/' || h.amount from api.holds h
+        where h.account_id = a.account_id order by 1) as holds,
+      array(select concat_ws(' ', t.seq, t.kind, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.credit_limit_after)
+        from data.billing_transaction t where t.account_id = a.account_id order by t.seq) as entries,
+      array(select l.id || ' ' || l.cost || ' ' || l.transaction_seq from data.usage_log l
+        where l.account_id = a.account_id order by 1) as usage
+    from api.billing_accounts a where a.account_id = any ($1)`,
+    [accounts],
+  )
+  const verifying = db.sql(
+    'select v.* from unnest($1::uuid[]) as a (id) cross join lateral api.verify_balances(a.id) v',
+    [touched],
+  )
+  const [rows, problems] = await Promise.all([reading, verifying])
+  return [new Map(rows.map(({ account_id, ...has }) => [account_id, has])), problems]
+}
+
+// what was done, and how it came out: to see that everything was tried
+const counts = new Map<string, number>()
+const count = (what: string) => counts.set(what, (counts.get(what) ?? 0) + 1)
+let operations = 0
+
+async function perform(operation: Operation, session: pg.Client): Promise<string[]> {
+  try {
+    const { rows } = await session.query(operation.text, operation.values)
+    return operation.say(rows)
+  } catch (error) {
+    const { code, message } = error as pg.DatabaseError
+    if (!code?.startsWith('PT4')) throw error
+    return [`refused ${message}`]
+  }
+}
+
+// the model's answers if the operations had come in this order; undefined where they are others than `said`
+function inOrder(
+  world: World,
+  operations: Operation[],
+  said: string[][],
+  order: number[],
+): World | string[][] {
+  let after = structuredClone(world)
+  const expected: string[][] = []
+  for (const n of order) {
+    const next = structuredClone(after)
+    try {
+      expected[n] = operations[n]!.expect(next, said[n]!)
+      after = next
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error
+      expected[n] = [`refused ${error.message}`]
+    }
+  }
+  return JSON.stringify(expected) === JSON.stringify(said) ? after : expected
+}
+
+const orders = (n: number): number[][] =>
+  n === 1
+    ? [[0]]
+    : orders(n - 1).flatMap((order) =>
+        Array.from({ length: n }, (_, at) => [...order.slice(0, at), n - 1, ...order.slice(at)]),
+      )
+
+/** Does the operations, at once if there are several, and gives the world that one of their orders leads to. */
+async function step(world: World, together: Operation[]): Promise<World> {
+  const next: Record<string, number> = {}
+  const said = await Promise.all(
+    together.map((operation) => {
+      const at = next[operation.role] ?? 0
+      next[operation.role] = at + 1
+      return perform(operation, sessions[operation.role]![at]!)
+    }),
+  )
+  const touched = [...new Set(together.flatMap(({ accounts }) => accounts))]
+  const [has, problems] = await read([...world.accounts.keys()], touched)
+  assert.equal(problems, [])
+
+  let nearest: unknown
+  for (const order of orders(together.length)) {
+    const after = inOrder(world, together, said, order)
+    if (Array.isArray(after)) {
+      nearest ??= { said, expected: after }
+      continue
+    }
+    const should = new Map([...after.accounts].map(([id, account]) => [id, shown(account, after.now)]))
+    const off = [...should].find(([id, account]) => JSON.stringify(has.get(id)) !== JSON.stringify(account))
+    if (!off) {
+      operations += together.length
+      together.forEach(({ name }, i) => {
+        count(name)
+        for (const answer of said[i]!)
+          count(`${name}: ${answer.replace(/ ?(-?\d+\.\d+|[0-9a-f-]{36}|\d+\b)/g, '').trim()}`.trim())
+      })
+      if (together.length > 1) count('at once')
+      return after
+    }
+    nearest = { said, account: off[0], has: has.get(off[0]), should: off[1] }
+  }
+  throw new Error(`no order of these leads to what is there: ${JSON.stringify(nearest, null, 2)}`)
+}
+
+// what most happens, and what the rest is about
+const often = [
+  'place_holds',
+  'place_holds',
+  'record_usage',
+  'record_usage',
+  'top_up',
+  'grant_credit',
+  'refund_charge',
+  'pass',
+]
+// what a run of this length can't have missed
+const seen = `at once
+adjust_balance: adjustment
+adjust_balance: refused version_conflict
+check_budget: insufficient_funds
+close_period:
+extend_holds: extended
+extend_holds: refused hold_frozen
+freeze_funds: open
+freeze_funds: refused insufficient_funds
+grant_credit: credit_grant
+grant_credit: refused invalid_expires_at
+place_holds: duplicate open
+place_holds: held
+place_holds: refused insufficient_funds
+place_holds: refused invalid_account
+record_openings: opened
+record_openings: refused account_in_use
+record_usage: charged
+record_usage: duplicate
+record_usage: duplicate mismatch
+record_usage: parked invalid_hold
+record_usage: parked price_not_found
+refund_charge: refund
+refund_charge: refused refund_exceeds_charge
+release_holds: closed hold_released
+release_holds: released
+reverse_top_up: refused reversal_exceeds_top_up
+reverse_top_up: top_up_reversal
+top_up: refused reference_mismatch
+top_up: top_up
+unfreeze_funds: released`.split('\n')
+const dice = fc.array(fc.nat(9999), { minLength: 24, maxLength: 24 })
+const kind = fc.record({ kind: fc.constantFrom(...Object.keys(kinds), ...often, 'again', 'again'), dice })
+const steps = fc.array(
+  fc.oneof(
+    { weight: 4, arbitrary: fc.tuple(kind) },
+    { weight: 1, arbitrary: fc.array(kind, { minLength: 2, maxLength: 4 }) },
+  ),
+  { minLength: 1, maxLength: 100, size: 'max' },
+)
+
+const property = fc.asyncProperty(steps, async (all) => {
+  const begun = await begin()
+  const { setting } = begun
+  let { world } = begun
+  const log: string[] = []
+  const past: Operation[] = []
+  for (const some of all) {
+    const concrete = some.map(({ kind, dice }) => {
+      let next = 0
+      const roll: Dice = (n) => dice[next++ % dice.length]! % n
+      return kind === 'again' && past.length
+        ? past[roll(past.length)]!
+        : (kinds[kind] ?? kinds.top_up)!(roll, world, setting)
+    })
+    past.push(...concrete)
+    const together = concrete.length > 1 ? concrete.filter(({ alone }) => !alone) : concrete
+    if (!together.length) continue
+    log.push(
+      together
+        .map(
+          ({ name, values }) =>
+            `${name} ${values.map((value) => (typeof value === 'string' ? value : JSON.stringify(value))).join(' ')}`,
+        )
+        .join('\n  at once: '),
+    )
+    try {
+      world = await step(world, together)
+    } catch (error) {
+      throw new Error(`${(error as Error).message}\nafter\n${log.slice(-25).join('\n')}`)
+    }
+  }
+})
+
+test(`${wanted} operations leave what the model says, and every invariant`, async () => {
+  console.log(`\nmodel: SEED=${given}`)
+  const path = process.env.PATH_TO
+  for (let round = 0; operations < wanted; round++) {
+    const { failed, seed, counterexamplePath, numShrinks, errorInstance } = await fc.check(property, {
+      seed: given + round,
+      numRuns: 10,
+      unbiased: true,
+      interruptAfterTimeLimit: 100_000,
+      endOnFailure: true,
+      ...(path ? { path } : {}),
+    })
+    const { message } = (errorInstance ?? {}) as Partial<Error>
+    if (failed) {
+      console.error(
+        `\n${message}\nshrunk ${numShrinks} times; repeat it with SEED=${seed} PATH_TO=${counterexamplePath}`,
+      )
+      assert.unreachable('the database is not as the model says')
+    }
+    if (path) break
+  }
+  if (wanted > 2000)
+    console.log(
+      `${operations} operations\n${[...counts]
+        .sort()
+        .map(([what, n]) => `${n} ${what}`)
+        .join('\n')}`,
+    )
+  if (wanted >= 2000 && !path)
+    assert.equal(
+      seen.filter((what) => !counts.has(what)),
+      [],
+    )
+  await holdsTrue(db.sql)
+})
+
+test.run()
