@@ -273,7 +273,15 @@ export interface Functions {
       account_id: string
       at: string
     }
-    result: unknown
+    result: {
+      account_id: string | null
+      at: string | null
+      seq: number | null
+      balance: number | null
+      free_credit: number | null
+      outstanding_amount: number | null
+      credit_limit: number | null
+    }
   }
   /** The cache keys changed since a cursor, and the next cursor. */
   cache_changes: {

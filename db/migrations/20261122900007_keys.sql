@@ -99,9 +99,9 @@ end
 $$;
 comment on function api.resolve_virtual_key(text) is
 'Resolves the sha-256 of a virtual key to its user and payer.
-Answers every known key, whatever its status: `code` is null when it may be used now, else the reason. `valid_until` is the moment the
-answer changes by the clock alone: the key''s expiry, or the end of the grace of one that was rotated. No money in it, so it may be cached.
-Unknown: 404 virtual_key_unknown.';
+`key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever its status: `code` is null when it may
+be used now, else the reason. `valid_until` is the moment the answer changes by the clock alone: the key''s expiry, or the end of the grace
+of one that was rotated. No money in it, so it may be cached. Unknown: 404 virtual_key_unknown.';
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
 
 create or replace function api.resolve_billing_account(
@@ -159,7 +159,7 @@ end
 $$;
 comment on function api.resolve_billing_account(text) is
 'Resolves a virtual key to who pays, and what they have.
-Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
+`vk` is the key itself. Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
 grant execute on function api.resolve_billing_account(text) to keyledger_gateway;
 
 -- a new key's text, of 256 bits out of two random uuids of 122 bits each
@@ -217,7 +217,8 @@ end
 $$;
 comment on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) is
 'Creates a virtual key and shows it, once: only its sha-256 is kept.
-`config_node_ids` are mounted on it. 404 user_not_found, config_node_not_found; 422 invalid_expires_at.';
+The key is `user_id`''s, called `name`, and ends at `expires_at` (null: never). `config_node_ids` are mounted on it. 404 user_not_found,
+config_node_not_found; 422 invalid_expires_at.';
 grant execute on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) to keyledger_operator;
 
 -- Reads keys to import: the same array, with ids looked up, each key hashed, and the code of what can't be read.
@@ -365,11 +366,11 @@ end
 $$;
 comment on function api.import_virtual_keys(jsonb) is
 'Takes over keys that are in use elsewhere; their callers notice nothing.
-Takes [{user_id | user_external_id, key_hash | virtual_key, name?, key_prefix?, expires_at?, config_node_ids?}] and answers in the same order
-[{status: imported | duplicate | refused, code?, id, key_prefix}]. `key_hash` is the sha-256 of exactly what callers present, as 64 hex digits;
-a `virtual_key` (16 to 512 visible ASCII characters) is hashed on the way in, and never stored. A key imported before is a duplicate, and stays
-as it is (`mismatch` says that it differs). key_taken: it is, or was, another key''s. virtual_key_disabled: it was revoked here; virtual_key_expired:
-it was rotated here, and its grace is over. Others: user_not_found, config_node_not_found, invalid_….';
+Takes `keys`, [{user_id | user_external_id, key_hash | virtual_key, name?, key_prefix?, expires_at?, config_node_ids?}] and answers in the
+same order [{status: imported | duplicate | refused, code?, id, key_prefix}]. `key_hash` is the sha-256 of exactly what callers present, as
+64 hex digits; a `virtual_key` (16 to 512 visible ASCII characters) is hashed on the way in, and never stored. A key imported before is a
+duplicate, and stays as it is (`mismatch` says that it differs). key_taken: it is, or was, another key''s. virtual_key_disabled: it was
+revoked here; virtual_key_expired: it was rotated here, and its grace is over. Others: user_not_found, config_node_not_found, invalid_….';
 grant execute on function api.import_virtual_keys(jsonb) to keyledger_operator;
 
 create or replace function api.rotate_virtual_key(
@@ -450,7 +451,7 @@ end
 $$;
 comment on function api.revoke_virtual_key(uuid) is
 'Ends a key for good, and what it was before a rotation; ending it again changes nothing.
-Answers the key''s row. 404 virtual_key_unknown.';
+`id` is the virtual_key_id. Answers the key''s row. 404 virtual_key_unknown.';
 grant execute on function api.revoke_virtual_key(uuid) to keyledger_operator;
 
 create or replace function api.set_status(
@@ -502,8 +503,9 @@ end
 $$;
 comment on function api.set_status(text, uuid, text, text) is
 'Suspends, disables, closes, revokes or reactivates a tenant, user_profile, config_node or virtual_key, and keeps the reason.
-A change through the views is kept as well, without one. Answers the last of its status_changes; setting what is set changes nothing. 404
-tenant_not_found, user_not_found, config_node_not_found, virtual_key_unknown; 409 closed_is_final; 422 invalid_entity, invalid_status.';
+`entity` is one of these names, `id` its row''s, `status` the new one, `reason` why. A change through the views is kept as well, without
+one. Answers the last of its status_changes; setting what is set changes nothing. 404 tenant_not_found, user_not_found,
+config_node_not_found, virtual_key_unknown; 409 closed_is_final; 422 invalid_entity, invalid_status.';
 grant execute on function api.set_status(text, uuid, text, text) to keyledger_operator;
 
 reset role;

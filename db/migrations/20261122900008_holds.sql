@@ -66,9 +66,10 @@ end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-`code` is why not: insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended, tenant_suspended,
-virtual_key_disabled, virtual_key_expired. `available` counts free credit that may expire before a hold would. `remaining` is what the tightest
-of the budgets of key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
+Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not: insufficient_funds,
+key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended, tenant_suspended, virtual_key_disabled,
+virtual_key_expired. `available` counts free credit that may expire before a hold would. `remaining` is what the tightest of the budgets of
+key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 create or replace function data.require_array(
@@ -357,11 +358,11 @@ end
 $$;
 comment on function api.place_holds(jsonb) is
 'Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold.
-Takes [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order
-[{id, status: held | duplicate | refused, code?, amount, available, expires_at}]. ids are UUIDv7 made by the caller; a repeated id is
-`duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that
-expires before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and tenant_budget_exceeded come with
-what the budget has left (`remaining`); the holds of one call share it.';
+Takes `requests`, [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order [{id,
+status: held | duplicate | refused, code?, amount, available, expires_at}]. ids are UUIDv7 made by the caller; a repeated id is `duplicate`
+(`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that expires
+before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and
+tenant_budget_exceeded come with what the budget has left (`remaining`); the holds of one call share it.';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
 -- what release_holds and extend_holds share
@@ -465,9 +466,9 @@ as $$
 $$;
 comment on function api.release_holds(jsonb) is
 'Gives back what open holds still set aside.
-Takes [{id, account_id}] and answers [{id, status: released | closed | refused, code?, available}]; `closed` means there was nothing open to
-give back, `code` says why: hold_released, hold_captured, hold_expired, hold_not_found, invalid_…. `refused` as hold_frozen: an operator''s
-freeze is the operator''s to end.';
+Takes `requests`, [{id, account_id}] and answers [{id, status: released | closed | refused, code?, available}]; `closed` means there was
+nothing open to give back, `code` says why: hold_released, hold_captured, hold_expired, hold_not_found, invalid_…. `refused` as hold_frozen:
+an operator''s freeze is the operator''s to end.';
 grant execute on function api.release_holds(jsonb) to keyledger_gateway;
 
 create or replace function api.extend_holds(requests jsonb)
@@ -481,9 +482,9 @@ as $$
 $$;
 comment on function api.extend_holds(jsonb) is
 'Keeps open holds open for longer.
-Takes [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused, code?, expires_at, available}]; `expires_in`
-counts seconds from now (900), and never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where free credit it
-stands on expires first, hold_frozen for an operator''s freeze.';
+Takes `requests`, [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused, code?, expires_at, available}];
+`expires_in` counts seconds from now (900), and never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where
+free credit it stands on expires first, hold_frozen for an operator''s freeze.';
 grant execute on function api.extend_holds(jsonb) to keyledger_gateway;
 
 -- a hold as the views show it
@@ -559,9 +560,9 @@ end
 $$;
 comment on function api.freeze_funds(uuid, numeric, text, text) is
 'Freezes part of an account''s money until unfreeze_funds: a hold without expiry that no event draws on.
-At most what is available without credit that expires. `reference` repeated with the same amount answers the first freeze, as it is now, with
-another amount 409 reference_mismatch. Answers its row of holds. 402 insufficient_funds; 404 account_not_found; 422 invalid_amount,
-invalid_reason, invalid_reference.';
+Sets `amount` of `account_id` aside; `reason` is kept with it. At most what is available without credit that expires. `reference` repeated
+with the same amount answers the first freeze, as it is now, with another amount 409 reference_mismatch. Answers its row of holds. 402
+insufficient_funds; 404 account_not_found; 422 invalid_amount, invalid_reason, invalid_reference.';
 grant execute on function api.freeze_funds(uuid, numeric, text, text) to keyledger_operator;
 
 create or replace function api.unfreeze_funds(
@@ -597,7 +598,8 @@ end
 $$;
 comment on function api.unfreeze_funds(uuid, uuid, text) is
 'Ends a freeze: its money is available again.
-Repeated it changes nothing. Answers its row of holds. 404 account_not_found, freeze_not_found.';
+`id` is that of the freeze on `account_id`; `reason` is kept with it. Repeated it changes nothing. Answers its row of holds. 404
+account_not_found, freeze_not_found.';
 grant execute on function api.unfreeze_funds(uuid, uuid, text) to keyledger_operator;
 
 reset role;

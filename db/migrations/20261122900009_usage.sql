@@ -245,9 +245,9 @@ end
 $$;
 comment on function api.record_usage(jsonb) is
 'Charges what was used, exactly once per id.
-Takes [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true), request_id?, metadata?}] and answers in the same order
-[{id, status: charged | duplicate | parked, code?, cost, available, seq}]. ids are UUIDv7 made by the caller: a repeated id charges nothing
-(`mismatch` says its content differs). What can''t be charged is parked and kept with its code; its neighbours are charged.';
+Takes `events`, [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true), request_id?, metadata?}] and answers in
+the same order [{id, status: charged | duplicate | parked, code?, cost, available, seq}]. ids are UUIDv7 made by the caller: a repeated id
+charges nothing (`mismatch` says its content differs). What can''t be charged is parked and kept with its code; its neighbours are charged.';
 grant execute on function api.record_usage(jsonb) to keyledger_gateway;
 
 create or replace function api.replay_rejected_usage(

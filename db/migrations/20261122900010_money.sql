@@ -111,8 +111,9 @@ end
 $$;
 comment on function api.top_up(uuid, numeric, text, text, jsonb) is
 'Adds paid money to an account; debt is paid first.
-`reference` is the payment''s id: repeated with the same content it answers the first entry, with other content 409 reference_mismatch.
-Answers the ledger entry. 404 account_not_found; 422 invalid_amount.';
+Adds `amount` to `account_id`; `reason` and `metadata` are kept with the entry. `reference` is the payment''s id: repeated with the same
+content it answers the first entry, with other content 409 reference_mismatch. Answers the ledger entry. 404 account_not_found; 422
+invalid_amount.';
 grant execute on function api.top_up(uuid, numeric, text, text, jsonb) to keyledger_operator;
 
 create or replace function api.adjust_balance(
@@ -144,6 +145,7 @@ end
 $$;
 comment on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) is
 'Corrects an account by a signed amount, with a reason.
+Adds `amount`, which may be negative, to `account_id`; `reason` and `metadata` are kept with the entry, `reference` makes it repeatable.
 What a negative amount takes beyond the credit limit becomes debt. `expected_version` is the balance_version the decision was made on: 409
 version_conflict if the account has moved. Answers the ledger entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount,
 invalid_reason.';
@@ -181,8 +183,9 @@ end
 $$;
 comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) is
 'Gives promotional credit, spent before paid money; debt is paid first.
-Spent lowest `priority` first, then soonest `expires_at`, then oldest; what is left at `expires_at` expires by itself. Answers the ledger
-entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount, invalid_expires_at.';
+Grants `amount` to `account_id`; `reason` is kept with the entry, `reference` makes it repeatable. Spent lowest `priority` first, then
+soonest `expires_at`, then oldest; what is left at `expires_at` expires by itself. Answers the ledger entry. 404 account_not_found; 409
+reference_mismatch; 422 invalid_amount, invalid_expires_at.';
 grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) to keyledger_operator;
 
 -- Reads openings: the account of each, its amounts in full, and the code of what can't be read.
@@ -305,10 +308,10 @@ end
 $$;
 comment on function api.record_openings(jsonb) is
 'Opens accounts with what they had elsewhere: each account''s first entry.
-Takes [{account_id | tenant_external_id | user_external_id, balance, free_credit?, credit_limit?, reference?}] and answers in the same order
-[{account_id, status: opened | duplicate | refused, code?, seq, available}]. A negative balance is owed: what exceeds the credit limit becomes
-debt. Free credit is granted without an end, and pays debt first. An account opens once: repeated with the same content it is a duplicate,
-with other content opening_mismatch; account_in_use: it has other entries already. Others: account_not_found, invalid_….';
+Takes `openings`, [{account_id | tenant_external_id | user_external_id, balance, free_credit?, credit_limit?, reference?}] and answers in
+the same order [{account_id, status: opened | duplicate | refused, code?, seq, available}]. A negative balance is owed: what exceeds the
+credit limit becomes debt. Free credit is granted without an end, and pays debt first. An account opens once: repeated with the same content
+it is a duplicate, with other content opening_mismatch; account_in_use: it has other entries already. Others: account_not_found, invalid_….';
 grant execute on function api.record_openings(jsonb) to keyledger_operator;
 
 create or replace function api.set_credit_limit(
@@ -340,8 +343,9 @@ end
 $$;
 comment on function api.set_credit_limit(uuid, numeric, text) is
 'Sets how far below zero the balance may go.
-A raised limit pays debt first; a lowered one turns what exceeds it into debt. Posted as a limit_change entry unless nothing changes. Answers
-the account. 404 account_not_found; 422 invalid_amount.';
+`credit_limit` is the new limit of `account_id`, 0 or more; `reason` is kept with the entry. A raised limit pays debt first; a lowered one
+turns what exceeds it into debt. Posted as a limit_change entry unless nothing changes. Answers the account. 404 account_not_found; 422
+invalid_amount.';
 grant execute on function api.set_credit_limit(uuid, numeric, text) to keyledger_operator;
 
 reset role;

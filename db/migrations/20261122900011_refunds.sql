@@ -106,10 +106,10 @@ end
 $$;
 comment on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) is
 'Gives back a charge, whole or in part: of a usage entry by `seq`, or of one event by `usage_id`.
-At most what was charged, over all refunds of the entry and of the event together; `amount` null: all that is left. Pays debt first; money
-comes back before free credit, which returns to grants not yet expired, else to the balance. Repeated with the same `reference` it answers
-the first entry. 404 account_not_found, charge_not_found; 409 refund_exceeds_charge, reference_mismatch; 410 usage_dropped; 422
-invalid_amount.';
+Gives `amount` back to `account_id`; `reason` is kept with the entry. At most what was charged, over all refunds of the entry and of the
+event together; `amount` null: all that is left. Pays debt first; money comes back before free credit, which returns to grants not yet
+expired, else to the balance. Repeated with the same `reference` it answers the first entry. 404 account_not_found, charge_not_found; 409
+refund_exceeds_charge, reference_mismatch; 410 usage_dropped; 422 invalid_amount.';
 grant execute on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) to keyledger_operator;
 
 create or replace function api.reverse_top_up(
@@ -168,9 +168,9 @@ end
 $$;
 comment on function api.reverse_top_up(uuid, bigint, numeric, text, text, text) is
 'Takes back a top-up that the bank took back (chargeback, payment refund): by `seq`, or by its payment''s `top_up_reference`.
-At most what was topped up, over all reversals together; `amount` null: all that is left. What is spent already becomes debt. Repeated with
-the same `reference` it answers the first entry. 404 account_not_found, top_up_not_found; 409 reversal_exceeds_top_up, reference_mismatch;
-422 invalid_amount.';
+Takes `amount` from `account_id`; `reason` is kept with the entry. At most what was topped up, over all reversals together; `amount` null:
+all that is left. What is spent already becomes debt. Repeated with the same `reference` it answers the first entry. 404 account_not_found,
+top_up_not_found; 409 reversal_exceeds_top_up, reference_mismatch; 422 invalid_amount.';
 grant execute on function api.reverse_top_up(uuid, bigint, numeric, text, text, text) to keyledger_operator;
 
 reset role;

@@ -233,11 +233,12 @@ end
 $$;
 comment on function api.set_budget(uuid, text, uuid, numeric, text) is
 'Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount.
-`scope` is virtual_key, user or tenant, `scope_id` its id, `account_id` who pays for it. Windows follow the account''s time zone; weeks begin on
-Monday. What was used in the current window counts already, in total all usage that is kept. A hold over it is refused
-(key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded); what was used counts past it too, in the window of the event''s own time, on
-the account it was charged to. A refund gives back money, not budget. Answers the budget. 404 account_not_found, virtual_key_unknown,
-user_not_found, tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount, invalid_account.';
+`period` is day, week, month or total. `scope` is virtual_key, user or tenant, `scope_id` its id, `account_id` who pays for it. Windows
+follow the account''s time zone; weeks begin on Monday. What was used in the current window counts already, in total all usage that is kept.
+A hold over it is refused (key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded); what was used counts past it too, in the
+window of the event''s own time, on the account it was charged to. A refund gives back money, not budget. Answers the budget. 404
+account_not_found, virtual_key_unknown, user_not_found, tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount,
+invalid_account.';
 grant execute on function api.set_budget(uuid, text, uuid, numeric, text) to keyledger_operator;
 
 create or replace function api.remove_budget(id uuid)
@@ -264,7 +265,7 @@ end
 $$;
 comment on function api.remove_budget(uuid) is
 'Removes a budget; nothing it counted is kept.
-Answers the budget as it was. 404 budget_not_found.';
+`id` is the budget''s. Answers the budget as it was. 404 budget_not_found.';
 grant execute on function api.remove_budget(uuid) to keyledger_operator;
 
 create or replace function api.set_time_zone(
@@ -295,7 +296,8 @@ end
 $$;
 comment on function api.set_time_zone(uuid, text) is
 'Sets the time zone in which an account''s days, weeks and months begin (UTC at first).
-Its budgets'' current windows are counted anew from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
+`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current windows are counted anew
+from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
 grant execute on function api.set_time_zone(uuid, text) to keyledger_operator;
 
 -- budgets: each counter against the usage log over its window, and whether the account knows that it has any

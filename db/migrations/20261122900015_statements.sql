@@ -79,43 +79,45 @@ end
 $$;
 
 create or replace function api.balance_at(
-  account_id uuid,
-  at timestamptz
+  inout account_id uuid,
+  inout at timestamptz,
+  out seq bigint,
+  out balance numeric,
+  out free_credit numeric,
+  out outstanding_amount numeric,
+  out credit_limit numeric
 )
-returns jsonb
+returns record
 language plpgsql
 stable
 security definer
 set search_path = ''
 as $$
-declare
-  v_seq bigint;
-  v_entry data.billing_transaction;
 begin
   if at is null or not isfinite(at) or at > clock_timestamp() then
     perform data.refuse(422, 'invalid_at', 'at must be a moment that has passed', 'send a timestamp with its time zone');
   end if;
-  v_seq := data.seq_before(account_id, at);
-  if v_seq is null then
+  seq := data.seq_before(account_id, at);
+  if seq is null then
     perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
       'account_id is the id of the tenant or user that pays');
   end if;
-  select * into v_entry from data.billing_transaction t where t.account_id = balance_at.account_id and t.seq = v_seq;
-  return jsonb_build_object(
-    'account_id', account_id,
-    'at', at,
-    'seq', v_seq,
-    'balance', coalesce(v_entry.balance_after, 0)::data.money::text,
-    'free_credit', (coalesce(v_entry.free_credit_after, 0) - (
-      select coalesce(sum(d.amount), 0) from data.expiries_due(balance_at.account_id, v_seq, at) d))::data.money::text,
-    'outstanding_amount', coalesce(v_entry.outstanding_after, 0)::data.money::text,
-    'credit_limit', coalesce(v_entry.credit_limit_after, 0)::data.money::text);
+  select t.balance_after, t.free_credit_after - x.due, t.outstanding_after, t.credit_limit_after
+  into balance, free_credit, outstanding_amount, credit_limit
+  from data.billing_transaction t
+  cross join (
+    select coalesce(sum(d.amount), 0) as due from data.expiries_due(balance_at.account_id, balance_at.seq, balance_at.at) d
+  ) x
+  where t.account_id = balance_at.account_id and t.seq = balance_at.seq;
+  if not found then
+    select z, z, z, z into balance, free_credit, outstanding_amount, credit_limit from (select 0::data.money as z) z;
+  end if;
 end
 $$;
 comment on function api.balance_at(uuid, timestamptz) is
 'An account''s figures as of a moment: after every entry posted before it, less the free credit that had expired by then.
-Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, amounts as decimal strings, all 0 before the first
-entry; at a statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future, for one).';
+Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, all 0 before the first entry; at a
+statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future, for one).';
 grant execute on function api.balance_at(uuid, timestamptz) to keyledger_operator;
 
 -- Waits until whoever holds the account's lock is done, and keeps nothing: what is posted from then on is of a later moment.

@@ -151,12 +151,13 @@ end
 $$;
 comment on function api.verify_ledger(uuid, text) is
 'Proves that an account''s history is the one that was recorded: no row when it is.
-Computes each entry''s hash again from the entry before, its content and its list of usage rows, and each usage row''s place in that list; answers the
-first thing that differs: `problem` (entry or usage row: was altered, is missing, was inserted), `seq`, `usage_id` if it is a usage row, and
-the hashes expected and found. What comes after it is not proven. Usage that retention dropped is not missing: the entries keep its list.
-`expected_head` is a head kept elsewhere (of billing_accounts, of a statement; hex): who rewrites entries and all hashes after them can''t
-hide it from one who kept a head, `head_not_found`. Which entry they began at is between the last head that is found and the first that
-isn''t; the seq of a head is billing_transactions where hash is it. Reads one snapshot. 404 account_not_found; 422 invalid_expected_head.';
+Walks the chain of `account_id`. Computes each entry''s hash again from the entry before, its content and its list of usage rows, and each
+usage row''s place in that list; answers the first thing that differs: `problem` (entry or usage row: was altered, is missing, was
+inserted), `seq`, `usage_id` if it is a usage row, and the hashes expected and found. What comes after it is not proven. Usage that
+retention dropped is not missing: the entries keep its list. `expected_head` is a head kept elsewhere (of billing_accounts, of a statement;
+hex): who rewrites entries and all hashes after them can''t hide it from one who kept a head, `head_not_found`. Which entry they began at is
+between the last head that is found and the first that isn''t; the seq of a head is billing_transactions where hash is it. Reads one
+snapshot. 404 account_not_found; 422 invalid_expected_head.';
 grant execute on function api.verify_ledger(uuid, text) to keyledger_operator;
 
 -- steps (data.to_cost) as a decimal: exact if it ends within 30 places, else cut off there
@@ -250,11 +251,12 @@ end
 $$;
 comment on function api.explain_charge(uuid, uuid) is
 'Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
-`meters` is [{meter, quantity, price: {id, unit_price, unit_size, effective_from}, amount, is_exact}], one each: quantity * unit_price /
-unit_size before rounding, by the prices that were in force at the event''s time; `sum` of them {amount, is_exact}, `rounded` half up to 10
-decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the
-rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: what each bucket and which grants paid; a
-member who may not see the whole account is shown its seq. Amounts are strings. 404 usage_not_found; 410 usage_dropped.';
+`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size, effective_from}, amount,
+is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum` of
+them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an
+amount never ends (it is cut off at 30 decimals; the rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count`
+events: what each bucket and which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
+usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
 create or replace function api.spend(
@@ -345,11 +347,11 @@ end
 $$;
 comment on function api.spend(text, timestamptz, timestamptz, uuid) is
 'Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
-Of events used from `from` on and before `to`, of one account or of all the reader may see. Answers [{key, name, currency, events, quantity,
-cost}], a row per key and currency; `key` is an id, a meter, or the tag''s value (null: events without the tag), and `name` its name. Costs
-are before refunds, and in any of these ways add up to the same sum: by meter, an event''s rounding falls to its meters in order of name, so that each
-is within 1e-10 of quantity * price. `quantity` is the meter''s. 410 usage_dropped from before the months kept
-(statements have its sums); 422 invalid_by, invalid_period.';
+`account_id` picks one account, null takes all the reader may see. Of events used from `from` on and before `to`, of one account or of all
+the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
+tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways add up to the same sum:
+by meter, an event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity * price. `quantity` is the
+meter''s. 410 usage_dropped from before the months kept (statements have its sums); 422 invalid_by, invalid_period.';
 grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
 
 reset role;
