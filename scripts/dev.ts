@@ -81,5 +81,6 @@ if (proxy)
 if (!redis) say('There is no REDIS_URL: redis-server is not installed.')
 say('Paste these lines into another terminal. Ctrl-C ends it all.\n')
 // nothing in them is special to a shell
-for (const [name, value] of Object.entries(lines)) if (value !== undefined) console.log(`${name}=${value}`)
+for (const [name, value] of Object.entries(lines))
+  if (value !== undefined) console.log(`export ${name}=${value}`)
 console.log('ready')

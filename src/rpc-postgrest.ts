@@ -13,13 +13,17 @@ export interface PostgrestRpcOptions {
   fetch?: typeof fetch
 }
 
-/** An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that PostgREST refuses. */
+/**
+ * An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that PostgREST refuses.
+ * Throws TypeError without `url`.
+ */
 export function postgrestRpc({
   url,
   token,
   timeout = 10_000,
   fetch = globalThis.fetch,
 }: PostgrestRpcOptions): Rpc {
+  if (!url) throw new TypeError('postgrestRpc: give `url`')
   const root = url.replace(/\/+$/, '')
 
   async function request(path: string, body?: string): Promise<unknown> {
