@@ -38,6 +38,11 @@ const amounts = (dice: Dice): bigint =>
   ][dice(8) > 1 ? 0 : 1 + dice(2)]!()
 const one = <T>(dice: Dice, list: T[]): T | undefined => list[dice(list.length)]
 const reference = (dice: Dice) => (dice(3) ? undefined : `reference ${dice(5)}`)
+// around what the account has left, where it matters
+const nearAll = (dice: Dice, world: World, account: Account): bigint => {
+  const all = model.available(account, world.now)
+  return all > 0n && dice(2) ? [all, all + 1n, all / 2n + 1n, all / 3n + 1n][dice(4)]! : amounts(dice)
+}
 // any account, now and then an unknown one; mostly one that has what the operation is about
 const someAccount = (dice: Dice, world: World, has: (account: Account) => boolean = () => true): Account => {
   const all = [...world.accounts.values()]
@@ -188,8 +193,8 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
   },
 
   grant_credit(dice, world, { began }) {
-    const [amount, ref, priority] = [amounts(dice), reference(dice), 1 + dice(2)]
-    const end = dice(4) ? world.now + [0, 0, 1, 2, 4, -1][dice(6)]! + 0.25 : Infinity
+    const [amount, ref, priority] = [amounts(dice), reference(dice), 1 + dice(3)]
+    const end = dice(4) ? world.now + [0, 1, 2, 4, 8, 16, 32, -1][dice(8)]! + 0.25 : Infinity
     const expires_at = end === Infinity ? undefined : new Date(began + end * hour * 1000)
     const args = { amount, priority, expires_at, reference: ref }
     const operation = single('grant_credit', someAccount(dice, world), args, (_, account) => {
@@ -238,11 +243,12 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
   },
 
   freeze_funds(dice, world) {
-    const [amount, ref] = [amounts(dice), reference(dice)]
+    const frozen = someAccount(dice, world)
+    const [amount, ref] = [nearAll(dice, world, frozen), reference(dice)]
     const shown = ({ id, status, amount }: Row) => `${id} ${status} ${amount}`
     return single(
       'freeze_funds',
-      someAccount(dice, world),
+      frozen,
       { amount, reason: 'model', reference: ref },
       (world, account, [said]) => {
         let hold = [...account.holds.values()].find((hold) => ref !== undefined && hold.reference === ref)
@@ -286,12 +292,12 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
         ? world.accounts.get(user.tenantId ?? user.id)!
         : one(dice, [...world.accounts.values()])!
       const known = dice(6) ? undefined : one(dice, [...account.holds.keys()])
-      const [amount, priced] = [amounts(dice), dice(3) === 0]
+      const [amount, priced] = [nearAll(dice, world, account), dice(3) === 0]
       return {
         id: known ?? newId(),
         account_id: account.id,
         virtual_key_id: user.keyId,
-        expires_in: ([0, 0, 1, 2, 5][dice(5)]! + 0.5) * hour,
+        expires_in: ([0, 1, 2, 5, 20][dice(5)]! + 0.5) * hour,
         ...(priced
           ? { config_node_id: nodeId, meters: { usd: fromSteps(amount) } }
           : { amount: fromSteps(amount) }),
@@ -516,7 +522,7 @@ function endOrExtend(dice: Dice, world: World, name: 'release_holds' | 'extend_h
     const account = someAccount(dice, world, ({ holds }) => [...holds.values()].some(isOpen))
     const holds = [...account.holds.values()].filter((hold) => isOpen(hold) || dice(6) === 0)
     const id = one(dice, holds)?.id ?? newId()
-    return { id, account_id: account.id, expires_in: ([0, 1, 2, 5][dice(4)]! + 0.5) * hour }
+    return { id, account_id: account.id, expires_in: ([0, 1, 5, 20][dice(4)]! + 0.5) * hour }
   })
   return many(
     name,
