@@ -31,7 +31,11 @@ for (const role of ['keyledger_gateway', 'keyledger_operator'] as const)
 db.onClose(() => Promise.all(Object.values(sessions).flatMap((some) => some.map((session) => session.end()))))
 
 async function begin(): Promise<{ world: World; setting: Setting }> {
-  await db.sql('update clock.ahead set seconds = 0')
+  // at a full hour, so that none of it is at the turn of a day
+  const [{ began }] = (await db.sql(
+    `update clock.ahead set seconds = extract(epoch from date_trunc('hour', now() + interval '1 hour') - now())
+    returning date_trunc('hour', now() + interval '1 hour') as began`,
+  )) as [Row]
   const [{ ids }] = (await db.operator(
     `with tenant as (insert into api.tenants (name) values ('model') returning id),
       alone as (insert into api.user_profiles (display_name) values ('model') returning id)
@@ -56,13 +60,20 @@ async function begin(): Promise<{ world: World; setting: Setting }> {
       suspended: false,
     },
   ])
-  const [{ began }] = (await db.sql('select clock_timestamp() as began')) as [Row]
   const accounts = new Map(
     [...ids, ...members.map(({ id }) => id)].map((id) => [id as string, openAccount(id)]),
   )
-  const world: World = { now: 0, hour: new Map(), accounts, users: new Map(users), parked: [] }
+  const world: World = {
+    began: began.getTime(),
+    now: 0,
+    hour: new Map(),
+    accounts,
+    users: new Map(users),
+    budgets: [],
+    parked: [],
+  }
   world.hour.set(0, figuresOf(world))
-  return { world, setting: { began: began.getTime(), nodeId } }
+  return { world, setting: { nodeId } }
 }
 
 /** What the database has, in the words of the model. */
@@ -76,6 +87,8 @@ async function read(accounts: string[], touched: string[]): Promise<[Map<string,
         where h.account_id = a.account_id order by 1) as holds,
       array(select concat_ws(' ', t.seq, t.kind, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.credit_limit_after)
         from data.billing_transaction t where t.account_id = a.account_id order by t.seq) as entries,
+      array(select concat_ws(' ', b.id, b.period, b.amount, b.spent, b.held) from api.budgets b
+        where b.account_id = a.account_id order by 1) as budgets,
       array(select l.id || ' ' || l.cost || ' ' || l.transaction_seq from data.usage_log l
         where l.account_id = a.account_id order by 1) as usage
     from api.billing_accounts a where a.account_id = any ($1)`,
@@ -146,7 +159,7 @@ async function step(world: World, together: Operation[]): Promise<World> {
   )
   const touched = [...new Set(together.flatMap(({ accounts }) => accounts))]
   const [has, problems] = await read([...world.accounts.keys()], touched)
-  assert.equal(problems, [])
+  if (problems.length) throw new Error(`verify_balances: ${JSON.stringify({ said, problems }, null, 2)}`)
 
   let nearest: unknown
   for (const order of orders(together.length)) {
@@ -155,7 +168,7 @@ async function step(world: World, together: Operation[]): Promise<World> {
       nearest ??= { said, expected: after }
       continue
     }
-    const should = new Map([...after.accounts].map(([id, account]) => [id, shown(account, after.now)]))
+    const should = new Map([...after.accounts].map(([id, account]) => [id, shown(after, account)]))
     const off = [...should].find(([id, account]) => JSON.stringify(has.get(id)) !== JSON.stringify(account))
     if (!off) {
       operations += together.length
@@ -173,10 +186,20 @@ async function step(world: World, together: Operation[]): Promise<World> {
 }
 
 // what most happens, and what the rest is about
-const often =
-  'place_holds place_holds record_usage record_usage top_up grant_credit grant_credit refund_charge'.split(
-    ' ',
-  )
+const often = [
+  ...[
+    'again',
+    'again',
+    'again',
+    'again',
+    'grant_credit',
+    'grant_credit',
+    'extend_holds',
+    'top_up',
+    'refund_charge',
+  ],
+  ...['place_holds', 'place_holds', 'place_holds', 'record_usage', 'record_usage'],
+]
 // what a run of this length can't have missed
 const seen = `at once
 adjust_balance: adjustment
@@ -184,11 +207,9 @@ adjust_balance: refused version_conflict
 check_budget: insufficient_funds
 close_period:
 extend_holds: extended
-extend_holds: refused hold_frozen
 freeze_funds: open
 freeze_funds: refused insufficient_funds
 grant_credit: credit_grant
-grant_credit: refused invalid_expires_at
 place_holds: duplicate open
 place_holds: held
 place_holds: refused insufficient_funds
@@ -198,19 +219,18 @@ record_openings: refused account_in_use
 record_usage: charged
 record_usage: duplicate
 record_usage: duplicate mismatch
-record_usage: parked invalid_hold
 record_usage: parked price_not_found
 refund_charge: refund
 refund_charge: refused refund_exceeds_charge
 release_holds: closed hold_released
 release_holds: released
-reverse_top_up: refused reversal_exceeds_top_up
 reverse_top_up: top_up_reversal
+set_budget:
 top_up: refused reference_mismatch
 top_up: top_up
 unfreeze_funds: released`.split('\n')
 const dice = fc.array(fc.nat(9999), { minLength: 24, maxLength: 24 })
-const kind = fc.record({ kind: fc.constantFrom(...Object.keys(kinds), ...often, 'again', 'again'), dice })
+const kind = fc.record({ kind: fc.constantFrom(...Object.keys(kinds), ...often), dice })
 const steps = fc.array(
   fc.oneof(
     { weight: 4, arbitrary: fc.tuple(kind) },
@@ -261,7 +281,6 @@ test(`${wanted} operations leave what the model says, and every invariant`, asyn
       numRuns: 10,
       unbiased: true,
       interruptAfterTimeLimit: 100_000,
-      endOnFailure: true,
       ...(path ? { path } : {}),
     })
     const { message } = (errorInstance ?? {}) as Partial<Error>

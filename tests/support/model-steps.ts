@@ -4,6 +4,7 @@ import type { Role, Row } from './database.ts'
 import { newId } from './ledger.ts'
 import * as model from './model.ts'
 import { type Account, type Event, Refused, type World } from './model.ts'
+import { idAt } from './payer.ts'
 
 /** One of 0 … n-1. */
 export type Dice = (n: number) => number
@@ -23,8 +24,6 @@ export interface Operation {
 }
 
 export interface Setting {
-  /** The moment the world began. */
-  began: number
   /** Meter `usd` costs 1 a unit, `third` 1 for 3; no other has a price. */
   nodeId: string
 }
@@ -192,10 +191,10 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
     })
   },
 
-  grant_credit(dice, world, { began }) {
+  grant_credit(dice, world) {
     const [amount, ref, priority] = [amounts(dice), reference(dice), 1 + dice(3)]
     const end = dice(4) ? world.now + [0, 1, 2, 4, 8, 16, 32, -1][dice(8)]! + 0.25 : Infinity
-    const expires_at = end === Infinity ? undefined : new Date(began + end * hour * 1000)
+    const expires_at = end === Infinity ? undefined : new Date(world.began + end * hour * 1000)
     const args = { amount, priority, expires_at, reference: ref }
     const operation = single('grant_credit', someAccount(dice, world), args, (_, account) => {
       const content = `${priority} ${end}`
@@ -286,8 +285,9 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
   },
 
   place_holds(dice, world, { nodeId }) {
+    const all = one(dice, [...world.users.values()])!
     const requests = Array.from({ length: 1 + dice(3) }, () => {
-      const user = one(dice, [...world.users.values()])!
+      const user = dice(2) ? all : one(dice, [...world.users.values()])!
       const account = dice(9)
         ? world.accounts.get(user.tenantId ?? user.id)!
         : one(dice, [...world.accounts.values()])!
@@ -315,7 +315,7 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
       ],
       (world) => {
         const codes = requests.map(({ account_id, virtual_key_id }) => {
-          const user = [...world.users.values()].find(({ keyId }) => keyId === virtual_key_id)!
+          const user = model.userOf(world, virtual_key_id)
           if (user.suspended) return 'user_suspended'
           return (user.tenantId ?? user.id) === account_id ? undefined : 'invalid_account'
         })
@@ -333,7 +333,11 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
           const amount = model.steps('amount' in request ? request.amount : request.meters.usd)
           const end = world.now + request.expires_in / hour
           if (amount > model.backing(account, world.now, end)) return ['refused', 'insufficient_funds']
-          account.holds.set(id, { id, amount, captured: 0n, status: 'open', end, content })
+          const { id: userId } = model.userOf(world, virtual_key_id)
+          const over = model.overBudget(world, account_id, virtual_key_id, userId, amount)
+          if (over) return ['refused', over]
+          const keyId = virtual_key_id
+          account.holds.set(id, { id, amount, captured: 0n, status: 'open', end, content, keyId })
           return ['held', availableNow(world, account)]
         })
       },
@@ -356,7 +360,9 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
         ? { usd: fromSteps(dice(9) ? amounts(dice) : 0n), ...(dice(3) ? {} : { third: `${1 + dice(20)}` }) }
         : { unpriced: '1' }
       return {
-        id: known ?? newId(),
+        // now, or late
+        id:
+          known ?? idAt(new Date(world.began + (world.now - (dice(6) ? 0 : dice(30))) * hour * 1000 + 1000)),
         account_id: account.id,
         virtual_key_id: one(dice, [...world.users.values()])!.keyId,
         config_node_id: nodeId,
@@ -409,21 +415,78 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
         const user = world.users.get(id)!
         const account = world.accounts.get(user.tenantId ?? id)!
         const left = model.available(account, world.now)
-        const code = user.suspended ? 'user_suspended' : amount > left ? 'insufficient_funds' : null
+        const over = model.overBudget(world, account.id, null, id, amount)
+        const code = user.suspended ? 'user_suspended' : amount > left ? 'insufficient_funds' : (over ?? null)
         return [`${code} ${fromSteps(left)}`]
       },
     }
   },
 
-  close_period(dice, world, { began }) {
+  set_budget(dice, world) {
+    const user = one(dice, [...world.users.values()])!
+    const account = dice(8)
+      ? world.accounts.get(dice(3) ? (user.tenantId ?? user.id) : user.id)!
+      : someAccount(dice, world)
+    const scope = one(dice, ['virtual_key', 'user', 'tenant'] as const)!
+    const tenants = [...world.accounts.keys()].filter((id) => !world.users.has(id))
+    const scopeId = scope === 'tenant' ? one(dice, tenants)! : scope === 'user' ? user.id : user.keyId
+    const [period, amount] = [one(dice, ['day', 'total'] as const)!, amounts(dice) * BigInt(1 + dice(4))]
+    return single(
+      'set_budget',
+      account,
+      { scope, scope_id: scopeId, amount, period },
+      (world, account, [said]) => {
+        const { id: userId, tenantId } = world.users.get(user.id)!
+        const payers = scope === 'tenant' ? [scopeId] : [tenantId ?? userId, userId]
+        if (!payers.includes(account.id)) throw new Refused('invalid_account')
+        let budget = world.budgets.find(
+          (budget) =>
+            budget.accountId === account.id &&
+            budget.scopeId === scopeId &&
+            budget.scope === scope &&
+            budget.period === period,
+        )
+        if (budget) budget.amount = amount
+        else {
+          const id = said!.split(' ')[0]!
+          budget = { id, accountId: account.id, scope, scopeId, period, amount }
+          world.budgets.push(budget)
+        }
+        return `${budget.id} ${fromSteps(model.budgetNow(world, budget).left)}`
+      },
+      ({ id, remaining }) => `${id} ${remaining}`,
+    )
+  },
+
+  remove_budget(dice, world) {
+    const id = one(dice, world.budgets)?.id ?? newId()
+    return {
+      name: 'remove_budget',
+      role: 'keyledger_operator',
+      text: 'select * from api.remove_budget($1)',
+      values: [id],
+      accounts: [],
+      say: (rows) => rows.map(({ id }) => id),
+      expect(world) {
+        const at = world.budgets.findIndex((budget) => budget.id === id)
+        if (at < 0) throw new Refused('budget_not_found')
+        model.settle(world, world.budgets[at]!.accountId)
+        world.budgets.splice(at, 1)
+        return [id]
+      },
+    }
+  },
+
+  close_period(dice, world) {
     const account = one(dice, [...world.accounts.values()])!
     const end = Math.max(world.now - (dice(4) ? 0 : 1), 0)
     const before = (BigInt(`0x${account.id.replaceAll('-', '')}`) - 1n).toString(16).padStart(32, '0')
     return {
       name: 'close_period',
       role: 'keyledger_operator',
-      text: `select s.*, api.balance_at(s.account_id, s.period_end) as at from api.close_period($1, $2, 1) s`,
-      values: [new Date(began + end * hour * 1000), before],
+      text: `select s.*, b.balance as at_balance, b.free_credit as at_free_credit from api.close_period($1, $2, 1) s
+        cross join lateral api.balance_at(s.account_id, s.period_end) b`,
+      values: [new Date(world.began + end * hour * 1000), before],
       accounts: [account.id],
       say: (rows) =>
         rows.map((row) =>
@@ -433,8 +496,8 @@ export const kinds: Record<string, (dice: Dice, world: World, setting: Setting) 
             row.balance_closing,
             row.free_credit_closing,
             row.outstanding_closing,
-            row.at.balance,
-            row.at.free_credit,
+            row.at_balance,
+            row.at_free_credit,
           ].join(' '),
         ),
       expect(world) {
@@ -589,7 +652,15 @@ function record(world: World, events: Event[]): (string | false | undefined)[][]
     for (const event of chargeable.filter(({ account_id }) => account_id === id)) {
       if (account.usage.has(event.id)) continue
       const cost = model.costOf(event.meters)
-      account.usage.set(event.id, { content: contentOf(event), cost, seq: account.entries.length + 1 })
+      account.usage.set(event.id, {
+        content: contentOf(event),
+        cost,
+        seq: account.entries.length + 1,
+        keyId: event.virtual_key_id,
+        hour: Math.floor(
+          (Number.parseInt(event.id.replace('-', '').slice(0, 12), 16) - world.began) / 3_600_000,
+        ),
+      })
       fresh.push(event)
       charged.add(event)
     }

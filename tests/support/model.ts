@@ -16,7 +16,16 @@ export interface Hold {
   end: number
   /** What makes a repeated request the same; null for a freeze. */
   content: string | null
+  keyId?: string
   reference?: string | undefined
+}
+export interface Budget {
+  id: string
+  accountId: string
+  scope: 'virtual_key' | 'user' | 'tenant'
+  scopeId: string
+  period: 'day' | 'total'
+  amount: bigint
 }
 export interface Entry {
   seq: number
@@ -36,6 +45,9 @@ export interface Usage {
   content: string
   cost: bigint
   seq: number
+  keyId: string
+  /** The hour of its id. */
+  hour: number
 }
 export interface Account {
   id: string
@@ -62,7 +74,10 @@ export interface User {
   suspended: boolean
 }
 export interface World {
+  /** A full hour, in ms. */
+  began: number
   now: number
+  budgets: Budget[]
   /** The figures as each hour began, where statements are cut. */
   hour: Map<number, Map<string, Figures>>
   accounts: Map<string, Account>
@@ -133,6 +148,47 @@ export function backing(account: Account, since: number, end: number): bigint {
     (grant) => grant.end >= since && grant.end < end && grant.remaining > 0n,
   )
   return min(availableAt(account, since), ...moments.map((grant) => availableAt(account, grant.end)))
+}
+
+/** What a budget has been used for, and holds are to use it for, in the window that is now. */
+export function budgetNow(world: World, { accountId, scope, scopeId, period, amount }: Budget) {
+  const account = world.accounts.get(accountId)!
+  const windowOf = (hour: number) =>
+    period === 'total' ? 0 : Math.floor((world.began / 3_600_000 + hour) / 24)
+  const isIts = (keyId: string | undefined) =>
+    keyId !== undefined &&
+    (scope === 'tenant' || scopeId === (scope === 'virtual_key' ? keyId : userOf(world, keyId).id))
+  const used = [...account.usage.values()].filter(
+    ({ keyId, hour }) => isIts(keyId) && windowOf(hour) === windowOf(world.now),
+  )
+  const spent = sum(used.map(({ cost }) => cost))
+  const held = sum(
+    open(account, world.now)
+      .filter(({ keyId }) => isIts(keyId))
+      .map(({ amount, captured }) => amount - captured),
+  )
+  return { spent, held, left: amount - spent - held }
+}
+export const userOf = (world: World, keyId: string): User =>
+  [...world.users.values()].find((user) => user.keyId === keyId)!
+
+/** The code of the first budget of an account, narrow ones first, that an amount for a key (or for a user, null) goes over. */
+export function overBudget(
+  world: World,
+  accountId: string,
+  keyId: string | null,
+  userId: string,
+  amount: bigint,
+): string | undefined {
+  const scopes = ['virtual_key', 'user', 'tenant']
+  const over = world.budgets.filter(
+    (budget) =>
+      budget.accountId === accountId &&
+      (budget.scope === 'tenant' || budget.scopeId === (budget.scope === 'user' ? userId : keyId)) &&
+      amount > budgetNow(world, budget).left,
+  )
+  const [first] = over.sort((a, b) => scopes.indexOf(a.scope) - scopes.indexOf(b.scope))
+  return first && `${first.scope === 'virtual_key' ? 'key' : first.scope}_budget_exceeded`
 }
 
 export function holdNow(hold: Hold, now: number): string {
@@ -294,7 +350,8 @@ export function refund(
 }
 
 /** An account as the test reads it from the database. */
-export function shown(account: Account, now: number) {
+export function shown(world: World, account: Account) {
+  const { now } = world
   const money = [
     account.balance,
     freeCredit(account, now),
@@ -314,6 +371,13 @@ export function shown(account: Account, now: number) {
       ({ seq, kind, balance, free, outstanding, limit }) =>
         `${seq} ${kind} ${[balance, free, outstanding, limit].map(fromSteps).join(' ')}`,
     ),
+    budgets: world.budgets
+      .filter(({ accountId }) => accountId === account.id)
+      .map((budget) => {
+        const { spent, held } = budgetNow(world, budget)
+        return `${budget.id} ${budget.period} ${[budget.amount, spent, held].map(fromSteps).join(' ')}`
+      })
+      .sort(),
     usage: [...account.usage].map(([id, { cost, seq }]) => `${id} ${fromSteps(cost)} ${seq}`).sort(),
   }
 }
