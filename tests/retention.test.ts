@@ -161,34 +161,83 @@ test('who is writing into the month is waited for, and seen', async () => {
   await proved(account)
 })
 
-test('an event that was let in before the drop charges nothing after it, and is parked when it comes again', async () => {
+test('an event that was let in before the drop is charged, with its neighbours; the drop gives up', async () => {
   const n = next++
   const account = await payer(db, { funds: '10' })
   const holder = await db.session()
   const writer = await db.session('keyledger_gateway')
-  const events = [of(account, n), account.event('1')]
   try {
     await holder.query('begin')
     await holder.query('select from data.account_balance where account_id = $1 for update', [
       account.accountId,
     ])
-    const late = failure(writer.query('select api.record_usage($1)', [JSON.stringify(events)]))
+    const late = writer.query('select api.record_usage($1) as it', [
+      JSON.stringify([of(account, n), account.event('1')]),
+    ])
     await db.blocked(writer)
-    assert.equal((await drop(start(n + 1))).dropped, [partition(n)])
+    assert.is((await failure(drop(start(n + 1)))).code, '55P03')
     await holder.query('commit')
-    assert.is((await late).code, '23514')
+    const answers: Row[] = (await late).rows[0].it
+    assert.equal(
+      answers.map(({ status }) => status),
+      ['charged', 'charged'],
+    )
   } finally {
     await holder.end()
     await writer.end()
   }
-  assert.is((await account.figures()).balance, '10')
-  assert.equal(
-    (await account.record(...events)).map(({ status, code }) => [status, code]),
-    [
-      ['parked', 'id_outside_window'],
-      ['charged', undefined],
-    ],
-  )
+  assert.is((await failure(drop(start(n + 1)))).message, 'usage_not_sealed')
+  await closeAll()
+  assert.equal((await drop(start(n + 1))).dropped, [partition(n)])
+  assert.is((await account.figures()).balance, '8')
+  await proved(account)
+})
+
+test('who comes while a month is dropped finds it gone: events are parked, proofs hold, sums are refused', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  const event = of(account, n)
+  await account.record(event)
+  await closeAll()
+  const dropper = await db.session('keyledger_operator')
+  const writer = await db.session('keyledger_gateway')
+  const readers = await Promise.all([1, 2, 3, 4].map(() => db.session('keyledger_operator')))
+  const [balances, ledger, spender, explainer] = readers as [
+    typeof dropper,
+    typeof dropper,
+    typeof dropper,
+    typeof dropper,
+  ]
+  const { accountId } = account
+  try {
+    await dropper.query('begin')
+    await dropper.query('select api.drop_usage_partitions($1)', [start(n + 1)])
+    const late = writer.query('select api.record_usage($1) as it', [
+      JSON.stringify([of(account, n), account.event('1')]),
+    ])
+    const problems = [
+      balances.query('select * from api.verify_balances($1)', [accountId]),
+      ledger.query('select * from api.verify_ledger($1)', [accountId]),
+    ]
+    const refused = [
+      failure(spender.query(`select * from api.spend('user', $1, now(), $2)`, [month(n), accountId])),
+      failure(explainer.query('select api.explain_charge($1, $2)', [accountId, event.id])),
+    ]
+    for (const session of [writer, ...readers]) await db.blocked(session)
+    await dropper.query('commit')
+    const answers: Row[] = (await late).rows[0].it
+    assert.equal(
+      answers.map(({ status, code }) => [status, code]),
+      [
+        ['parked', 'id_outside_window'],
+        ['charged', undefined],
+      ],
+    )
+    for (const found of problems) assert.equal((await found).rows, [])
+    for (const error of refused) assert.is((await error).message, 'usage_dropped')
+  } finally {
+    for (const session of [dropper, writer, ...readers]) await session.end()
+  }
   await proved(account)
 })
 

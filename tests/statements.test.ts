@@ -411,6 +411,30 @@ test('credit that expired is gone from the period of its moment, whenever its en
   await holdsTrue(db.sql)
 })
 
+test('what an app keeps with a payment is its own business, whatever it is called', async () => {
+  const account = await payer(db)
+  const soon = await later(await now(), 1_000_000)
+  await account.grant('4', { expires_at: soon })
+  await account.topUp('1', { metadata: { grant_seq: 'of the year' } })
+  await account.topUp('1', { metadata: { grant_seq: 1 } })
+  await passed(soon)
+  await account.topUp('1', { metadata: { grant_seq: 'of the year' } })
+  await close(account, await now())
+  const doc = await statement(account.accountId, (await starts(account.accountId))[0]!)
+  addsUp(doc)
+  assert.equal(
+    doc.entries.map(({ kind, grant_seq }: Row) => [kind, grant_seq]),
+    [
+      ['credit_grant', null],
+      ['top_up', null],
+      ['top_up', null],
+      ['credit_expiry', 1],
+      ['top_up', null],
+    ],
+  )
+  await holdsTrue(db.sql)
+})
+
 test('an expiry exactly at the end belongs to the period, an entry exactly at the end to the next', async () => {
   const account = await payer(db, { funds: '1' })
   const soon = await later(await now(), 2_000_000)

@@ -33,7 +33,7 @@ begin
       'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'seal', 'seq_before', 'sha256',
       'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
       'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
-      'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window',
+      'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now',
       'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets',
       'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer',
       'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted',

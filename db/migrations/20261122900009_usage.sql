@@ -5,8 +5,10 @@ set local role keyledger_owner;
 
 -- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked.
 -- Ids are cast at once, and one by one only if that fails: catching each on its own is a fifth of the work.
+-- The caller's own statement reads the window: it then waits for a drop of months before it takes its snapshot, not after.
 create or replace function data.read_usage_events(
   events jsonb,
+  taken data.usage_window,
   ids_are_well_formed boolean default true,
   out ords bigint[],
   out usage data.usage_log[],
@@ -17,6 +19,9 @@ returns record
 language plpgsql
 stable
 as $$
+declare
+  v_first uuid := data.uuid_floor(taken.floor);
+  v_beyond uuid := data.uuid_floor(taken.ceiling);
 begin
   select array_agg(e.ord), array_agg(e.usage), array_agg(e.code), array_agg(distinct (e.usage).virtual_key_id) filter (where e.is_idle)
   into ords, usage, codes, idle_keys
@@ -32,7 +37,7 @@ begin
       case
         when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
         when r.id is null then 'invalid_id'
-        when r.id < w.first or r.id >= w.beyond then 'id_outside_window'
+        when r.id < v_first or r.id >= v_beyond then 'id_outside_window'
         when r.account_id is null then 'invalid_account_id'
         when r.virtual_key_id is null then 'invalid_virtual_key_id'
         when r.config_node_id is null then 'invalid_config_node_id'
@@ -48,7 +53,7 @@ begin
         -- a hold of another account is no hold of this one, and a freeze is not to be drawn; one of before the window ended and is purged
         when r.hold_id is not null and not exists (
           select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null)
-          and (r.hold_id >= w.first or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id))
+          and (r.hold_id >= v_first or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id))
           then 'invalid_hold'
         else p.code
       end as code
@@ -78,7 +83,6 @@ begin
       ) i
       offset 0
     ) r
-    cross join (select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0) w
     cross join lateral (
       select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
     ) p
@@ -88,7 +92,7 @@ exception when invalid_text_representation or check_violation then
   if not ids_are_well_formed then
     raise;
   end if;
-  select r.ords, r.usage, r.codes, r.idle_keys into ords, usage, codes, idle_keys from data.read_usage_events(events, false) r;
+  select r.ords, r.usage, r.codes, r.idle_keys into ords, usage, codes, idle_keys from data.read_usage_events(events, taken, false) r;
 end
 $$;
 
@@ -170,7 +174,8 @@ declare
 begin
   perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
-  select r.ords, r.usage, r.codes, r.idle_keys into v_ords, v_usage, v_codes, v_idle_keys from data.read_usage_events(events) r;
+  select r.ords, r.usage, r.codes, r.idle_keys into v_ords, v_usage, v_codes, v_idle_keys
+  from data.usage_window w cross join lateral data.read_usage_events(events, w) r;
   v_chargeable := v_usage;
   if num_nonnulls(variadic v_codes) > 0 then
     v_chargeable := '{}';
@@ -286,7 +291,8 @@ begin
 
   -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
   select array_agg(c.code order by c.ord) into v_codes
-  from data.read_usage_events(v_events) e
+  from data.usage_window w
+  cross join lateral data.read_usage_events(v_events, w) e
   cross join lateral unnest(e.ords, e.codes) as c (ord, code);
   v_recorded := api.record_usage((
     select coalesce(jsonb_agg(e.event order by e.ord), '[]')

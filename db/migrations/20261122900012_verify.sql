@@ -269,7 +269,7 @@ language plpgsql
 stable
 as $$
 declare
-  v_first_kept uuid := (select data.uuid_floor(w.floor) from data.usage_window w);
+  v_first_kept uuid := data.uuid_floor((data.usage_window_now()).floor);
 begin
   return query
   with used as (

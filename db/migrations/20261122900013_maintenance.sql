@@ -91,7 +91,9 @@ begin
     update data.usage_window w set dropped_before = greatest(w.dropped_before, v_floor);
     -- every charge waits behind this: rather give up
     perform set_config('lock_timeout', '500ms', true);
-    -- who read the window before it was raised finds no month to write to
+    -- who has read the window is done, so nobody is about to write into these months, or reads on without them; who reads it next
+    -- finds it raised
+    lock table only data.usage_window in access exclusive mode;
     lock table only data.usage_log in access exclusive mode;
     foreach v_month in array v_dropped loop
       execute format('drop table data.%I', v_month);
@@ -107,13 +109,28 @@ prove as before; events of a dropped month can''t be explained, refunded one by 
 dropped, events}. 409 usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for long: call again.';
 grant execute on function api.drop_usage_partitions(timestamptz) to keyledger_operator;
 
+-- The window as it is now, whatever snapshot the caller reads: months are gone for every snapshot, and until the caller's
+-- transaction ends no more of them go.
+create or replace function data.usage_window_now()
+returns data.usage_window
+language plpgsql
+volatile
+as $$
+declare
+  v_window data.usage_window;
+begin
+  select * into v_window from data.usage_window;
+  return v_window;
+end
+$$;
+
 -- refuse usage of a month that was dropped
 create or replace function data.refuse_dropped_usage(id uuid)
 returns void
 language plpgsql
 as $$
 declare
-  v_dropped_before timestamptz := (select w.dropped_before from data.usage_window w);
+  v_dropped_before timestamptz := (data.usage_window_now()).dropped_before;
 begin
   if refuse_dropped_usage.id < data.uuid_floor(v_dropped_before) then
     perform data.refuse(410, 'usage_dropped', 'usage of before ' || v_dropped_before || ' is no longer kept',

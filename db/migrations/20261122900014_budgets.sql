@@ -313,7 +313,7 @@ language plpgsql
 stable
 as $$
 declare
-  v_floor timestamptz := (select w.floor from data.usage_window w);
+  v_floor timestamptz := (data.usage_window_now()).floor;
 begin
   return query
   with used as (

@@ -419,7 +419,7 @@ begin
           'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
         from data.billing_transaction e
         left join data.credit_grant g on e.kind = 'credit_expiry' and g.account_id = e.account_id
-          and g.seq = (e.metadata ->> 'grant_seq')::bigint
+          and g.seq = case e.kind when 'credit_expiry' then (e.metadata ->> 'grant_seq')::bigint end
         where e.account_id = v_sealed.account_id and e.seq between v_sealed.first_seq and v_sealed.last_seq and e.kind <> 'usage'
           -- the statement before has it
           and (g.expires_at > v_sealed.period_start) is not false

@@ -17,7 +17,7 @@ as $$
 declare
   v_head text := lower(regexp_replace(expected_head, '^\\x', ''));
   v_account data.account_balance;
-  v_first_kept uuid := (select data.uuid_floor(w.floor) from data.usage_window w);
+  v_first_kept uuid := data.uuid_floor((data.usage_window_now()).floor);
   v_last data.billing_transaction;
   v_head_seq bigint;
   v_contains boolean;
