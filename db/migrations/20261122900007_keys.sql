@@ -480,11 +480,12 @@ begin
       update data.config_node n set status = set_status.status where n.id = set_status.id;
     when 'virtual_key' then
       if status is distinct from 'revoked' then
-        perform data.refuse(422, 'invalid_status', 'virtual_key: ' || coalesce(status, 'null'), 'a key can only be revoked');
+        perform data.refuse(422, 'invalid_status', 'the status of a virtual_key', 'send revoked: a key can only be revoked');
       end if;
       perform api.revoke_virtual_key(id);
     else
-      perform data.refuse(422, 'invalid_entity', coalesce(entity, 'null'), 'send tenant, user_profile, virtual_key or config_node');
+      perform data.refuse(422, 'invalid_entity', 'entity names no kind of row that has a status',
+        'send tenant, user_profile, virtual_key or config_node');
   end case;
   if not found then
     perform data.refuse(404, case entity when 'user_profile' then 'user' else entity end || '_not_found',
@@ -497,7 +498,7 @@ begin
   limit 1;
   return v_shown;
 exception when check_violation or not_null_violation then
-  perform data.refuse(422, 'invalid_status', entity || ': ' || coalesce(status, 'null'),
+  perform data.refuse(422, 'invalid_status', 'no status of a ' || entity,
     'send active, suspended or closed; active or disabled for a config_node');
 end
 $$;
