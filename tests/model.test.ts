@@ -5,10 +5,15 @@ import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { movableClock } from './support/clock.ts'
-import { database, type Row } from './support/database.ts'
+import { database } from './support/database.ts'
 import { holdsTrue } from './support/ledger.ts'
-import { figuresOf, openAccount, Refused, shown, type World } from './support/model.ts'
-import { type Dice, kinds, type Operation, type Setting } from './support/model-steps.ts'
+import { Refused, shown, type World } from './support/model.ts'
+import { begin, read } from './support/model-database.ts'
+import { holds } from './support/model-holds.ts'
+import { money } from './support/model-money.ts'
+import { others } from './support/model-others.ts'
+import type { Dice, Operation } from './support/model-steps.ts'
+import { usage } from './support/model-usage.ts'
 import { seed } from './support/seed.ts'
 
 const test = suite('model')
@@ -29,78 +34,6 @@ const sessions: Record<string, pg.Client[]> = { keyledger_owner: [await db.sessi
 for (const role of ['keyledger_gateway', 'keyledger_operator'] as const)
   sessions[role] = await Promise.all(Array.from({ length: 4 }, () => db.session(role)))
 db.onClose(() => Promise.all(Object.values(sessions).flatMap((some) => some.map((session) => session.end()))))
-
-async function begin(): Promise<{ world: World; setting: Setting }> {
-  // at a full hour, so that none of it is at the turn of a day
-  const [{ began }] = (await db.sql(
-    `update clock.ahead set seconds = extract(epoch from date_trunc('hour', now() + interval '1 hour') - now())
-    returning date_trunc('hour', now() + interval '1 hour') as began`,
-  )) as [Row]
-  const [{ ids }] = (await db.operator(
-    `with tenant as (insert into api.tenants (name) values ('model') returning id),
-      alone as (insert into api.user_profiles (display_name) values ('model') returning id)
-    select array(select id from tenant) || array(select id from alone) as ids`,
-  )) as [Row]
-  const [tenantId, ...alone] = ids as string[]
-  const members = await db.operator(
-    'insert into api.user_profiles (tenant_id) values ($1) returning id, tenant_id',
-    [tenantId],
-  )
-  const keys = await db.operator(
-    `select u.id, k.id as key_id from unnest($1::uuid[]) as u (id)
-    cross join lateral api.create_virtual_key(u.id, config_node_ids => array[$2::uuid]) k`,
-    [[...alone, ...members.map(({ id }) => id)], nodeId],
-  )
-  const users = keys.map(({ id, key_id }): World['users'] extends Map<infer K, infer V> ? [K, V] : never => [
-    id,
-    {
-      id,
-      keyId: key_id,
-      tenantId: members.find((member) => member.id === id)?.tenant_id ?? null,
-      suspended: false,
-    },
-  ])
-  const accounts = new Map(
-    [...ids, ...members.map(({ id }) => id)].map((id) => [id as string, openAccount(id)]),
-  )
-  const world: World = {
-    began: began.getTime(),
-    now: 0,
-    hour: new Map(),
-    accounts,
-    users: new Map(users),
-    budgets: [],
-    parked: [],
-  }
-  world.hour.set(0, figuresOf(world))
-  return { world, setting: { nodeId } }
-}
-
-/** What the database has, in the words of the model. */
-async function read(accounts: string[], touched: string[]): Promise<[Map<string, unknown>, Row[]]> {
-  const reading = db.sql(
-    `select a.account_id,
-      array[a.balance, a.free_credit, a.credit_limit, a.frozen_balance, a.outstanding_amount, a.available]::text[] as figures,
-      array(select g.seq || ': ' || g.remaining from data.credit_grant g where g.account_id = a.account_id and g.remaining > 0
-        and (g.expires_at is null or g.expires_at > clock.clock_timestamp()) order by g.seq) as grants,
-      array(select h.id || ' ' || h.status || ' ' || h.captured || '/' || h.amount from api.holds h
-        where h.account_id = a.account_id order by 1) as holds,
-      array(select concat_ws(' ', t.seq, t.kind, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.credit_limit_after)
-        from data.billing_transaction t where t.account_id = a.account_id order by t.seq) as entries,
-      array(select concat_ws(' ', b.id, b.period, b.amount, b.spent, b.held) from api.budgets b
-        where b.account_id = a.account_id order by 1) as budgets,
-      array(select l.id || ' ' || l.cost || ' ' || l.transaction_seq from data.usage_log l
-        where l.account_id = a.account_id order by 1) as usage
-    from api.billing_accounts a where a.account_id = any ($1)`,
-    [accounts],
-  )
-  const verifying = db.sql(
-    'select v.* from unnest($1::uuid[]) as a (id) cross join lateral api.verify_balances(a.id) v',
-    [touched],
-  )
-  const [rows, problems] = await Promise.all([reading, verifying])
-  return [new Map(rows.map(({ account_id, ...has }) => [account_id, has])), problems]
-}
 
 // what was done, and how it came out: to see that everything was tried
 const counts = new Map<string, number>()
@@ -158,7 +91,7 @@ async function step(world: World, together: Operation[]): Promise<World> {
     }),
   )
   const touched = [...new Set(together.flatMap(({ accounts }) => accounts))]
-  const [has, problems] = await read([...world.accounts.keys()], touched)
+  const [has, problems] = await read(db, [...world.accounts.keys()], touched)
   if (problems.length) throw new Error(`verify_balances: ${JSON.stringify({ said, problems }, null, 2)}`)
 
   let nearest: unknown
@@ -185,6 +118,7 @@ async function step(world: World, together: Operation[]): Promise<World> {
   throw new Error(`no order of these leads to what is there: ${JSON.stringify(nearest, null, 2)}`)
 }
 
+const kinds = { ...money, ...holds, ...usage, ...others }
 // what most happens, and what the rest is about
 const often = [
   ...[
@@ -240,9 +174,7 @@ const steps = fc.array(
 )
 
 const property = fc.asyncProperty(steps, async (all) => {
-  const begun = await begin()
-  const { setting } = begun
-  let { world } = begun
+  let world = await begin(db, nodeId)
   const log: string[] = []
   const past: Operation[] = []
   for (const some of all) {
@@ -251,7 +183,7 @@ const property = fc.asyncProperty(steps, async (all) => {
       const roll: Dice = (n) => dice[next++ % dice.length]! % n
       return kind === 'again' && past.length
         ? past[roll(past.length)]!
-        : (kinds[kind] ?? kinds.top_up)!(roll, world, setting)
+        : (kinds[kind] ?? kinds.top_up!)(roll, world, { nodeId })
     })
     past.push(...concrete)
     const together = concrete.length > 1 ? concrete.filter(({ alone }) => !alone) : concrete

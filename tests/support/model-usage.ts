@@ -1,0 +1,160 @@
+// Steps of the model test: what was used, what was parked, and advice.
+import { fromSteps } from '../../scripts/money.ts'
+import type { Row } from './database.ts'
+import { newId } from './ledger.ts'
+import type { Event, World } from './model.ts'
+import * as model from './model.ts'
+import * as rules from './model-rules.ts'
+import { amounts, availableNow, hour, type Kinds, locked, many, one } from './model-steps.ts'
+import { idAt } from './payer.ts'
+
+export const usage: Kinds = {
+  record_usage(dice, world, { nodeId }) {
+    const events = Array.from({ length: 1 + dice(3) }, (): Event => {
+      const account = dice(40) ? one(dice, [...world.accounts.values()])! : model.openAccount(newId())
+      const known = dice(8) ? undefined : one(dice, [...account.usage.keys()])
+      const of = dice(7) ? account : one(dice, [...world.accounts.values()])!
+      const holds = [...of.holds.values()].filter(
+        ({ status, end }) => (status === 'open' && end < Infinity) || !dice(6),
+      )
+      const hold_id = dice(4) ? one(dice, holds)?.id : undefined
+      const meters = dice(15)
+        ? { usd: fromSteps(dice(9) ? amounts(dice) : 0n), ...(dice(3) ? {} : { third: `${1 + dice(20)}` }) }
+        : { unpriced: '1' }
+      return {
+        // now, or late
+        id:
+          known ?? idAt(new Date(world.began + (world.now - (dice(6) ? 0 : dice(30))) * hour * 1000 + 1000)),
+        account_id: account.id,
+        virtual_key_id: one(dice, [...world.users.values()])!.keyId,
+        config_node_id: nodeId,
+        meters: meters as Record<string, string>,
+        ...(hold_id ? { hold_id } : {}),
+        ...(dice(3) ? {} : { final: false }),
+      }
+    })
+    if (events.length > 1 && dice(6) === 0)
+      events[1] = { ...events[0]!, ...(dice(2) ? {} : { final: false }) }
+    return many('record_usage', events, sayCharge, (world) => record(world, events))
+  },
+
+  replay_rejected_usage(dice, world) {
+    const parked = one(dice, world.parked)
+    return {
+      name: 'replay_rejected_usage',
+      role: 'keyledger_operator',
+      text: `select api.replay_rejected_usage(array(
+        select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb)) as answers`,
+      values: [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)],
+      accounts: parked ? [parked.event.account_id] : [],
+      alone: true,
+      say: ([row]) => (row!.answers as Row[]).map((answer) => sayCharge(answer).filter(Boolean).join(' ')),
+      expect(world) {
+        const again = world.parked.find(
+          ({ event }) => event.id === parked?.event.id && same(event, parked.event),
+        )
+        if (!again || again.resolved) return []
+        const { hold_id: _, ...event } = again.event
+        const [answer] = record(world, [again.code === 'invalid_hold' ? event : again.event])
+        if (answer![0] === 'parked') again.code = answer![1] as string
+        else again.resolved = true
+        return [answer!.filter(Boolean).join(' ')]
+      },
+    }
+  },
+
+  check_budget(dice, world) {
+    const { id } = one(dice, [...world.users.values()])!
+    const amount = amounts(dice)
+    return {
+      name: 'check_budget',
+      role: 'keyledger_gateway',
+      text: 'select * from api.check_budget($1, $2)',
+      values: [id, fromSteps(amount)],
+      accounts: [],
+      say: ([row]) => [`${row!.code} ${row!.available}`],
+      expect(world) {
+        const user = world.users.get(id)!
+        const account = world.accounts.get(user.tenantId ?? id)!
+        const left = model.available(account, world.now)
+        const over = rules.overBudget(world, account.id, null, id, amount)
+        const code = user.suspended ? 'user_suspended' : amount > left ? 'insufficient_funds' : (over ?? null)
+        return [`${code} ${fromSteps(left)}`]
+      },
+    }
+  },
+}
+
+const sayCharge = ({ status, code, cost, seq, mismatch, available }: Row) => [
+  status,
+  code,
+  cost,
+  seq && `${seq}`,
+  mismatch && 'mismatch',
+  available,
+]
+const same = (a: object, b: object) => JSON.stringify(a) === JSON.stringify(b)
+
+function record(world: World, events: Event[]): (string | false | undefined)[][] {
+  const codes = events.map(({ account_id, hold_id, meters }) => {
+    const account = world.accounts.get(account_id)
+    if (!account) return 'account_not_found'
+    if (hold_id && (account.holds.get(hold_id)?.end ?? Infinity) === Infinity) return 'invalid_hold'
+    return 'unpriced' in meters ? 'price_not_found' : undefined
+  })
+  const chargeable = events.filter((_, i) => !codes[i])
+  locked(
+    world,
+    chargeable.map(({ account_id }) => account_id),
+  )
+  const charged = new Set<Event>()
+  for (const id of new Set(chargeable.map(({ account_id }) => account_id))) {
+    const account = world.accounts.get(id)!
+    const fresh: Event[] = []
+    for (const event of chargeable.filter(({ account_id }) => account_id === id)) {
+      if (account.usage.has(event.id)) continue
+      const cost = model.costOf(event.meters)
+      account.usage.set(event.id, {
+        content: contentOf(event),
+        cost,
+        seq: account.entries.length + 1,
+        keyId: event.virtual_key_id,
+        hour: Math.floor(
+          (Number.parseInt(event.id.replace('-', '').slice(0, 12), 16) - world.began) / 3_600_000,
+        ),
+      })
+      fresh.push(event)
+      charged.add(event)
+    }
+    if (!fresh.length) continue
+    const cost = (some: Event[]) => some.reduce((sum, { id }) => sum + account.usage.get(id)!.cost, 0n)
+    for (const holdId of new Set(fresh.map(({ hold_id }) => hold_id))) {
+      const hold = account.holds.get(holdId ?? '')
+      if (hold?.status !== 'open') continue
+      const drawing = fresh.filter(({ hold_id }) => hold_id === holdId)
+      hold.captured += model.min(cost(drawing), hold.amount - hold.captured)
+      if (drawing.some(({ final }) => final !== false)) hold.status = 'captured'
+    }
+    rules.post(account, 'usage', { outstanding: cost(fresh) })
+  }
+  return events.map((event, i) => {
+    if (codes[i]) {
+      if (!world.parked.some((parked) => same(parked.event, event)))
+        world.parked.push({ event, code: codes[i], resolved: false })
+      return ['parked', codes[i]]
+    }
+    const account = world.accounts.get(event.account_id)!
+    const { content, cost, seq } = account.usage.get(event.id)!
+    const mismatch = !charged.has(event) && content !== contentOf(event) && 'mismatch'
+    return [
+      charged.has(event) ? 'charged' : 'duplicate',
+      fromSteps(cost),
+      `${seq}`,
+      mismatch,
+      availableNow(world, account),
+    ]
+  })
+}
+
+const contentOf = ({ virtual_key_id, config_node_id, meters, hold_id, final = true }: Event) =>
+  JSON.stringify([virtual_key_id, config_node_id, meters, hold_id, final])
