@@ -41,7 +41,7 @@ export function demoOptions(args = process.argv.slice(2)): DemoOptions {
   try {
     return read(args)
   } catch (error) {
-    wrongOption((error as Error).message.replaceAll('\n', ' '))
+    wrongOption(`${(error as Error).message.replaceAll('\n', ' ')}; see --help`)
   }
 }
 
@@ -82,7 +82,7 @@ function read(args: string[]): DemoOptions {
 
   type Name = keyof typeof values
   const wrong = (name: Name, expected: string) =>
-    new Error(`--${name} must be ${expected}, not ${JSON.stringify(values[name])}; see --help`)
+    new Error(`--${name} must be ${expected}, not ${JSON.stringify(values[name])}`)
   const whole = (name: Name, otherwise: number, min: number, max: number) => {
     const given = String(values[name] ?? otherwise)
     if (/^\d{1,10}$/.test(given) && Number(given) >= min && Number(given) <= max) return Number(given)

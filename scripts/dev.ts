@@ -27,7 +27,7 @@ function options() {
   try {
     return parseArgs({ options: { proxy: flag, help: flag } }).values
   } catch (error) {
-    console.error(`dev: ${(error as Error).message}`)
+    console.error(`dev: ${(error as Error).message}; see --help`)
     process.exit(2)
   }
 }

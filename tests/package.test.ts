@@ -70,7 +70,14 @@ test('holds the compiled client, the migrations and what one reads, and nothing 
     inside('dist').sort(),
     sources.flatMap((name) => [`package/dist/${name}.d.ts`, `package/dist/${name}.js`]).sort(),
   )
-  const others = files.filter((file) => !/^package\/(dist|db)\//.test(file)).sort()
+  for (const folder of ['docs', 'examples'])
+    assert.equal(
+      inside(folder).sort(),
+      readdirSync(join(root, folder))
+        .map((file) => `package/${folder}/${file}`)
+        .sort(),
+    )
+  const others = files.filter((file) => !/^package\/(dist|db|docs|examples)\//.test(file)).sort()
   assert.equal(
     others,
     ['CHANGELOG.md', 'LICENSE', 'README.md', 'package.json'].map((file) => `package/${file}`),
