@@ -223,6 +223,7 @@ test(`${wanted} operations leave what the model says, and every invariant`, asyn
       assert.unreachable('the database is not as the model says')
     }
     if (path) break
+    if (wanted > 2000) console.log(`${operations} operations`)
   }
   if (wanted > 2000)
     console.log(
