@@ -80,7 +80,9 @@ test('holds the compiled client, the migrations and what one reads, and nothing 
   const others = files.filter((file) => !/^package\/(dist|db|docs|examples)\//.test(file)).sort()
   assert.equal(
     others,
-    ['CHANGELOG.md', 'LICENSE', 'README.md', 'package.json'].map((file) => `package/${file}`),
+    ['CHANGELOG.md', 'LICENSE', 'README.md', 'README.zh-CN.md', 'package.json'].map(
+      (file) => `package/${file}`,
+    ),
   )
 })
 

@@ -150,7 +150,7 @@ async function pasted(db: Database, POSTGREST_URL: string, REDIS_URL: string, se
   }
 }
 
-function blocksOf(text: string): Block[] {
+export function blocksOf(text: string): Block[] {
   const blocks: Block[] = []
   for (const { index, 1: language, 2: code } of text.matchAll(/^```(\w+)\n(.*?)^```$/gms)) {
     const before = text.slice(0, index)
@@ -192,7 +192,7 @@ function readersDirectory(top: string, blocks: Block[]): string {
   return home
 }
 
-function namesWhatIsThere(file: string, text: string) {
+export function namesWhatIsThere(file: string, text: string) {
   const makefile = readFileSync(join(root, 'Makefile'), 'utf8')
   for (const [, target] of text.matchAll(/(?:^|`)make ([a-z-]+)/gm))
     assert.match(makefile, new RegExp(`^${target}:`, 'm'))
