@@ -174,6 +174,25 @@ test('holds of one call share the budget, in order; a repeated one takes nothing
   ])
 })
 
+test('a call for many accounts keeps each to its own budgets, in whatever order they come', async () => {
+  const teams = await Promise.all([1, 2, 3].map(() => team()))
+  for (const { first, second } of teams) {
+    await setBudget(first, 'virtual_key', '4')
+    await setBudget(second, 'user', '2')
+  }
+  const asked = [...teams, ...teams.toReversed()].flatMap(({ first, second }) => [
+    first.request('3'),
+    second.request('2'),
+  ])
+  const answers = await teams[0]!.first.place(...asked)
+  assert.equal(
+    answers.map(brief),
+    asked.map((_, i) =>
+      i < 6 ? 'held' : i % 2 ? 'refused user_budget_exceeded' : 'refused key_budget_exceeded',
+    ),
+  )
+})
+
 test('what is used moves from held to spent, and counts past the budget too', async () => {
   const account = await payer(db, { funds: '100' })
   const { id } = await setBudget(account, 'virtual_key', '10')

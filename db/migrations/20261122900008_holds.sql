@@ -212,7 +212,9 @@ declare
   v_ids text[];
   v_holds data.hold[];
   v_codes text[];
+  v_key_ids uuid[];
   v_user_ids uuid[];
+  v_last integer;
   v_account_ids uuid[];
   v_availables numeric[];
   v_have_budgets boolean[];
@@ -243,8 +245,8 @@ begin
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
     array_agg(distinct (r.hold).account_id) filter (where r.code is null), max((r.hold).expires_at - (r.hold).created_at),
-    array_agg(r.user_id)
-  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest, v_user_ids
+    array_agg((r.hold).virtual_key_id), array_agg(r.user_id)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest, v_key_ids, v_user_ids
   from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
 
   perform data.lock_accounts(v_account_ids);
@@ -272,9 +274,14 @@ begin
       end if;
       v_scopes := null;
       if v_have_budgets[v_next] then
+        -- of those who ask of this account, or many accounts would look at all of them each
+        v_last := i;
+        while v_last < cardinality(v_holds) and (v_holds[v_last + 1]).account_id = v_account_id loop
+          v_last := v_last + 1;
+        end loop;
         select array_agg(b.scope), array_agg(b.scope_id), array_agg(b.remaining)
         into v_scopes, v_scope_ids, v_lefts
-        from data.budgets_left(v_account_id, array(select h.virtual_key_id from unnest(v_holds) h), v_user_ids, v_now) b;
+        from data.budgets_left(v_account_id, v_key_ids[i:v_last], v_user_ids[i:v_last], v_now) b;
       end if;
       v_next := v_next + 1;
       v_new_from := cardinality(v_new_ids) + 1;
