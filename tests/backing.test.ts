@@ -77,6 +77,43 @@ test('what is captured, released or spent backs no other hold', async () => {
   assert.is(await asked(account, '6', 2), 'held')
 })
 
+test('lasting credit that is spent before credit that expires backs one hold, not a shorter one as well', async () => {
+  const account = await payer(db)
+  await account.grant('10', { priority: 1 })
+  await account.grant('10', { expires_at: inHours(1) })
+  const long = await account.hold('8', { expires_in: 2 * hour })
+  // 2 of what lasts, or 8 more if what expires were spent first, which it isn't
+  assert.is(await asked(account, '2.1', 0.5), 'refused insufficient_funds')
+  const short = await account.hold('1', { expires_in: hour / 2 })
+  const answers = await account.place(
+    account.request('1.1', { expires_in: hour / 2 }),
+    account.request('1', { expires_in: hour / 2 }),
+    account.request('0.1', { expires_in: hour / 2 }),
+  )
+  assert.equal(answers.map(brief), ['refused insufficient_funds', 'held', 'refused insufficient_funds'])
+  await account.use('1', { hold_id: short })
+  await account.use('1', { hold_id: answers[1]!.id })
+  await advance(1.1 * hour)
+  assert.equal([(await account.figures()).available, await account.holdNow(long)], [undefined, 'open 0/8'])
+  assert.is(brief(await account.use('8', { hold_id: long })), 'charged')
+  assert.equal(await account.figures(), {})
+
+  // all of it is for short holds, if there is no long one
+  const free = await payer(db)
+  await free.grant('10', { priority: 1 })
+  await free.grant('10', { expires_at: inHours(1) })
+  const id = await free.hold('10', { expires_in: hour / 2 })
+  assert.is(await asked(free, '10', 0.5), 'held')
+  assert.is(brief((await free.extend(id, 2 * hour))[0]!), 'refused insufficient_funds')
+  const other = await payer(db)
+  await other.grant('10', { priority: 1 })
+  await other.grant('10', { expires_at: inHours(1) })
+  assert.is(
+    brief((await other.extend(await other.hold('10', { expires_in: hour / 2 }), 2 * hour))[0]!),
+    'extended',
+  )
+})
+
 test('an extension that loses its backing is refused, and the hold stays as it was', async () => {
   const account = await payer(db, { funds: '3' })
   await account.grant('4', { expires_at: inHours(1) })

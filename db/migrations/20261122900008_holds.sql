@@ -161,38 +161,48 @@ begin
 end
 $$;
 
--- The moments of a time at which grants of an account expire, and what is available past each of them: less those grants, plus the holds
--- that have ended by then. A hold that outlives such a moment must find its money there.
+-- The moments of a time at which grants of an account expire, and what is available past each of them: less those grants, plus what
+-- the holds that have ended by then gave back or drew of those grants. A hold that outlives such a moment must find its money there.
+-- `spare` is how much of those holds can draw of those grants only: less what lasts longer and by its priority is spent before.
 create or replace function data.available_past_grants(
   account_id uuid,
   since timestamptz,
   before timestamptz,
   out moments timestamptz[],
-  out available numeric[]
+  out available numeric[],
+  out spare numeric[]
 )
 returns record
 language plpgsql
 stable
 as $$
 begin
-  select array_agg(m.at order by m.at), array_agg(m.available order by m.at)
-  into moments, available
+  select array_agg(m.at order by m.at), array_agg(m.available + greatest(f.spare, 0) order by m.at), array_agg(f.spare order by m.at)
+  into moments, available, spare
   from (
-    select c.at, c.is_grant, a.available + sum(c.amount) over (order by c.at) as available
+    select c.at, c.is_grant, a.available - sum(c.expired) over w as available, sum(c.ended) over w as ended,
+      max(c.priority) over w as priority
     from data.account_balance a
     cross join lateral (
-      select g.expires_at as at, true as is_grant, -g.remaining as amount
+      select g.expires_at as at, true as is_grant, g.remaining as expired, 0 as ended, g.priority
       from data.credit_grant g
       where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < before
       union all
-      select h.expires_at, false, h.amount - h.captured
+      select h.expires_at, false, 0, h.amount - h.captured, null
       from data.hold h
       where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= (
         select max(g.expires_at) from data.credit_grant g
         where g.account_id = available_past_grants.account_id and g.remaining > 0 and g.expires_at < before)
     ) c
     where a.account_id = available_past_grants.account_id
+    window w as (order by c.at)
   ) m
+  cross join lateral (
+    select m.ended - coalesce(sum(g.remaining), 0) as spare
+    from data.credit_grant g
+    where g.account_id = available_past_grants.account_id and g.remaining > 0 and g.priority < m.priority
+      and (g.expires_at > m.at) is not false
+  ) f
   where m.is_grant and m.at >= since;
 end
 $$;
@@ -225,6 +235,7 @@ declare
   v_available numeric;
   v_moments timestamptz[];
   v_pasts numeric[];
+  v_spares numeric[];
   v_end timestamptz;
   v_backing numeric;
   v_scopes text[];
@@ -254,7 +265,12 @@ begin
   select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id),
     array_agg(a.free_credit > 0 and exists (
       select from data.credit_grant g
-      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < v_now + v_longest) order by a.account_id),
+      where g.account_id = a.account_id and g.remaining > 0 and (g.expires_at < v_now + v_longest
+        -- what lasts longer is spent before it, so that a hold that ends sooner counts too
+        or g.expires_at is not null and exists (
+          select from data.credit_grant l
+          where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
+            and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
     array_agg((select b.has_budgets from data.account_balance b where b.account_id = a.account_id) order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a where a.account_id = any (v_account_ids);
@@ -270,7 +286,7 @@ begin
       v_available := v_availables[v_next];
       v_moments := null;
       if v_outlive_grants[v_next] then
-        select * into v_moments, v_pasts from data.available_past_grants(v_account_id, '-infinity', v_now + v_longest);
+        select * into v_moments, v_pasts, v_spares from data.available_past_grants(v_account_id, '-infinity', 'infinity');
       end if;
       v_scopes := null;
       if v_have_budgets[v_next] then
@@ -309,7 +325,8 @@ begin
       v_backing := v_available;
       if v_moments is not null then
         v_backing := least(v_available, (
-          select min(m.available) from unnest(v_moments, v_pasts) as m (at, available) where m.at < v_end));
+          select min(m.available) from unnest(v_moments, v_pasts, v_spares) as m (at, available, spare)
+          where m.at < v_end or -m.spare > m.available));
       end if;
       v_over := null;
       if v_scopes is not null then
@@ -330,8 +347,11 @@ begin
         v_available := v_available - v_hold.amount;
         if v_moments is not null then
           v_pasts := array(
-            select case when m.at < v_end then m.available - v_hold.amount else m.available end
-            from unnest(v_moments, v_pasts) with ordinality as m (at, available, n) order by m.n);
+            select m.available - case when m.at < v_end then v_hold.amount else least(v_hold.amount, greatest(-m.spare, 0)) end
+            from unnest(v_moments, v_pasts, v_spares) with ordinality as m (at, available, spare, n) order by m.n);
+          v_spares := array(
+            select case when m.at < v_end then m.spare else m.spare + v_hold.amount end
+            from unnest(v_moments, v_spares) with ordinality as m (at, spare, n) order by m.n);
         end if;
         if v_scopes is not null then
           v_lefts := array(
@@ -427,10 +447,10 @@ begin
       v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
       v_refused := false;
       if v_account.free_credit > 0 then
-        v_refused := coalesce(v_hold.amount - v_hold.captured > (
-          select min(m.available)
+        v_refused := coalesce((
+          select min(m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)))
           from data.available_past_grants(v_hold.account_id, v_hold.expires_at, v_end) p
-          cross join unnest(p.available) as m (available)), false);
+          cross join unnest(p.available, p.spare) as m (available, spare)) < 0, false);
       end if;
       if v_refused then
         v_code := 'insufficient_funds';

@@ -90,7 +90,7 @@ end
 $$;
 comment on function api.set_low_balance_threshold(uuid, numeric) is
 'Sets the funds at which an account''s balance is low; null for none.
-`amount` is the threshold of `account_id`, 0 or more, or null. account_news tells `low_balance` when a posting takes the funds (balance +
+`amount` is the threshold of `account_id`, above 0, or null. account_news tells `low_balance` when a posting takes the funds (balance +
 free_credit + credit_limit - outstanding_amount) from above the threshold to it or below. Setting it tells nothing, whatever the funds are.
 Answers the account. 404 account_not_found; 422 invalid_amount.';
 grant execute on function api.set_low_balance_threshold(uuid, numeric) to keyledger_operator;
