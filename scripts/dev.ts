@@ -79,8 +79,9 @@ if (proxy)
     'The gateway (PROXY_URL) speaks the OpenAI API at /v1, to VIRTUAL_KEY. Its upstream repeats what it is told.',
   )
 if (!redis) say('There is no REDIS_URL: redis-server is not installed.')
-say('Paste these lines into another terminal. Ctrl-C ends it all.\n')
+say(
+  'Paste these lines into another terminal, after `set -a` if programs there are to see them. Ctrl-C ends it all.\n',
+)
 // nothing in them is special to a shell
-for (const [name, value] of Object.entries(lines))
-  if (value !== undefined) console.log(`export ${name}=${value}`)
+for (const [name, value] of Object.entries(lines)) if (value !== undefined) console.log(`${name}=${value}`)
 console.log('ready')

@@ -77,14 +77,11 @@ async function dev(argv = ['make', '--old-file=install', 'dev'], env: Record<str
   }
 }
 
-// as a program sees them that is started by the shell they were pasted into
+// as a program sees them that is started by the shell they were pasted into, after `set -a`
 function evaluated(lines: string): Record<string, string> {
-  const script = `set -eu; ${lines}\n'${process.execPath}' -p 'JSON.stringify(process.env)'`
+  const script = `set -eua; ${lines}\n'${process.execPath}' -p 'JSON.stringify(process.env)'`
   return JSON.parse(execFileSync('sh', ['-c', script], { encoding: 'utf8', env: {} }))
 }
-
-const names = (lines: string) =>
-  lines.match(/^(export \w+(?==)|ready)/gm)?.map((line) => line.replace('export ', ''))
 
 function runs(pid: number): boolean {
   try {
@@ -98,7 +95,7 @@ const exited = (child: ChildProcess) => until(() => child.exitCode !== null || c
 
 test('prints the promised lines, each good for what it says; ends by Ctrl-C', async () => {
   const { child, values, out, left, pids } = await dev()
-  assert.equal(names(out()), [...servers, ...world, 'ready'])
+  assert.equal(out().match(/^\w+/gm), [...servers, ...world, 'ready'])
   const { POSTGREST_URL, GATEWAY_TOKEN, OPERATOR_TOKEN, MEMBER_TOKEN, USER_ID, TENANT_ID } = values
   const get = async (path: string, token = '') => {
     const response = await fetch(`${POSTGREST_URL}/${path}`, {
@@ -158,7 +155,7 @@ test('says so where redis-server is not installed', async () => {
 
 test('with --proxy, the openai client works with what it prints', async () => {
   const { values, out, child, left } = await dev(['make', '--old-file=install', 'dev', 'ARGS=--proxy'])
-  assert.equal(names(out()), [...servers, 'PROXY_URL', ...world, 'ready'])
+  assert.equal(out().match(/^\w+/gm), [...servers, 'PROXY_URL', ...world, 'ready'])
   const { PROXY_URL, VIRTUAL_KEY, TENANT_ID, DATABASE_URL } = values
   const openai = new OpenAI({ baseURL: `${PROXY_URL}/v1`, apiKey: VIRTUAL_KEY })
   const messages = [{ role: 'user' as const, content: 'Good morning!' }]
