@@ -40,7 +40,8 @@ async function dev(argv = ['make', '--old-file=install', 'dev'], env: Record<str
   const dir = mkdtempSync('/tmp/keyledger-dev-test-')
   chmodSync(dir, 0o1777)
   const [program, ...args] = argv
-  const { KEYLEDGER_TEST: _, MAKEFLAGS: __, ...inherited } = process.env
+  // started by a person, not by the make that runs the tests
+  const { KEYLEDGER_TEST: _, MAKEFLAGS: __, MAKELEVEL: ___, ...inherited } = process.env
   const child: ChildProcess = spawn(program!, args, {
     cwd: root,
     detached: true,
