@@ -326,7 +326,7 @@ begin
       if v_moments is not null then
         v_backing := least(v_available, (
           select min(m.available) from unnest(v_moments, v_pasts, v_spares) as m (at, available, spare)
-          where m.at < v_end or -m.spare > m.available));
+          where m.at < v_end or -m.spare > greatest(m.available, 0)));
       end if;
       v_over := null;
       if v_scopes is not null then

@@ -157,13 +157,11 @@ function endOrExtend(dice: Dice, world: World, name: 'release_holds' | 'extend_h
           return ['released', availableNow(world, account)]
         }
         const end = Math.max(hold.end, world.now + expires_in / hour)
-        const others = { ...account, holds: new Map(account.holds) }
-        others.holds.delete(id)
-        const unspent = hold.amount - hold.captured
         const moments = account.grants.filter(
           (grant) => grant.remaining > 0n && grant.end >= hold.end && grant.end < end,
         )
-        if (moments.some((grant) => unspent > model.available(others, grant.end)))
+        const longer = new Map(account.holds).set(id, { ...hold, end })
+        if (moments.some((grant) => model.past({ ...account, holds: longer }, grant.end).left < 0n))
           return ['refused', 'insufficient_funds']
         hold.end = end
         return ['extended', availableNow(world, account)]

@@ -55,9 +55,11 @@ export const usage: Kinds = {
         )
         if (!again || again.resolved) return []
         const { hold_id: _, ...event } = again.event
-        const [answer] = record(world, [again.code === 'invalid_hold' ? event : again.event])
-        if (answer![0] === 'parked') again.code = answer![1] as string
-        else again.resolved = true
+        const { code } = again
+        const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
+        // a wrong hold stays one, whatever else is wrong
+        if (answer![0] !== 'parked') again.resolved = true
+        else if (code !== 'invalid_hold') again.code = answer![1] as string
         return [answer!.filter(Boolean).join(' ')]
       },
     }
@@ -95,7 +97,7 @@ const sayCharge = ({ status, code, cost, seq, mismatch, available }: Row) => [
 ]
 const same = (a: object, b: object) => JSON.stringify(a) === JSON.stringify(b)
 
-function record(world: World, events: Event[]): (string | false | undefined)[][] {
+function record(world: World, events: Event[], parks = true): (string | false | undefined)[][] {
   const codes = events.map(({ account_id, hold_id, meters }) => {
     const account = world.accounts.get(account_id)
     if (!account) return 'account_not_found'
@@ -139,7 +141,7 @@ function record(world: World, events: Event[]): (string | false | undefined)[][]
   }
   return events.map((event, i) => {
     if (codes[i]) {
-      if (!world.parked.some((parked) => same(parked.event, event)))
+      if (parks && !world.parked.some((parked) => same(parked.event, event)))
         world.parked.push({ event, code: codes[i], resolved: false })
       return ['parked', codes[i]]
     }

@@ -143,12 +143,29 @@ const availableAt = (account: Account, moment: number) =>
   frozen(account, moment)
 export const available = availableAt
 
-/** What a hold until `end` can stand on, from `since`: the least that is there at any moment of its life. */
+/**
+ * At a moment when grants expire: what is there past it if all holds that end by then are captured. Lasting credit that goes before those
+ * grants by its priority is spent first; `lasting` is what of it they don't reach.
+ */
+export function past(account: Account, moment: number): { left: bigint; lasting: bigint } {
+  const live = account.grants.filter(({ remaining }) => remaining > 0n)
+  const last = Math.max(...live.filter(({ end }) => end <= moment).map(({ priority }) => priority))
+  const before = live.filter(({ end, priority }) => end > moment && priority < last)
+  const ending = open(account, -1).filter(({ end }) => end <= moment)
+  const [spent, lasting] = [
+    sum(ending.map(({ amount, captured }) => amount - captured)),
+    sum(before.map(({ remaining }) => remaining)),
+  ]
+  return { left: availableAt(account, moment) - min(spent, lasting), lasting: max(lasting - spent, 0n) }
+}
+
+/** What a hold from `since` until `end` can stand on: what is there at any moment of its life, and for the holds that outlive it. */
 export function backing(account: Account, since: number, end: number): bigint {
-  const moments = account.grants.filter(
-    (grant) => grant.end >= since && grant.end < end && grant.remaining > 0n,
-  )
-  return min(availableAt(account, since), ...moments.map((grant) => availableAt(account, grant.end)))
+  const moments = account.grants
+    .filter(({ remaining, end }) => remaining > 0n && end < Infinity)
+    .map((grant) => ({ moment: grant.end, ...past(account, grant.end) }))
+  const limits = moments.filter(({ moment, left, lasting }) => moment < end || lasting > max(left, 0n))
+  return min(availableAt(account, since), ...limits.map(({ left }) => left))
 }
 
 export function holdNow(hold: Hold, now: number): string {
