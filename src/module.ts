@@ -84,13 +84,14 @@ export interface BillingModule extends Charging {
   on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** JSON-ready, without secrets. */
   health(): Health
-  /** Begins to follow changes, and to maintain the database hourly. Until then each key is read from Postgres. */
+  /** Begins to follow changes, and to maintain the database hourly (in 10 s again, if that fails). Until then each key is read from Postgres. */
   start(): Promise<void>
   /** Delivers what is queued (until its deadline), and ends the listener; for good. What you passed in stays open. */
   stop(): Promise<void>
 }
 
 const HOUR_MS = 3600 * 1000
+const MAINTAIN_AGAIN_MS = 10_000
 // longer than any key
 const MAX_KEY = 4096
 const BALANCE = [
@@ -157,6 +158,8 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     } catch (error) {
       maintenance.error = codeOf(error)
     }
+    if (state === 'started')
+      timer = setTimeout(maintain, maintenance.error ? MAINTAIN_AGAIN_MS : HOUR_MS).unref()
   }
 
   function health(): Health {
@@ -216,7 +219,6 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       if (state === 'stopped') throw new KeyledgerError('stopped', 503, { hint: 'create another module' })
       if (state === 'started') return
       state = 'started'
-      timer = setInterval(maintain, HOUR_MS).unref()
       maintain()
       unwatch = metrics.watch(health)
       await Promise.all([listener.start(), news.start()])
@@ -224,7 +226,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
 
     async stop() {
       state = 'stopped'
-      clearInterval(timer)
+      clearTimeout(timer)
       await drain()
       unwatch()
       await Promise.all([listener.stop(), news.stop()])
