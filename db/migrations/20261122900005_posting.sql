@@ -105,7 +105,7 @@ returns text
 language sql
 stable parallel safe
 as $$
-  select jsonb_build_array(
+  select json_build_array(
     usage.account_id, usage.id, usage.transaction_seq, usage.virtual_key_id, usage.user_id, usage.config_node_id,
     usage.hold_id, usage.final, usage.meters, usage.price_ids, usage.cost, usage.request_id, usage.metadata,
     (extract(epoch from usage.recorded_at) * 1000000)::bigint)::text
@@ -125,7 +125,7 @@ returns bytea
 language sql
 stable parallel safe
 as $$
-  select sha256(entry.prev_hash || convert_to(jsonb_build_array(
+  select sha256(entry.prev_hash || convert_to(json_build_array(
     entry.account_id, entry.seq, entry.kind, entry.amount, entry.balance_delta, entry.free_credit_delta,
     entry.outstanding_delta, entry.balance_after, entry.free_credit_after, entry.outstanding_after,
     entry.credit_limit_after, entry.reference, entry.actor, entry.reason, entry.usage_count,
