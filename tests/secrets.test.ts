@@ -35,11 +35,12 @@ async function dump(sql: Sql): Promise<string> {
     from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where n.nspname in ('data', 'api') and c.relkind in ('r', 'p', 'v', 'm')`)
   assert.ok(tables.length > 25)
-  const texts = tables.map(async ({ name }) => {
+  const lines: string[] = []
+  for (const { name } of tables) {
     const rows = await sql(`select t::text as text from ${name} t`)
-    return rows.map(({ text }) => `${name} ${text}`).join('\n')
-  })
-  return (await Promise.all(texts)).join('\n')
+    lines.push(...rows.map(({ text }) => `${name} ${text}`))
+  }
+  return lines.join('\n')
 }
 
 // The whole path of the client, with a request that it turns away too.
