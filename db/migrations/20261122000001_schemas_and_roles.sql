@@ -99,7 +99,8 @@ begin
   foreach v_schema in array array['data', 'api'] loop
     if (select nspowner from pg_namespace where nspname = v_schema) = 'keyledger_owner'::regrole then
       execute format('comment on schema %I is %L', v_schema, case v_schema
-        when 'api' then E'keyledger: virtual keys, balances and exact charges\nCallers branch on codes: the message of an error, and the `code` of each answer of a function on many.'
+        when 'api' then 'keyledger: virtual keys, balances and exact charges
+Callers branch on codes: the message of an error, and the `code` of each answer of a function on many.'
         else 'keyledger''s tables and internal functions; the owner''s alone.' end);
     else
       -- a schema that was here before stays its owner's

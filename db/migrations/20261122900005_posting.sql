@@ -235,8 +235,9 @@ $$;
 -- Posts one entry to each account named: money into or out of a bucket, a new credit limit, or what was used (its rows, priced).
 -- The caller holds the accounts' locks (lock_accounts); one who doesn't fails on the next seq's primary key.
 -- Restores the normal form (debt only when free credit and balance are spent to the limit), draws holds and grants, extends each
--- chain; a crossing of an account's funds is news. At most one entry per account and call. Answers the accounts posted to, as they are then, in account_id order, and how many
--- usage rows were new. Rare steps are statements of their own: to start one costs more than to run it.
+-- chain; a crossing of an account's funds is news. At most one entry per account and call. Answers the accounts posted to, as they
+-- are then, in account_id order, and how many usage rows were new. Rare steps are statements of their own: to start one costs more
+-- than to run it.
 create or replace function data.post(
   entries data.billing_transaction[] default '{}',
   usage data.usage_log[] default '{}',

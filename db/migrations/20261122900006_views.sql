@@ -75,7 +75,8 @@ select
   a.balance_version,
   a.last_charged_at,
   a.created_at,
-  encode(a.head_hash, 'hex') as head
+  encode(a.head_hash, 'hex') as head,
+  a.has_budgets
 from data.account_balance a
 cross join lateral (
   select coalesce(sum(h.amount - h.captured), 0) as due

@@ -467,7 +467,6 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_old text;
   v_shown api.status_changes;
 begin
   perform set_config('keyledger.reason', coalesce(reason, ''), true);

@@ -22,6 +22,7 @@ set search_path = ''
 as $$
 declare
   v_key_user_id uuid;
+  v_has_budgets boolean;
   v_over text;
 begin
   perform data.require_positive_amount(amount);
@@ -48,13 +49,13 @@ begin
     end if;
   end if;
 
-  select a.currency, a.available into currency, available
+  select a.currency, a.available, a.has_budgets into currency, available, v_has_budgets
   from data.account_now a
   where a.account_id = check_budget.account_id;
   if currency is null then
     perform data.refuse(404, 'account_not_found', 'account ' || account_id, 'accounts open with their tenant or user');
   end if;
-  if exists (select from data.account_balance b where b.account_id = check_budget.account_id and b.has_budgets) then
+  if v_has_budgets then
     select min(b.remaining), (array_agg(b.scope order by b.n) filter (where check_budget.amount > b.remaining))[1]
     into remaining, v_over
     from data.budgets_left(account_id, array[virtual_key_id], array[user_id], clock_timestamp())
@@ -271,7 +272,7 @@ begin
           select from data.credit_grant l
           where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
             and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
-    array_agg((select b.has_budgets from data.account_balance b where b.account_id = a.account_id) order by a.account_id)
+    array_agg(a.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a where a.account_id = any (v_account_ids);
   select array_agg(h order by u.ordinality) into v_first_tries
@@ -445,7 +446,6 @@ begin
       v_code := 'hold_frozen';
     elsif v_code is null and extend then
       v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
-      v_refused := false;
       if v_account.free_credit > 0 then
         v_refused := coalesce((
           select min(m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)))

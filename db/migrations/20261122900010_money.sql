@@ -201,6 +201,9 @@ as $$
     'free_credit', r.free_credit,
     'credit_limit', r.credit_limit,
     'reference', r.opening ->> 'reference',
+    -- kept with the entry, so that a retry can be told from another opening
+    'asked', jsonb_build_object(
+      'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text),
     'code', case
       when jsonb_typeof(r.opening) <> 'object' then 'invalid_opening'
       when num_nonnulls(r.opening ->> 'account_id', r.opening ->> 'tenant_external_id', r.opening ->> 'user_external_id') <> 1
@@ -255,14 +258,12 @@ begin
     where a.balance_version = 0 and a.account_id = any (array(
       select r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)));
 
-  -- what was asked for is kept with the entry, so that a retry can be told from another opening
   perform data.post(entries => array(
     select distinct on (r.account_id) data.new_entry(
       r.account_id, 'opening', balance_delta => r.balance, credit_limit => r.credit_limit, reference => r.reference,
-      metadata => jsonb_build_object(
-        'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text))
+      metadata => r.asked)
     from jsonb_to_recordset(v_read) as r (
-      ord bigint, account_id uuid, balance data.money, free_credit data.money, credit_limit data.money, reference text, code text)
+      ord bigint, account_id uuid, balance data.money, credit_limit data.money, reference text, asked jsonb, code text)
     where r.code is null and r.account_id = any (v_new)
     order by r.account_id, r.ord));
   -- free credit is a grant, as any other; where there is debt, it pays that first
@@ -293,11 +294,9 @@ begin
         case
           when r.code is not null then r.code
           when t.kind <> 'opening' then 'account_in_use'
-          when (t.reference, t.metadata) is distinct from (r.reference, jsonb_build_object(
-            'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text)) then 'opening_mismatch'
+          when (t.reference, t.metadata) is distinct from (r.reference, r.asked) then 'opening_mismatch'
         end as code
-      from jsonb_to_recordset(v_read) as r (
-        ord bigint, account_id uuid, balance data.money, free_credit data.money, credit_limit data.money, reference text, code text)
+      from jsonb_to_recordset(v_read) as r (ord bigint, account_id uuid, reference text, asked jsonb, code text)
       left join lateral (select * from data.account_balance b where b.account_id = r.account_id offset 0) a on true
       left join lateral (
         select * from data.billing_transaction b where b.account_id = r.account_id and b.seq = 1 and r.code is null offset 0

@@ -8,8 +8,8 @@ create or replace trigger append_only before update or delete on data.accounting
 create or replace trigger append_only_truncate before truncate on data.accounting_snapshot
   for each statement execute function data.forbid_change();
 
--- The last entry posted before a moment, 0 if there is none, null if there is no account: entries are gapless and never older than the one before, so it is
--- found by halving.
+-- The last entry posted before a moment, 0 if there is none, null if there is no account: entries are gapless and never older than
+-- the one before, so it is found by halving.
 create or replace function data.seq_before(
   account_id uuid,
   at timestamptz

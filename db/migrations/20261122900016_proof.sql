@@ -27,7 +27,8 @@ declare
   v_moved boolean;
 begin
   if v_head !~ '^([0-9a-f]{64})?$' then
-    perform data.refuse(422, 'invalid_expected_head', 'expected_head must be a sha-256 in hex', 'send the head of an account or of a statement as it was shown');
+    perform data.refuse(422, 'invalid_expected_head', 'expected_head must be a sha-256 in hex',
+      'send the head of an account or of a statement as it was shown');
   end if;
   select * into v_account from data.account_balance a where a.account_id = verify_ledger.account_id;
   select * into v_last from data.billing_transaction t where t.account_id = verify_ledger.account_id order by t.seq desc limit 1;
