@@ -278,7 +278,11 @@ code { font: 7.5pt ui-monospace, 'DejaVu Sans Mono', monospace; overflow-wrap: a
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const [account_id, period_start] = process.argv.slice(2)
-  const { POSTGREST_URL = '', OPERATOR_TOKEN = '' } = process.env
+  const { POSTGREST_URL, OPERATOR_TOKEN } = process.env
+  if (!account_id || !period_start || !POSTGREST_URL || !OPERATOR_TOKEN) {
+    console.error('statement: give ACCOUNT_ID and PERIOD_START, with POSTGREST_URL and OPERATOR_TOKEN set')
+    process.exit(2)
+  }
   const rpc = postgrestRpc({ url: POSTGREST_URL, token: OPERATOR_TOKEN })
   process.stdout.write(renderStatement(await rpc.call<Statement>('statement', { account_id, period_start })))
 }

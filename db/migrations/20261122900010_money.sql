@@ -185,7 +185,7 @@ comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, 
 'Gives promotional credit, spent before paid money; debt is paid first.
 Grants `amount` to `account_id`; `reason` is kept with the entry, `reference` makes it repeatable. Spent lowest `priority` first, then
 soonest `expires_at`, then oldest; what is left at `expires_at` expires by itself. Answers the ledger entry. 404 account_not_found; 409
-reference_mismatch; 422 invalid_amount, invalid_expires_at.';
+reference_mismatch; 422 invalid_amount, invalid_expires_at, invalid_priority.';
 grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) to keyledger_operator;
 
 -- Reads openings: the account of each, its amounts in full, and the code of what can't be read.
