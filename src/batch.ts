@@ -74,7 +74,7 @@ export function createBatcher<Element, Answer>({
   maxQueue = 100_000,
 }: BatcherOptions<Element, Answer>): Batcher<Element, Answer> {
   type Items = Item<Answer>[]
-  // by account, the one that has waited longest first
+  // by account, in turn: what is left of one goes to the end
   const waiting = new Map<string, Items>()
   let queued = 0
   // elements in flight by account
@@ -127,7 +127,8 @@ export function createBatcher<Element, Answer>({
         batch.push(item)
       }
       items.splice(0, batch.length - begun)
-      if (items.length === 0) waiting.delete(account)
+      waiting.delete(account)
+      if (items.length > 0) waiting.set(account, items)
       if (items.length > 0 || batch.length >= share) break
     }
     queued -= batch.length

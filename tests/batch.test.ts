@@ -152,6 +152,25 @@ test('an account goes whole, and waits for its own call while lanes are free', a
   assert.is((await Promise.all(hot)).length, 301)
 })
 
+test('an account that always has more takes turns with others', async () => {
+  const { add, calls } = held({ lanes: 1, maxBatch: 2 })
+  const promises = Array.from({ length: 6 }, (_, i) => add(i, 'hot'))
+  await turn()
+  promises.push(add(10, 'other'))
+  const served = ({ elements }: Batch) => elements.map(({ account }) => account)
+  for (let i = 0; i < 3; i++) {
+    await until(() => calls.length === i + 1, 'the next call')
+    promises.push(add(20 + i, 'hot'))
+    calls[i]!.answer()
+  }
+  assert.equal(calls.map(served), [['hot', 'hot'], ['hot', 'hot'], ['other', 'hot']])
+  for (let i = 3; i < 5; i++) {
+    await until(() => calls.length === i + 1, 'the next call')
+    calls[i]!.answer()
+  }
+  assert.is((await Promise.all(promises)).length, 10)
+})
+
 test('a few elements of many accounts are one call', async () => {
   const { add, calls } = open(() => {})
   await Promise.all(Array.from({ length: 30 }, (_, i) => add(i, `account ${i}`)))
