@@ -49,7 +49,8 @@ if (files.length) {
 }
 
 if (interrupted || sum.failed || !sum.passed) process.exitCode = 1
-console.log(`${sum.passed} passed, ${sum.failed} failed${sum.skipped ? `, ${sum.skipped} skipped` : ''}`)
+if (sum.skipped) console.log(`${sum.skipped} skipped`)
+console.log(`${sum.passed} passed, ${sum.failed} failed`)
 
 // Each file in its own process, with the loader this process was started with.
 async function run(file: string, server: TestServer) {
