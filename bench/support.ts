@@ -14,6 +14,8 @@ export interface Stage {
   /** Of the login that becomes keyledger_gateway or keyledger_operator. */
   url: string
   redis: Server
+  /** A CSV to replay, if one was given. */
+  trace?: string
   stop(): Promise<void>
 }
 
