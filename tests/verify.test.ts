@@ -13,12 +13,17 @@ const db = await database(test)
 // Every kind of entry there is a function for; texts that JSON must escape.
 async function history(): Promise<Payer> {
   const account = await payer(db, { funds: '10', limit: '2' })
+  await db.operator(
+    `insert into api.prices (config_node_id, meter, unit_price, effective_from) values ($1, 'eur', 1, '2020-01-01')`,
+    [account.nodeId],
+  )
   await account.grant('3', { expires_at: '2099-01-01T00:00:00.123456Z', reference: 'g "1"' })
   await account.grant('2', { priority: 5, reason: 'ünïcode \u2028 \\ "quoted"\n\ttab \u0001 😀' })
   const hold_id = await account.hold('5')
   const small = account.event('0.25')
   await account.record(
-    account.event('1.5', {
+    account.event('', {
+      meters: { usd: '1.4', eur: '0.1' },
       hold_id,
       final: false,
       request_id: 'réq/1',
@@ -68,7 +73,7 @@ test('the chain follows from the rows by its documented form', async () => {
   let previous = Buffer.alloc(0)
   for (const [i, entry] of entries.entries()) {
     const usage = await db.sql(
-      `select *, metadata::text, meters::text, to_jsonb(price_ids)::text as price_ids, (extract(epoch from recorded_at) * 1000000)::bigint as micros
+      `select *, metadata::text, meters::text, to_json(price_ids)::text as price_ids, (extract(epoch from recorded_at) * 1000000)::bigint as micros
       from data.usage_log where account_id = $1 and transaction_seq = $2 order by id`,
       [account.accountId, entry.seq],
     )

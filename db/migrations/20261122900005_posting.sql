@@ -99,7 +99,7 @@ $$;
 create or replace trigger check_entry before insert on data.billing_transaction
   for each row execute function data.check_entry();
 
--- the canonical text of a usage row and of an entry: what the hash chain covers
+-- The canonical text of a usage row and of an entry, as json_build_array writes it: what the hash chain covers.
 create or replace function data.usage_line(usage data.usage_log)
 returns text
 language sql
