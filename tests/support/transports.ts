@@ -24,25 +24,25 @@ export async function transports(db: Database): Promise<{ postgrest: Rpcs; pg: R
 }
 
 /** What is tried, how, and what it must give. */
-export type Case = [what: string, run: (rpc: Rpcs) => Promise<unknown>, expected: unknown]
+export type Case<Way = Rpcs> = [what: string, run: (way: Way) => Promise<unknown>, expected: unknown]
 
-/** Makes each case a test per transport; every balance, hold, grant, entry and usage row must be as it was before. */
-export function refusals(
+/** Makes each case a test per transport, or other way to call; every balance, hold, grant, entry and usage row must be as it was before. */
+export function refusals<Way = Rpcs>(
   test: (name: string, run: () => Promise<void>) => void,
   db: Database,
-  through: Record<string, Rpcs>,
+  through: Record<string, Way>,
 ) {
   const tables = ['account_balance', 'billing_transaction', 'credit_grant', 'grant_draw', 'hold', 'usage_log']
   const parts = tables.map((table) => `(select jsonb_agg(t order by t::text) from data.${table} t)`)
   const state = async () =>
     (await db.sql(`select sha256(convert_to(concat_ws('|', ${parts.join(', ')}), 'UTF8'))::text as it`))[0]!
       .it
-  return (...cases: Case[]) => {
+  return (...cases: Case<Way>[]) => {
     for (const [what, run, expected] of cases)
-      for (const [name, rpc] of Object.entries(through))
+      for (const [name, way] of Object.entries(through))
         test(`${what}, by ${name}`, async () => {
           const before = await state()
-          assert.equal(await run(rpc), expected)
+          assert.equal(await run(way), expected)
           assert.is(await state(), before, 'every figure is as it was')
         })
   }
