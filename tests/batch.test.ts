@@ -163,7 +163,11 @@ test('an account that always has more takes turns with others', async () => {
     promises.push(add(20 + i, 'hot'))
     calls[i]!.answer()
   }
-  assert.equal(calls.map(served), [['hot', 'hot'], ['hot', 'hot'], ['other', 'hot']])
+  assert.equal(calls.map(served), [
+    ['hot', 'hot'],
+    ['hot', 'hot'],
+    ['other', 'hot'],
+  ])
   for (let i = 3; i < 5; i++) {
     await until(() => calls.length === i + 1, 'the next call')
     calls[i]!.answer()

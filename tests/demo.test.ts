@@ -1,14 +1,19 @@
 // The demo as a command: what it prints, what it proves, and how it refuses a wrong option.
 import { spawn } from 'node:child_process'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { chmodSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { cost, fromSteps, toSteps } from '../scripts/money.ts'
+import { prove } from '../scripts/proof.ts'
+import { until } from '../scripts/supervise.ts'
+import { database } from './support/database.ts'
+import { payer } from './support/payer.ts'
 
 const test = suite('demo')
+const db = await database(test)
 const script = join(dirname(dirname(fileURLToPath(import.meta.url))), 'scripts/demo.ts')
 const dir = mkdtempSync(join(tmpdir(), 'keyledger-demo-test-'))
 test.after(() => rmSync(dir, { recursive: true }))
@@ -68,16 +73,77 @@ for (const transport of ['postgrest', 'pg'])
     assert.equal([figures.refused, figures.parked, figures.verification_errors], [0, 0, 0])
     assert.is(figures.cache.memory + figures.cache.redis + figures.cache.database, 300)
     assert.match(out.join('\n'), 'Every cent is proved.')
+    const by = transport === 'pg' ? 'pg' : 'PostgREST'
+    const [, said] = out.join('\n').match(/trace\.csv, \d+ keys of (.*)/)!
+    assert.is(said, `7 users and 2 tenants, 2 gateways, through ${by}`)
   })
 
+test('a run that does not verify says why', async () => {
+  const account = await payer(db, { funds: '10' })
+  await account.use('1.5', { hold_id: await account.hold('2') })
+  await account.use('1')
+  const funds = toSteps('10')!
+  const replayed = {
+    ...{ seconds: 1, overspent: 0n, admitted: 2, refused: 0, repeated: 0, duplicates: 0, parked: 0 },
+    ...{ latencies: { validate: [], hold: [], record: [] }, problems: [] },
+    expected: new Map([[account.accountId, toSteps('2.5')!]]),
+  }
+  const problems = async (more = {}, given = funds) =>
+    (await prove(db.loginUrl, { ...replayed, ...more }, given)).problems.join('\n')
+  assert.is(await problems(), '')
+  const off = new Map([[account.accountId, toSteps('2.5000000001')!]])
+  assert.match(await problems({ expected: off }), /^charged 2\.5000000000, expected 2\.5000000001\naccount /)
+  // as much in all, from another account
+  const others = new Map([[account.userId.replace(/^./, '0'), toSteps('2.5')!]])
+  assert.match(await problems({ expected: others }), /^account .* was charged 2\.5000000000, expected 0\.0/)
+  assert.match(await problems({ admitted: 3 }), '2 events recorded of 3 admitted')
+  assert.match(await problems({ repeated: 1 }), '0 duplicates of 1 events sent twice')
+  assert.match(await problems({ overspent: 1n }), '0.0000000001 was admitted past')
+  assert.match(await problems({}, toSteps('2')!), '0.5000000000 was admitted past')
+  assert.match(await problems({ parked: 1 }), 'events are parked')
+  assert.is(await problems({ problems: ['what the replay saw'] }), 'what the replay saw')
+  const hold = await account.hold('1')
+  assert.is(await problems(), '1 holds are still open')
+  await account.release(hold)
+  await account.use('1', { meters: { unpriced: 1 } })
+  assert.is(await problems(), '1 events are parked')
+  await db.sql(`delete from data.rejected_usage`)
+  await db.sql(`update data.account_balance set balance = balance + 1 where account_id = $1`, [
+    account.accountId,
+  ])
+  assert.match(await problems(), `account ${account.accountId}: balance is not the sum of its deltas`)
+})
+
 test('refuses what an account could not pay, and still proves the rest', async () => {
-  const args = ['--trace', trace, '--funds', '0.1', '--users', '5', '--tenants', '2', '--speed', '600']
+  const args = ['--trace', trace, '--funds', '0.1', '--users', '5', '--tenants', '2', '--speed', '20']
   const { code, out, err } = await demo(...args, '--transport', 'pg', '--json')
   assert.is(code, 0, [...out, ...err].join('\n'))
   const figures = JSON.parse(out.at(-1)!)
   assert.ok(figures.refused > 0 && figures.refused < 300, `${figures.refused} refused`)
+  // of 59 s, at 20 times real time
+  assert.ok(figures.seconds > 2.9, `${figures.seconds} s`)
   assert.is(figures.charged_total, figures.expected_total)
   assert.is(figures.overspent, '0.0000000000')
+})
+
+test('Ctrl-C leaves nothing', async () => {
+  const home = mkdtempSync('/tmp/keyledger-demo-home-')
+  chmodSync(home, 0o1777)
+  const child = spawn(process.execPath, [...process.execArgv, script], {
+    env: { ...process.env, TMPDIR: home },
+    stdio: ['ignore', 'ignore', 'pipe'],
+  })
+  let said = ''
+  child.stderr.on('data', (text) => {
+    said += text
+  })
+  const servers = () => readdirSync(home).filter((name) => name.startsWith('keyledger-'))
+  await until(() => said.includes('making 500 users') || child.exitCode !== null, 'the servers to be up')
+  assert.is(servers().length, 3, said)
+  child.kill('SIGINT')
+  await until(() => child.exitCode !== null || child.signalCode, 'the demo to end')
+  assert.equal(servers(), [])
+  rmSync(home, { recursive: true })
 })
 
 const wrong: [option: string[], says: RegExp][] = [

@@ -61,8 +61,11 @@ async function walk(rpc: Rpc, world: World, redis: Redis, listen: string) {
     await billing.recordUsage({ ...context, config_node_id: world.nodeId, meters, hold_id: held.id })
     await billing.release(held)
     await billing.getBalance(world.userId)
-    await failure(billing.validate(`${world.key}x`))
-    await failure(billing.hold(context, { amount: '1000000' }))
+    for (const refused of [
+      await failure(billing.validate(`${world.key}x`)),
+      await failure(billing.hold(context, { amount: '1000000' })),
+    ])
+      assertAbsent(world.key, inspect(refused, { depth: null }), 'an error')
     assertAbsent(world.key, JSON.stringify([context, billing.health()]), 'what the client answers')
   } finally {
     await billing.stop()

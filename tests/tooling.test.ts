@@ -1,11 +1,12 @@
 // The servers that tests, demo and bench start: nothing of them is left after their process, however it ends.
 import { type ChildProcess, spawn } from 'node:child_process'
-import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
+import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
+import { connect } from 'node:net'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { startPostgres, startRedis } from '../scripts/servers.ts'
+import { startPostgres, startPostgrest, startRedis } from '../scripts/servers.ts'
 import { until } from '../scripts/supervise.ts'
 import { database, once } from './support/database.ts'
 import { failure } from './support/failure.ts'
@@ -125,13 +126,34 @@ test('Postgres keeps what was committed through kill -9 and restart, on the same
   assert.is((await failure(once(server.url, 'select'))).code, 'ECONNREFUSED')
 })
 
-test('servers listen on loopback only and ask for a password', async () => {
+test('servers listen on 127.0.0.1 only', async () => {
+  const [postgres, redis] = await Promise.all([startPostgres(), startRedis()])
+  const postgrest = await startPostgrest({ databaseUrl: db.loginUrl })
+  // another address of the loopback's: who listens on all addresses is there as well
+  const answers = (hostname: string, port: string) =>
+    new Promise<boolean>((resolve) => {
+      const socket = connect(Number(port), hostname).on('error', () => resolve(false))
+      socket.on('connect', () => {
+        resolve(true)
+        socket.destroy()
+      })
+    })
+  for (const server of [postgres, redis!, postgrest]) {
+    const { port } = new URL(server.url)
+    assert.equal([await answers('127.0.0.1', port), await answers('127.0.0.2', port)], [true, false])
+    await server.stop()
+  }
+})
+
+test('Postgres asks for a password, and does not run as root', async () => {
   const server = await startPostgres()
   const [row] = await once(
     server.url,
-    `select current_setting('listen_addresses') as on, current_setting('unix_socket_directories') as at`,
+    `select current_setting('data_directory') as data, current_setting('unix_socket_directories') as at`,
   )
-  assert.equal(row, { on: '127.0.0.1', at: '' })
+  // its user's, or it would not have started
+  assert.not.equal(statSync(row!.data).uid, 0)
+  assert.is(row!.at, '')
   const wrong = new URL(server.url)
   wrong.password = 'wrong'
   assert.is((await failure(once(wrong.href, 'select'))).code, '28P01')
