@@ -75,8 +75,7 @@ select
   a.balance_version,
   a.last_charged_at,
   a.created_at,
-  encode(a.head_hash, 'hex') as head,
-  a.has_budgets
+  encode(a.head_hash, 'hex') as head
 from data.account_balance a
 cross join lateral (
   select coalesce(sum(h.amount - h.captured), 0) as due

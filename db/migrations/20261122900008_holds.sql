@@ -49,8 +49,9 @@ begin
     end if;
   end if;
 
-  select a.currency, a.available, a.has_budgets into currency, available, v_has_budgets
+  select a.currency, a.available, b.has_budgets into currency, available, v_has_budgets
   from data.account_now a
+  join data.account_balance b on b.account_id = a.account_id
   where a.account_id = check_budget.account_id;
   if currency is null then
     perform data.refuse(404, 'account_not_found', 'account ' || account_id, 'accounts open with their tenant or user');
@@ -272,9 +273,11 @@ begin
           select from data.credit_grant l
           where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
             and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
-    array_agg(a.has_budgets order by a.account_id)
+    array_agg(b.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
-  from data.account_now a where a.account_id = any (v_account_ids);
+  from data.account_now a
+  cross join lateral (select x.has_budgets from data.account_balance x where x.account_id = a.account_id offset 0) b
+  where a.account_id = any (v_account_ids);
   select array_agg(h order by u.ordinality) into v_first_tries
   from unnest(v_holds) with ordinality u
   left join data.hold h on h.account_id = u.account_id and h.id = u.id;
