@@ -74,7 +74,7 @@ export function createBatcher<Element, Answer>({
   maxQueue = 100_000,
 }: BatcherOptions<Element, Answer>): Batcher<Element, Answer> {
   type Items = Item<Answer>[]
-  // by account, in turn: what is left of one goes to the end
+  // by account, in turn: what is left of one that was served goes to the end
   const waiting = new Map<string, Items>()
   let queued = 0
   // elements in flight by account
@@ -127,8 +127,10 @@ export function createBatcher<Element, Answer>({
         batch.push(item)
       }
       items.splice(0, batch.length - begun)
-      waiting.delete(account)
-      if (items.length > 0) waiting.set(account, items)
+      if (batch.length > begun) {
+        waiting.delete(account)
+        if (items.length > 0) waiting.set(account, items)
+      }
       if (items.length > 0 || batch.length >= share) break
     }
     queued -= batch.length

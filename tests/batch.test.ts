@@ -175,6 +175,20 @@ test('an account that always has more takes turns with others', async () => {
   assert.is((await Promise.all(promises)).length, 10)
 })
 
+test('an account whose next element does not fit beside others is first in the next call', async () => {
+  const { add, put, calls } = held({ lanes: 1, maxBytes: 200 })
+  const promises = [add(0), put({ id: 1, account: 'large', text: 'x'.repeat(160) }), add(2, 'other')]
+  for (let i = 0; i < 3; i++) {
+    await until(() => calls.length === i + 1, 'the next call')
+    calls[i]!.answer()
+  }
+  assert.equal(
+    calls.map(({ ids }) => ids),
+    [[0], [1], [2]],
+  )
+  assert.is((await Promise.all(promises)).length, 3)
+})
+
 test('a few elements of many accounts are one call', async () => {
   const { add, calls } = open(() => {})
   await Promise.all(Array.from({ length: 30 }, (_, i) => add(i, `account ${i}`)))
