@@ -1,4 +1,4 @@
-// The figures in the README and the baselines they are measured against, in one run:
+// The client and the baselines it is measured against, in one run:
 // `npm run bench [-- record validate memory] [--trace FILE]`, a CSV as the demo reads it, for memory.
 import { parseArgs } from 'node:util'
 import { benchMemory } from './memory.ts'

@@ -6,7 +6,7 @@ import { fromServer, type ServerError } from '../src/errors.ts'
 import { database, type Row } from './support/database.ts'
 import { holdsTrue, newId } from './support/ledger.ts'
 import { idAt, payer } from './support/payer.ts'
-import { type Case, code, refusals, short, transports } from './support/transports.ts'
+import { code, refusals, short, transports } from './support/transports.ts'
 
 const test = suite('events')
 const db = await database(test)
@@ -309,21 +309,11 @@ const badTexts: [json: string, code: string][] = [
   ['[{"expires_in": 1e200000}]', '400 number_out_of_range'],
   [`${'['.repeat(100_000)}${']'.repeat(100_000)}`, '413 payload_too_large'],
 ]
-refusals(
-  test,
-  db,
-  wire,
-)(
-  ...batches.flatMap(([fn, param]) =>
-    badTexts.map(
-      ([json, expected]): Case<Send> => [
-        `${fn} of the text ${short(json)}`,
-        (send) => code(send(fn, param, json)),
-        expected,
-      ],
-    ),
-  ),
-)
+const eachText = refusals(test, db, wire)
+for (const [fn, param] of batches)
+  for (const [json, expected] of badTexts)
+    eachText([`${fn} of the text ${short(json)}`, (send) => code(send(fn, param, json)), expected])
+
 for (const [name, send] of Object.entries(wire)) {
   test(`a repeated name in an object: the last one counts, by ${name}`, async () => {
     const { id, account_id, virtual_key_id, config_node_id } = good.event('1')
