@@ -1,6 +1,6 @@
 // The demo as a command: what it prints, what it proves, and how it refuses a wrong option.
 import { spawn } from 'node:child_process'
-import { chmodSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { chmodSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -10,6 +10,7 @@ import { cost, fromSteps, toSteps } from '../scripts/money.ts'
 import { prove } from '../scripts/proof.ts'
 import { until } from '../scripts/supervise.ts'
 import { database } from './support/database.ts'
+import { homes } from './support/leftovers.ts'
 import { payer } from './support/payer.ts'
 
 const test = suite('demo')
@@ -137,12 +138,11 @@ test('Ctrl-C leaves nothing', async () => {
   child.stderr.on('data', (text) => {
     said += text
   })
-  const servers = () => readdirSync(home).filter((name) => name.startsWith('keyledger-'))
   await until(() => said.includes('making 500 users') || child.exitCode !== null, 'the servers to be up')
-  assert.is(servers().length, 3, said)
+  assert.is(homes(home).length, 3, said)
   child.kill('SIGINT')
   await until(() => child.exitCode !== null || child.signalCode, 'the demo to end')
-  assert.equal(servers(), [])
+  assert.equal(homes(home), [])
   rmSync(home, { recursive: true })
 })
 

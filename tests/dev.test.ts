@@ -1,6 +1,6 @@
 // `make dev` as a command: the lines it prints and what they are good for, and that nothing is left of it.
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
-import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from 'node:fs'
+import { chmodSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import OpenAI from 'openai'
@@ -10,6 +10,7 @@ import { inPath } from '../scripts/binaries.ts'
 import { until } from '../scripts/supervise.ts'
 import { createBillingModule, pgRpc, postgrestRpc } from '../src/index.ts'
 import { once } from './support/database.ts'
+import { homes, pidsIn, runs } from './support/leftovers.ts'
 
 const test = suite('dev')
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -55,18 +56,12 @@ async function dev(argv = ['make', '--old-file=install', 'dev'], env: Record<str
   child.stderr!.setEncoding('utf8').on('data', (text) => {
     err += text
   })
-  const homes = () => readdirSync(dir).filter((name) => name.startsWith('keyledger-'))
-  const pids = () =>
-    homes().flatMap((home) => {
-      const file = join(dir, home, 'pid')
-      return existsSync(file) ? Number(readFileSync(file, 'utf8')) : []
-    })
   let known: number[] = []
   // what still runs, and what is left of its files
-  const left = () => [...new Set([...known, ...pids()])].filter(runs).map(String).concat(homes())
+  const left = () => [...new Set([...known, ...pidsIn(dir)])].filter(runs).map(String).concat(homes(dir))
   running.push({ child, dir, left })
   await until(() => out.endsWith('ready\n') || child.exitCode !== null, 'ready', 60)
-  known = pids()
+  known = pidsIn(dir)
   assert.match(out, /ready\n$/, err)
   return {
     child,
@@ -82,14 +77,6 @@ async function dev(argv = ['make', '--old-file=install', 'dev'], env: Record<str
 function evaluated(lines: string): Record<string, string> {
   const script = `set -eua; ${lines}\n'${process.execPath}' -p 'JSON.stringify(process.env)'`
   return JSON.parse(execFileSync('sh', ['-c', script], { encoding: 'utf8', env: {} }))
-}
-
-function runs(pid: number): boolean {
-  try {
-    return process.kill(pid, 0)
-  } catch {
-    return false
-  }
 }
 
 const exited = (child: ChildProcess) => until(() => child.exitCode !== null || child.signalCode, 'its end')

@@ -1,6 +1,6 @@
 // The servers that tests, demo and bench start: nothing of them is left after their process, however it ends.
 import { type ChildProcess, spawn } from 'node:child_process'
-import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
+import { chmodSync, existsSync, mkdtempSync, rmSync, statSync } from 'node:fs'
 import { connect } from 'node:net'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -10,6 +10,7 @@ import { startPostgres, startPostgrest, startRedis } from '../scripts/servers.ts
 import { until } from '../scripts/supervise.ts'
 import { database, once } from './support/database.ts'
 import { failure } from './support/failure.ts'
+import { homes, pidsIn, runs } from './support/leftovers.ts'
 
 const test = suite('tooling')
 const db = await database(test)
@@ -53,28 +54,11 @@ async function stack(then: string) {
   return { child, dir, pids: pidsIn(dir) }
 }
 
-// The directories of the servers; tsx has one there too.
-const homes = (dir: string) => readdirSync(dir).filter((name) => name.startsWith('keyledger-'))
-
 const exited = (child: ChildProcess) =>
   until(() => child.exitCode !== null || child.signalCode, 'the process to end')
 
-const pidsIn = (dir: string) =>
-  homes(dir).flatMap((home) => {
-    const file = join(dir, home, 'pid')
-    return existsSync(file) ? Number(readFileSync(file, 'utf8')) : []
-  })
-
 // Which of the pids still run, and what is left in the directory: a wrapper's last act is to remove its server's.
 const left = ({ dir, pids }: { dir: string; pids: number[] }) => [...pids.filter(runs), ...homes(dir)]
-
-function runs(pid: number): boolean {
-  try {
-    return process.kill(pid, 0)
-  } catch {
-    return false
-  }
-}
 
 const idle = 'setInterval(() => {}, 1000)'
 const endings: [name: string, then: string, signal?: NodeJS.Signals][] = [
