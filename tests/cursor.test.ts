@@ -142,6 +142,39 @@ test('a row purged the moment its long transaction committed resets the cursors 
   assert.is((await changes(cursor)).reset, true)
 })
 
+test('what came with a dump, of transactions still to come here, hides nothing and is not told again and again', async () => {
+  const world = await seed(db.operator)
+  const restore = () =>
+    db.sql(
+      `insert into data.cache_invalidation (xid, entity, keys) values ('9000000000000000001', 'vk', '{foreign}')`,
+    )
+  await db.sql(`update data.outbox_horizon set purged_xid = '9000000000000000000'`)
+  await restore()
+  const { cursor: before } = await changes()
+  assert.equal(await changes(before), { cursor: before, keys: [], reset: false })
+  await db.operator(`update api.config_nodes set model = 'new' where id = $1`, [world.nodeId])
+  assert.equal((await changes(before)).keys, [`vk:${world.keyHash}`])
+
+  // it goes at the next upkeep; what the same transaction wrote is not taken for it
+  const session = await begun()
+  await rename(session, world.nodeId)
+  const { rows } = await session.query('select pg_current_xact_id()::text as xid, api.maintain()')
+  await session.query('commit')
+  const kept = await db.sql(`select keys from data.cache_invalidation where xid = $1 or keys = '{foreign}'`, [
+    rows[0].xid,
+  ])
+  assert.equal(kept, [{ keys: [world.keyHash] }])
+  const { cursor: later, reset } = await changes(before)
+  assert.not(reset)
+
+  // and the first purge here has a horizon of its own
+  await restore()
+  await db.sql(`update data.cache_invalidation set created_at = now() - interval '49 hours'`)
+  await db.operator('select api.maintain()')
+  assert.is((await changes(before)).reset, true)
+  assert.is((await changes(later)).reset, false)
+})
+
 test('a cursor of another cluster or timeline, from the future, or none at all: drop everything', async () => {
   const { cursor } = await changes()
   assert.is((await changes(cursor)).reset, false)

@@ -372,6 +372,21 @@ test('events older than 48 h are purged, and only the cursors that may have miss
   assert.not(changes!.c.reset)
 })
 
+test('events that came with a dump, of transactions still to come here, are not told again', async () => {
+  const account = await payer(db, { funds: '1' })
+  await account.use('1')
+  await db.sql(`update data.account_event set xid = '9000000000000000001'`)
+  await db.sql(`update data.outbox_horizon set purged_xid = '9000000000000000000'`)
+  const { cursor } = await news()
+  assert.equal(await news(cursor), { cursor, events: [], reset: false })
+  await account.topUp('1')
+  const seen = async () => (await news(cursor)).events.map(({ kind }) => kind)
+  assert.equal(await seen(), ['back_in_funds'])
+  await db.operator('select api.maintain()')
+  assert.equal(await db.sql('select kind from data.account_event'), [{ kind: 'back_in_funds' }])
+  assert.equal(await seen(), ['back_in_funds'])
+})
+
 test('a threshold is set, shown, changed and taken away; what is no amount is refused', async () => {
   const account = await payer(db, { funds: '1' })
   assert.is((await threshold(account, '2.5')).low_balance_threshold, '2.5000000000')

@@ -22,7 +22,7 @@ begin
       'config_node_updated', 'count_spend', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
       'entry_kind', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
       'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold', 'hold_open', 'invalidate',
-      'is_amount', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash',
+      'is_amount', 'is_foreign', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash',
       'local_moment', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
       'lock_user_parent', 'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted',
       'mount_inserted', 'mount_updated', 'movements_of', 'new_entry', 'new_virtual_key', 'note_status',

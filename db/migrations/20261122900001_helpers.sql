@@ -162,9 +162,20 @@ begin
 end
 $$;
 
--- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another cluster or ahead of this one; and the
--- cursor for what its caller, in the same statement, is about to read.
+-- Was this transaction one of another cluster? Rows of an outbox, and its horizon, come with a dump, and here such a transaction is
+-- still to come: no reader would ever have seen it.
+create or replace function data.is_foreign(xid xid8)
+returns boolean
+language sql
+stable
+as $$
+  select xid >= pg_snapshot_xmax(pg_current_snapshot()) and xid is distinct from pg_current_xact_id_if_assigned()
+$$;
+
+-- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another cluster, ahead of this one, or may have
+-- missed what was purged; and the cursor for what its caller is about to read. Both read one snapshot, that of the caller's statement.
 create or replace function data.read_cursor(
+  outbox text,
   cursor jsonb,
   out since pg_snapshot,
   out next jsonb
@@ -187,7 +198,11 @@ begin
   exception when others then
     since := null;
   end;
-  if cursor ->> 'cluster' is distinct from v_cluster or pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot()) then
+  if cursor ->> 'cluster' is distinct from v_cluster or pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot())
+    or exists (
+      select from data.outbox_horizon h
+      where h.outbox = read_cursor.outbox and h.purged_xid >= pg_snapshot_xmin(since) and not data.is_foreign(h.purged_xid))
+  then
     since := null;
   end if;
 end

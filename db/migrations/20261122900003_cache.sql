@@ -244,22 +244,18 @@ declare
   v_since pg_snapshot;
   v_next jsonb;
 begin
-  select c.since, c.next into v_since, v_next from data.read_cursor(cursor) c;
-  -- one statement, one snapshot: the rows and the cursor that covers them
-  return (
-    select jsonb_build_object(
-      'cursor', v_next,
-      'reset', v_since is null or not h.keeps_all,
-      'keys', coalesce((
-        select jsonb_agg(distinct c.entity || ':' || k.key)
-        from data.cache_invalidation c
-        cross join lateral unnest(c.keys) as k (key)
-        where h.keeps_all
-          and c.xid >= pg_snapshot_xmin(v_since)
-          and not pg_visible_in_snapshot(c.xid, v_since)
-      ), '[]'::jsonb)
-    )
-    from (select pg_snapshot_xmin(v_since) > o.purged_xid as keeps_all from data.outbox_horizon o where o.outbox = 'cache') h
+  select c.since, c.next into v_since, v_next from data.read_cursor('cache', cursor) c;
+  return jsonb_build_object(
+    'cursor', v_next,
+    'reset', v_since is null,
+    'keys', coalesce((
+      select jsonb_agg(distinct c.entity || ':' || k.key)
+      from data.cache_invalidation c
+      cross join lateral unnest(c.keys) as k (key)
+      where c.xid >= pg_snapshot_xmin(v_since)
+        and not pg_visible_in_snapshot(c.xid, v_since)
+        and not data.is_foreign(c.xid)
+    ), '[]'::jsonb)
   );
 end
 $$;

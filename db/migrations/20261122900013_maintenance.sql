@@ -212,17 +212,17 @@ begin
   v_made := data.make_usage_partitions();
   select p.holds, p.events into v_holds, v_rejected from data.purge_ended() p;
   with invalidation as (
-    delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' returning c.xid
+    delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' or data.is_foreign(c.xid) returning c.xid
   ), event as (
-    delete from data.account_event e where e.created_at < now() - interval '48 hours' returning e.xid
+    delete from data.account_event e where e.created_at < now() - interval '48 hours' or data.is_foreign(e.xid) returning e.xid
   ), gone as (
     select 'cache' as outbox, i.xid from invalidation i
     union all
     select 'account', e.xid from event e
   ), horizon as (
     update data.outbox_horizon h
-    set purged_xid = greatest(h.purged_xid, m.xid)
-    from (select g.outbox, max(g.xid) as xid from gone g group by g.outbox) m
+    set purged_xid = case when data.is_foreign(h.purged_xid) then m.xid else greatest(h.purged_xid, m.xid) end
+    from (select g.outbox, max(g.xid) as xid from gone g where not data.is_foreign(g.xid) group by g.outbox) m
     where h.outbox = m.outbox
   )
   select count(*) filter (where g.outbox = 'cache'), count(*) filter (where g.outbox = 'account')

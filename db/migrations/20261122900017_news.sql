@@ -106,30 +106,26 @@ declare
   v_since pg_snapshot;
   v_next jsonb;
 begin
-  select c.since, c.next into v_since, v_next from data.read_cursor(cursor) c;
-  -- one statement, one snapshot: the rows and the cursor that covers them
-  return (
-    select jsonb_build_object(
-      'cursor', v_next,
-      'reset', nullif(cursor, 'null') is not null and h.keeps_all is not true,
-      'events', coalesce((
-        select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
-          'id', e.id,
-          'kind', e.kind,
-          'account_id', e.account_id,
-          'seq', e.seq,
-          'funds', e.funds::text,
-          'threshold', e.threshold::text,
-          'budget', e.budget,
-          'created_at', e.created_at
-        )) order by e.id)
-        from data.account_event e
-        where h.keeps_all
-          and e.xid >= pg_snapshot_xmin(v_since)
-          and not pg_visible_in_snapshot(e.xid, v_since)
-      ), '[]'::jsonb)
-    )
-    from (select pg_snapshot_xmin(v_since) > o.purged_xid as keeps_all from data.outbox_horizon o where o.outbox = 'account') h
+  select c.since, c.next into v_since, v_next from data.read_cursor('account', cursor) c;
+  return jsonb_build_object(
+    'cursor', v_next,
+    'reset', nullif(cursor, 'null') is not null and v_since is null,
+    'events', coalesce((
+      select jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+        'id', e.id,
+        'kind', e.kind,
+        'account_id', e.account_id,
+        'seq', e.seq,
+        'funds', e.funds::text,
+        'threshold', e.threshold::text,
+        'budget', e.budget,
+        'created_at', e.created_at
+      )) order by e.id)
+      from data.account_event e
+      where e.xid >= pg_snapshot_xmin(v_since)
+        and not pg_visible_in_snapshot(e.xid, v_since)
+        and not data.is_foreign(e.xid)
+    ), '[]'::jsonb)
   );
 end
 $$;
