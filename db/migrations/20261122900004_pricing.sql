@@ -56,8 +56,12 @@ as $$
       case
         when s.meter_count not between 1 and 64 or s.has_bad_meter or s.cost >= 1e12 then 'invalid_meters'
         when s.unpriced is not null and exists (
-          select from data.price o
-          where o.config_node_id = price_meters.config_node_id and o.meter = any (s.unpriced) and o.effective_from <= at
+          select from unnest(s.unpriced) u (meter)
+          cross join lateral (
+            select from data.price o
+            where o.config_node_id = price_meters.config_node_id and o.meter = u.meter and o.effective_from <= at
+            limit 1
+          ) o
         ) then 'currency_mismatch'
         when s.unpriced is not null then 'price_not_found'
       end as code

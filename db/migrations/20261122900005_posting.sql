@@ -164,14 +164,26 @@ begin
   ) a;
   v_now := clock_timestamp();
 
+  -- in the order of the index of open holds, each account's: a plan made on a small table might take the other index, of all holds
   if v_has_holds and exists (
-    select from data.hold h where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+    select from unnest(ids) i (account_id)
+    cross join lateral (
+      select from data.hold h
+      where h.account_id = i.account_id and h.status = 'open' and h.expires_at <= v_now
+      order by h.expires_at
+      limit 1
+    ) h
   ) then
     -- some at a time, soonest first: after an outage there may be more than one call has time for; the others hold nothing either
     with due as (
       select h.account_id, h.id
-      from data.hold h
-      where h.account_id = any (ids) and h.status = 'open' and h.expires_at <= v_now
+      from unnest(ids) i (account_id)
+      cross join lateral (
+        select * from data.hold o
+        where o.account_id = i.account_id and o.status = 'open' and o.expires_at <= v_now
+        order by o.expires_at
+        limit 10000
+      ) h
       order by h.expires_at
       limit 10000
     ), ended as (
@@ -255,6 +267,7 @@ as $$
 declare
   v_now timestamptz := clock_timestamp();
   v_actor text := data.actor();
+  v_seqs jsonb;
   v_used data.billing_transaction[];
   v_drawing data.usage_log[];
   v_ids uuid[];
@@ -266,17 +279,18 @@ begin
   accounts := '{}';
   charged := 0;
   if cardinality(usage) > 0 then
+    -- once per account: of a busy one's row there may be many versions to look through
+    select jsonb_object_agg(a.account_id, a.balance_version + 1) into v_seqs
+    from data.account_balance a
+    where a.account_id = any (array(select distinct u.account_id from unnest(post.usage) u));
     -- a conflict is a retry: its first try was charged
     with new_row as (
       insert into data.usage_log (
         account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, hold_id, final, meters, price_ids,
         cost, request_id, metadata, recorded_at)
-      select u.account_id, u.id, a.balance_version + 1, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id, u.final,
-        u.meters, u.price_ids, u.cost, u.request_id, u.metadata, v_now
+      select u.account_id, u.id, (v_seqs ->> u.account_id::text)::bigint, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id,
+        u.final, u.meters, u.price_ids, u.cost, u.request_id, u.metadata, v_now
       from unnest(post.usage) with ordinality u
-      cross join lateral (
-        select b.balance_version from data.account_balance b where b.account_id = u.account_id offset 0
-      ) a
       order by u.ordinality
       on conflict do nothing
       returning *
@@ -408,10 +422,10 @@ begin
             sum(c.remaining) over (partition by c.account_id order by c.priority desc, c.expires_at desc nulls first, c.seq desc
               rows between unbounded preceding and 1 preceding), 0), 0)) as keeps
         from data.credit_grant c
-        join data.account_balance a on a.account_id = c.account_id
+        cross join lateral (select * from data.account_balance b where b.account_id = c.account_id offset 0) a
         where c.account_id = any (v_spent) and c.remaining > 0
       ) r
-      where g.account_id = any (v_spent) and g.account_id = r.account_id and g.seq = r.seq and r.keeps < r.remaining
+      where g.account_id = any (v_spent) and g.remaining > 0 and g.account_id = r.account_id and g.seq = r.seq and r.keeps < r.remaining
       returning r.account_id, r.version, r.seq, r.remaining - r.keeps as amount
     )
     insert into data.grant_draw (account_id, seq, grant_seq, amount)

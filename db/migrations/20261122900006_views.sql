@@ -78,9 +78,12 @@ select
   encode(a.head_hash, 'hex') as head
 from data.account_balance a
 cross join lateral (
-  select coalesce(sum(h.amount - h.captured), 0) as due
-  from data.hold h
-  where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= statement_timestamp()
+  select coalesce(sum(d.amount - d.captured), 0) as due
+  from (
+    select * from data.hold h
+    where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= statement_timestamp()
+    order by h.expires_at -- so by the index of open holds, whatever the table was like when the plan was made
+  ) d
 ) h
 cross join lateral (
   select coalesce(sum(g.remaining), 0) as due
@@ -245,12 +248,15 @@ cross join lateral (
     case when (e.ends at time zone a.time_zone - interval '1 hour') at time zone a.time_zone = e.ends
       then e.ends at time zone a.time_zone - interval '1 hour' else e.ends at time zone a.time_zone end as window_end
 ) w
-left join data.budget_spend s
-  on s.account_id = b.account_id and s.budget_id = b.id and s.window_start = coalesce(w.window_start, '-infinity')
+left join lateral (
+  select * from data.budget_spend c
+  where c.account_id = b.account_id and c.budget_id = b.id and c.window_start = coalesce(w.window_start, '-infinity')
+  offset 0
+) s on true
 cross join lateral (
   select coalesce(sum(o.amount - o.captured), 0) as held
   from data.hold o
-  join data.virtual_key k on k.id = o.virtual_key_id
+  cross join lateral (select * from data.virtual_key v where v.id = o.virtual_key_id offset 0) k
   where o.account_id = b.account_id and o.status = 'open' and o.expires_at > statement_timestamp()
     and b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
 ) h;

@@ -25,7 +25,7 @@ select
   array(
     select m.config_node_id
     from data.virtual_key_config_node m
-    join data.config_node n on n.id = m.config_node_id and n.status = 'active'
+    cross join lateral (select from data.config_node n where n.id = m.config_node_id and n.status = 'active' offset 0) n
     where m.virtual_key_id = k.id
     order by m.config_node_id
   ) as config_node_ids,

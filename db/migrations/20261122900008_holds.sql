@@ -272,15 +272,17 @@ begin
         or g.expires_at is not null and exists (
           select from data.credit_grant l
           where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
-            and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
+            and (l.expires_at > g.expires_at) is not false))
+      offset 0) order by a.account_id),
     array_agg(b.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a
   cross join lateral (select x.has_budgets from data.account_balance x where x.account_id = a.account_id offset 0) b
   where a.account_id = any (v_account_ids);
-  select array_agg(h order by u.ordinality) into v_first_tries
-  from unnest(v_holds) with ordinality u
-  left join data.hold h on h.account_id = u.account_id and h.id = u.id;
+  -- by key, each: a join may read all the holds there are
+  select array_agg((select h from data.hold h where h.account_id = u.account_id and h.id = u.id) order by u.ordinality)
+  into v_first_tries
+  from unnest(v_holds) with ordinality u;
 
   -- requests and accounts are both in account_id order; an account's requests are admitted in the order they came
   for i in 1 .. coalesce(cardinality(v_ords), 0) loop
@@ -382,7 +384,7 @@ begin
     update data.account_balance a
     set frozen_balance = a.frozen_balance + n.amount
     from (select h.account_id, sum(h.amount) as amount from unnest(v_new) h group by h.account_id) n
-    where a.account_id = n.account_id;
+    where a.account_id = any (v_account_ids) and a.account_id = n.account_id;
   end if;
   return to_jsonb(v_answers);
 end
@@ -415,11 +417,12 @@ declare
   v_code text;
   v_refused boolean;
   v_end timestamptz;
+  v_released data.hold[] := '{}';
 begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   perform data.lock_accounts(array(
-    select data.to_uuid(e.request ->> 'account_id') from jsonb_array_elements(requests) as e (request)));
+    select distinct data.to_uuid(e.request ->> 'account_id') from jsonb_array_elements(requests) as e (request)));
 
   for v_request in
     select
@@ -429,9 +432,12 @@ begin
       data.to_uuid(e.request ->> 'id') as id,
       data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
-    order by e.ord
+    order by account_id, e.ord
   loop
-    select * into v_account from data.account_balance a where a.account_id = v_request.account_id;
+    -- an account is read once, and written once below: of a busy one's row there may be many versions to look through
+    if v_request.account_id is distinct from v_account.account_id then
+      select * into v_account from data.account_balance a where a.account_id = v_request.account_id;
+    end if;
     select * into v_hold from data.hold h where h.account_id = v_request.account_id and h.id = v_request.id;
     v_code := case
       when jsonb_typeof(v_request.request) <> 'object' then 'invalid_request'
@@ -468,10 +474,8 @@ begin
       update data.hold h
       set status = 'released', ended_at = clock_timestamp()
       where h.account_id = v_hold.account_id and h.id = v_hold.id;
-      update data.account_balance a
-      set frozen_balance = a.frozen_balance - (v_hold.amount - v_hold.captured)
-      where a.account_id = v_hold.account_id
-      returning * into v_account;
+      v_released := v_released || v_hold;
+      v_account.available := v_account.available + (v_hold.amount - v_hold.captured);
     end if;
     v_answers[v_request.ord] := jsonb_strip_nulls(jsonb_build_object(
       'id', v_request.request ->> 'id',
@@ -481,6 +485,13 @@ begin
       'available', v_account.available::text
     ));
   end loop;
+
+  if v_released <> '{}' then
+    update data.account_balance a
+    set frozen_balance = a.frozen_balance - r.unspent
+    from (select h.account_id, sum(h.amount - h.captured) as unspent from unnest(v_released) h group by h.account_id) r
+    where a.account_id = any (array(select h.account_id from unnest(v_released) h)) and a.account_id = r.account_id;
+  end if;
   return to_jsonb(v_answers);
 end
 $$;

@@ -5,6 +5,7 @@ set local role keyledger_owner;
 
 -- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked.
 -- Ids are cast at once, and one by one only if that fails: catching each on its own is a fifth of the work.
+-- `offset 0` in an exists: else it may be hashed, by a plan of when its table was small, and read all of it.
 -- The caller's own statement reads the window: it then waits for a drop of months before it takes its snapshot, not after.
 create or replace function data.read_usage_events(
   events jsonb,
@@ -23,6 +24,25 @@ declare
   v_first uuid := data.uuid_floor(taken.floor);
   v_beyond uuid := data.uuid_floor(taken.ceiling);
 begin
+  with parsed as materialized (
+    select
+      e.ord,
+      e.event,
+      case when ids_are_well_formed then (e.event ->> 'id')::data.uuidv7 else data.to_uuidv7(e.event ->> 'id') end as id,
+      case when ids_are_well_formed then (e.event ->> 'account_id')::uuid else data.to_uuid(e.event ->> 'account_id') end
+        as account_id,
+      case when ids_are_well_formed then (e.event ->> 'virtual_key_id')::uuid else data.to_uuid(e.event ->> 'virtual_key_id') end
+        as virtual_key_id,
+      case when ids_are_well_formed then (e.event ->> 'config_node_id')::uuid else data.to_uuid(e.event ->> 'config_node_id') end
+        as config_node_id,
+      case when ids_are_well_formed then (e.event ->> 'hold_id')::uuid else data.to_uuid(e.event ->> 'hold_id') end as hold_id
+    from jsonb_array_elements(events) with ordinality as e (event, ord)
+  ), account as materialized (
+    -- each looked up once: of a busy one's row there may be many versions to look through
+    select jsonb_object_agg(a.account_id, a.currency) as currencies
+    from data.account_balance a
+    where a.account_id = any (array(select distinct i.account_id from parsed i))
+  )
   select array_agg(e.ord), array_agg(e.usage), array_agg(e.code), array_agg(distinct (e.usage).virtual_key_id) filter (where e.is_idle)
   into ords, usage, codes, idle_keys
   from (
@@ -48,39 +68,28 @@ begin
           then 'invalid_metadata'
         when r.currency is null then 'account_not_found'
         when r.user_id is null then 'virtual_key_unknown'
-        when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id)
+        when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id offset 0)
           then 'config_node_not_found'
         -- a hold of another account is no hold of this one, and a freeze is not to be drawn; one of before the window ended and is purged
         when r.hold_id is not null and not exists (
-          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null)
-          and (r.hold_id >= v_first or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id))
+          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null offset 0)
+          and (r.hold_id >= v_first
+            or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id offset 0))
           then 'invalid_hold'
         else p.code
       end as code
     from (
       select
         i.*,
-        (select a.currency from data.account_balance a where a.account_id = i.account_id) as currency,
+        a.currencies ->> i.account_id::text as currency,
         (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id,
         exists (
           select from data.virtual_key_use u
           where u.virtual_key_id = i.virtual_key_id
-            and (u.last_used_at is null or u.last_used_at < statement_timestamp() - interval '1 minute')) as is_idle
-      from (
-        select
-          e.ord,
-          e.event,
-          case when ids_are_well_formed then (e.event ->> 'id')::data.uuidv7 else data.to_uuidv7(e.event ->> 'id') end as id,
-          case when ids_are_well_formed then (e.event ->> 'account_id')::uuid else data.to_uuid(e.event ->> 'account_id') end
-            as account_id,
-          case when ids_are_well_formed then (e.event ->> 'virtual_key_id')::uuid else data.to_uuid(e.event ->> 'virtual_key_id') end
-            as virtual_key_id,
-          case when ids_are_well_formed then (e.event ->> 'config_node_id')::uuid else data.to_uuid(e.event ->> 'config_node_id') end
-            as config_node_id,
-          case when ids_are_well_formed then (e.event ->> 'hold_id')::uuid else data.to_uuid(e.event ->> 'hold_id') end as hold_id
-        from jsonb_array_elements(events) with ordinality as e (event, ord)
-        offset 0 -- or each use would parse again
-      ) i
+            and (u.last_used_at is null or u.last_used_at < statement_timestamp() - interval '1 minute')
+          offset 0) as is_idle
+      from parsed i
+      cross join account a
       offset 0
     ) r
     cross join lateral (
@@ -170,6 +179,7 @@ declare
   v_answers jsonb[];
   v_parked jsonb[] := '{}';
   v_parked_codes text[] := '{}';
+  v_available jsonb;
   v_row record;
 begin
   perform data.require_array('events', events);
@@ -218,8 +228,11 @@ begin
 
   -- fewer new rows than events: the others met their first try
   if v_charged < cardinality(v_chargeable) then
+    select jsonb_object_agg(a.account_id, a.available) into v_available
+    from data.account_balance a
+    where a.account_id = any (array(select distinct u.account_id from unnest(v_chargeable) u));
     for v_row in
-      select u.i, l.cost, l.transaction_seq, a.available,
+      select u.i, u.account_id, l.cost, l.transaction_seq,
         (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
           is distinct from
         (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata) as mismatch
@@ -230,13 +243,12 @@ begin
       ) u
       -- by key, each: a join here read all that the account ever used
       cross join lateral (select * from data.usage_log b where b.account_id = u.account_id and b.id = u.id offset 0) l
-      cross join lateral (select * from data.account_balance b where b.account_id = u.account_id offset 0) a
       -- all but the first copy of what this very call charged
       where not (u.copy = 1 and exists (
         select from unnest(v_accounts) p where p.account_id = u.account_id and p.balance_version = l.transaction_seq))
     loop
       v_answers[v_ords[v_row.i]] := v_answers[v_ords[v_row.i]]
-        || jsonb_build_object('status', 'duplicate', 'cost', v_row.cost::text, 'available', v_row.available::text,
+        || jsonb_build_object('status', 'duplicate', 'cost', v_row.cost::text, 'available', v_available ->> v_row.account_id::text,
           'seq', v_row.transaction_seq)
         || case when v_row.mismatch then '{"mismatch": true}' else '{}'::jsonb end;
     end loop;

@@ -29,6 +29,7 @@ create or replace function data.first_try(
 )
 returns data.billing_transaction
 language plpgsql
+set enable_seqscan = off
 as $$
 declare
   v_first data.billing_transaction;
@@ -58,6 +59,7 @@ create or replace function data.shown(
 returns api.billing_transactions
 language plpgsql
 stable
+set enable_seqscan = off
 as $$
 declare
   v_shown api.billing_transactions;
