@@ -374,6 +374,13 @@ export interface Functions {
     }
     result: Views['billing_transactions']
   }
+  /** The lowest id of a `moment`: usage and holds of then and later have that id or a higher one. */
+  id_at: {
+    args: {
+      moment: string
+    }
+    result: string
+  }
   /** Takes over keys that are in use elsewhere; their callers notice nothing. */
   import_virtual_keys: {
     args: {

@@ -236,6 +236,13 @@ for (const amount of ['abc', '', '1,5', '0x10', '1_0', '１２', {}, [], true]) 
 
 // Other arguments of single functions
 each(
+  ...[null, 'infinity', '-infinity', '1969-12-31T23:59:59Z', '9999-01-01T00:00Z'].map(
+    (moment): Case => [
+      `the id of moment ${moment}`,
+      ({ gateway }) => code(gateway.call<string, string>('id_at', { moment })),
+      '422 invalid_moment',
+    ],
+  ),
   [
     'an id that is no uuid',
     ({ operator }) => code(operator.call('top_up', { account_id: 'x', amount: '1' })),

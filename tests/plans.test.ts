@@ -218,6 +218,37 @@ test('however much is kept, by plans made on an empty database, on a full one an
   assert.equal(grown, [])
 })
 
+test('usage, holds and entries of an account are read by range, whoever reads', async () => {
+  const payer = await account()
+  const { accountId, userId, keyId, nodeId } = payer
+  await db.sql(`
+    insert into data.usage_log (account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, final, meters,
+      price_ids, cost, recorded_at)
+    select '${accountId}', data.uuid_floor(now() - n * interval '1 s'), 1, '${keyId}', '${userId}', '${nodeId}', true, '{}', '{}', 0, now()
+    from generate_series(1, 10000) n;
+    insert into data.hold (account_id, id, amount, captured, status, expires_at, virtual_key_id, created_at, ended_at)
+    select '${accountId}', data.uuid_floor(now() - n * interval '1 s'), 1, 1, 'captured', now(), '${keyId}', now(), now()
+    from generate_series(1, 10000) n`)
+  for (let i = 0; i < 300; i++) await payer.topUp('1')
+  await db.sql('analyze')
+  const range = `account_id = '${accountId}' and id >= (select api.id_at(now() - interval '1 minute')) order by id desc limit 20`
+  const wanted = {
+    usage_logs: `select * from api.usage_logs where ${range}`,
+    holds: `select * from api.holds where ${range}`,
+    billing_transactions: `select * from api.billing_transactions where account_id = '${accountId}' and seq > 290 order by seq desc limit 10`,
+  }
+  for (const reader of [db.operator, db.member(userId)])
+    for (const [view, text] of Object.entries(wanted)) {
+      const [row] = await reader(`explain (analyze, buffers, format json) ${text}`)
+      const { Plan: plan } = row!['QUERY PLAN'][0]
+      assert.is(plan['Actual Rows'], view === 'billing_transactions' ? 10 : 20)
+      assert.ok(
+        plan['Shared Hit Blocks'] + plan['Shared Read Blocks'] < 150,
+        `${view}: ${JSON.stringify(plan)}`,
+      )
+    }
+})
+
 test('a busy account is not looked up for each element: an old snapshot keeps every version of it', async () => {
   const payer = await account()
   const there = await known(payer)

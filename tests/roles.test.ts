@@ -25,6 +25,7 @@ const functions: Record<string, string[]> = {
   extend_holds: [gateway],
   freeze_funds: [operator],
   grant_credit: [operator],
+  id_at: [gateway, operator, member],
   import_virtual_keys: [operator],
   maintain: [gateway, operator],
   new_id: [gateway, operator],

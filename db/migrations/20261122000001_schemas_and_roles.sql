@@ -44,7 +44,7 @@ begin
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at',
       'billing_accounts', 'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period',
       'config_nodes', 'create_virtual_key', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
-      'freeze_funds', 'grant_credit', 'holds', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
+      'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
       'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',
       'resolve_virtual_key', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
