@@ -151,7 +151,8 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   await db.sql(`update data.outbox_horizon set purged_xid = '9000000000000000000'`)
   await restore()
   const { cursor: before } = await changes()
-  assert.equal(await changes(before), { cursor: before, keys: [], reset: false })
+  const first = await changes(before)
+  assert.equal([first.keys, first.reset], [[], false])
   await db.operator(`update api.config_nodes set model = 'new' where id = $1`, [world.nodeId])
   assert.equal((await changes(before)).keys, [`vk:${world.keyHash}`])
 
@@ -175,15 +176,19 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   assert.is((await changes(later)).reset, false)
 })
 
-test('a cursor of another cluster or timeline, from the future, or none at all: drop everything', async () => {
+test('a cursor of another cluster, timeline or database, from the future, or none at all: drop everything', async () => {
   const { cursor } = await changes()
   assert.is((await changes(cursor)).reset, false)
-  const [system, timeline] = cursor.cluster.split(':') as [string, string]
+  const [system, timeline, database, table] = cursor.cluster.split(':') as [string, string, string, string]
   const [xmin, xmax] = cursor.snapshot.split(':').map(BigInt) as [bigint, bigint]
   const doubtful: unknown[] = [
     undefined,
-    { ...cursor, cluster: `${BigInt(system) + 1n}:${timeline}` },
-    { ...cursor, cluster: `${system}:00000002` },
+    ...[
+      [BigInt(system) + 1n, timeline, database, table],
+      [system, '00000002', database, table],
+      [system, timeline, Number(database) + 1, table],
+      [system, timeline, database, Number(table) + 1],
+    ].map((parts) => ({ ...cursor, cluster: parts.join(':') })),
     { ...cursor, snapshot: `${xmax + 1_000_000n}:${xmax + 1_000_000n}:` },
     { ...cursor, snapshot: `${xmin}:${xmax + 1_000_000n}:` },
   ]

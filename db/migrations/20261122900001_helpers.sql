@@ -187,10 +187,11 @@ as $$
 declare
   v_cluster text;
 begin
-  -- the timeline changes when a standby takes over
-  select s.system_identifier || ':' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+  -- the timeline changes when a standby takes over, the oids when a dump is restored in the same cluster
+  select concat_ws(':', s.system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), d.oid, 'data.outbox_horizon'::regclass::oid)
   into v_cluster
-  from pg_control_system() s;
+  from pg_control_system() s, pg_database d
+  where d.datname = current_database();
   next := jsonb_build_object('cluster', v_cluster, 'snapshot', pg_current_snapshot()::text);
 
   begin

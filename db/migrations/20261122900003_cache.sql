@@ -239,6 +239,7 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_since pg_snapshot;

@@ -196,13 +196,15 @@ begin
     update data.account_balance a
     set frozen_balance = a.frozen_balance - e.unspent
     from (select ended.account_id, sum(ended.unspent) as unspent from ended group by ended.account_id) e
-    where a.account_id = e.account_id;
+    where a.account_id = any (ids) and a.account_id = e.account_id;
   end if;
 
   if v_has_grants then
     select array_agg(g order by g.account_id, g.expires_at, g.seq) into v_grants
-    from data.credit_grant g
-    where g.account_id = any (ids) and g.remaining > 0 and g.expires_at <= v_now;
+    from (
+      select * from data.credit_grant c where c.account_id = any (ids) and c.remaining > 0 and c.expires_at <= v_now
+      offset 0 -- by what remains, not in the order of all there were
+    ) g;
     for i in 1 .. coalesce(cardinality(v_grants), 0) loop
       update data.credit_grant g set remaining = 0 where g.account_id = v_grants[i].account_id and g.seq = v_grants[i].seq;
       perform data.post(entries => array[data.new_entry(v_grants[i].account_id, 'credit_expiry',
@@ -337,7 +339,7 @@ begin
     from (
       select d.account_id, sum(case when d.final then d.unspent else d.draw end) as amount from drawn d group by d.account_id
     ) x
-    where a.account_id = x.account_id;
+    where a.account_id = any (array(select u.account_id from unnest(v_drawing) u)) and a.account_id = x.account_id;
   end if;
 
   v_ids := array(select e.account_id from unnest(entries) e);

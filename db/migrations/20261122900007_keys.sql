@@ -31,8 +31,9 @@ select
   ) as config_node_ids,
   coalesce(t.currency, u.currency) as currency
 from data.virtual_key k
-join data.user_profile u on u.id = k.user_id
-left join data.tenant t on t.id = u.tenant_id;
+-- by key, each: a join planned on small tables may read all of them
+cross join lateral (select * from data.user_profile p where p.id = k.user_id offset 0) u
+left join lateral (select * from data.tenant o where o.id = u.tenant_id offset 0) t on true;
 
 -- what a hash resolves to: its key's context; one from before a rotation expires with its grace
 create or replace view data.hash_context as
@@ -55,7 +56,7 @@ select
   c.config_node_ids,
   c.currency
 from data.key_hash h
-join data.key_context c on c.virtual_key_id = h.virtual_key_id;
+cross join lateral (select * from data.key_context k where k.virtual_key_id = h.virtual_key_id offset 0) c;
 
 comment on view data.key_context is 'Key, user, payer, and whether the key may be used.';
 comment on view data.hash_context is 'The same by each hash of a key.';
@@ -81,6 +82,7 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if key_hash ~ '^[0-9a-f]{64}$' then
@@ -134,6 +136,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   select c.virtual_key_id, c.user_id, c.tenant_id, c.account_id, c.name, c.key_prefix, c.virtual_key_status,
@@ -187,6 +190,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_missing uuid;

@@ -19,6 +19,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_key_user_id uuid;
@@ -33,7 +34,7 @@ begin
     end
   into account_id, code
   from data.user_profile u
-  left join data.tenant t on t.id = u.tenant_id
+  left join lateral (select * from data.tenant o where o.id = u.tenant_id offset 0) t on true
   where u.id = check_budget.user_id;
   if account_id is null then
     perform data.refuse(404, 'user_not_found', 'user ' || coalesce(user_id::text, 'null'), 'create the user first');
@@ -272,8 +273,7 @@ begin
         or g.expires_at is not null and exists (
           select from data.credit_grant l
           where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
-            and (l.expires_at > g.expires_at) is not false))
-      offset 0) order by a.account_id),
+            and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
     array_agg(b.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a
@@ -556,6 +556,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_hold data.hold;

@@ -7,6 +7,7 @@ set local role keyledger_owner;
 create or replace function data.lock_account(account_id uuid)
 returns data.account_balance
 language plpgsql
+set enable_seqscan = off
 as $$
 declare
   v_account data.account_balance;

@@ -92,6 +92,7 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   if at is null or not isfinite(at) or at > clock_timestamp() then

@@ -181,6 +181,7 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_usage api.usage_logs;

@@ -101,6 +101,7 @@ language plpgsql
 stable
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   v_since pg_snapshot;
@@ -121,10 +122,13 @@ begin
         'budget', e.budget,
         'created_at', e.created_at
       )) order by e.id)
-      from data.account_event e
-      where e.xid >= pg_snapshot_xmin(v_since)
-        and not pg_visible_in_snapshot(e.xid, v_since)
-        and not data.is_foreign(e.xid)
+      from (
+        select * from data.account_event n
+        where n.xid >= pg_snapshot_xmin(v_since)
+          and not pg_visible_in_snapshot(n.xid, v_since)
+          and not data.is_foreign(n.xid)
+        offset 0 -- by xid, not in the order of id
+      ) e
     ), '[]'::jsonb)
   );
 end
