@@ -232,6 +232,39 @@ test('a refused hold may come again with its id', async () => {
   assert.is(brief((await account.place(request))[0]), 'held')
 })
 
+test('in one call, holds of several accounts are released, each once, and answered in the order asked', async () => {
+  const [a, b] = [await payer(db, { funds: '10' }), await payer(db, { funds: '5' })]
+  const [whole, drawn, other] = [await a.hold('4'), await a.hold('3'), await b.hold('2')]
+  await a.use('1', { hold_id: drawn, final: false })
+  const wanted: [Payer | undefined, string][] = [
+    [a, whole],
+    [b, other],
+    [a, whole],
+    [undefined, newId()],
+    [a, drawn],
+  ]
+  const [row] = await db.gateway('select api.release_holds($1) as answers', [
+    JSON.stringify(wanted.map(([account, id]) => ({ id, account_id: account?.accountId ?? newId() }))),
+  ])
+  const { answers }: { answers: Row[] } = row as { answers: Row[] }
+  assert.equal(
+    answers.map(({ id }) => id),
+    wanted.map(([, id]) => id),
+  )
+  assert.equal(
+    answers.map((answer) => `${brief(answer)} ${answer.available}`),
+    [
+      'released 7.0000000000',
+      'released 5.0000000000',
+      'closed hold_released 7.0000000000',
+      'closed account_not_found undefined',
+      'released 9.0000000000',
+    ],
+  )
+  assert.equal(await a.figures(), { balance: '9', available: '9' })
+  assert.equal(await b.figures(), { balance: '5', available: '5' })
+})
+
 test('in one call, holds are admitted in order as far as the money goes', async () => {
   const [a, b] = [await payer(db, { funds: '10' }), await payer(db, { limit: '1' })]
   const answers = await a.place(

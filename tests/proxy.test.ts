@@ -10,6 +10,7 @@ import { until } from '../scripts/supervise.ts'
 import { database, type Row } from './support/database.ts'
 import { failure } from './support/failure.ts'
 import { holdsTrue, units } from './support/ledger.ts'
+import { runs } from './support/leftovers.ts'
 import { seed, type World } from './support/seed.ts'
 
 const test = suite('proxy')
@@ -570,11 +571,3 @@ test('events without content, in any packets, of any line ends, are read', async
 })
 
 test.run()
-
-function runs(pid: number): boolean {
-  try {
-    return process.kill(pid, 0)
-  } catch {
-    return false
-  }
-}

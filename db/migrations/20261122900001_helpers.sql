@@ -172,8 +172,8 @@ as $$
   select xid >= pg_snapshot_xmax(pg_current_snapshot()) and xid is distinct from pg_current_xact_id_if_assigned()
 $$;
 
--- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another cluster, ahead of this one, or may have
--- missed what was purged; and the cursor for what its caller is about to read. Both read one snapshot, that of the caller's statement.
+-- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another database, ahead of this one, or may
+-- have missed what was purged; and the cursor for what its caller is about to read. Both read one snapshot, that of the caller's statement.
 create or replace function data.read_cursor(
   outbox text,
   cursor jsonb,

@@ -262,8 +262,8 @@ end
 $$;
 comment on function api.cache_changes(jsonb) is
 'The cache keys changed since a cursor, and the next cursor.
-`keys` were changed by transactions the cursor had not seen. `reset` true: the cursor is missing, of another cluster, ahead of this one or too
-old: drop everything. Keep the cursor only after evicting.';
+`keys` were changed by transactions the cursor had not seen. `reset` true: the cursor is missing, of another cluster or database, ahead of this
+one or too old: drop everything. Keep the cursor only after evicting.';
 grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
 
 reset role;

@@ -135,7 +135,8 @@ $$;
 
 -- The hot functions below and in the next files fix their plans: by index for any number of rows, made once. Else a plan made on an
 -- empty table scans it until the next analyze, and planning anew is a fifth of a call (measured). Those whose updates join do so by
--- nested loops only: a hash join reads all holds there are, which is cheap as long as there are few.
+-- nested loops only: a hash join reads all holds there are, which is cheap as long as there are few. Rarer functions that look things up
+-- by key go without sequential scans for the same reason; tests/plans.test.ts counts what each reads.
 
 -- Locks accounts, in account_id order, and settles what the clock has ended: holds past their expiry, grants past theirs.
 create or replace function data.lock_accounts(ids uuid[])

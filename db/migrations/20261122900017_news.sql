@@ -139,7 +139,7 @@ Without a cursor it starts from now, without events. Answers {cursor, reset, eve
 created_at}]}, oldest first. `low_balance`: funds fell to the account''s threshold or below; `exhausted`: to 0 or below; `back_in_funds`: they
 rose above 0; `budget_exhausted`: what counts against a budget in its present window has reached its amount, with `budget` {id, scope,
 scope_id, period, amount, spent}. Funds are balance + free_credit + credit_limit - outstanding_amount, holds not counted, and `seq` is
-the entry that changed them. `reset` true: the cursor is of another cluster, ahead of this one or older than what is kept (48 hours);
+the entry that changed them. `reset` true: the cursor is of another cluster or database, ahead of this one or older than what is kept (48 h);
 events may be missing, so read the accounts. Keep the cursor after handling the events: whoever repeats a cursor gets the same ids again.';
 grant execute on function api.account_news(jsonb) to keyledger_gateway, keyledger_operator;
 
