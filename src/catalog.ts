@@ -172,6 +172,8 @@ export interface Views {
     tried_at: string | null
     resolved_at: string | null
     resolution: string | null
+    reason: string | null
+    actor: string | null
   }
   /** Who changed the status of a tenant, user_profile, virtual_key or config_node, when and why; old_status is null for one that began so. */
   status_changes: {
@@ -329,6 +331,14 @@ export interface Functions {
       key_prefix: string | null
       created_at: string | null
     }
+  }
+  /** Gives up parked events that will never be charged, and keeps who did it and why (`reason`). */
+  dismiss_rejected_usage: {
+    args: {
+      ids: string[]
+      reason: string
+    }
+    result: Views['rejected_usage'][]
   }
   /** Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage. */
   drop_usage_partitions: {

@@ -165,6 +165,8 @@ test('what came with a dump, of transactions still to come here, hides nothing a
     rows[0].xid,
   ])
   assert.equal(kept, [{ keys: [world.keyHash] }])
+  // nor does the horizon wait until this cluster has come to it
+  assert.equal(await db.sql('select from data.outbox_horizon where data.is_foreign(purged_xid)'), [])
   const { cursor: later, reset } = await changes(before)
   assert.not(reset)
 

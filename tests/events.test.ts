@@ -442,10 +442,13 @@ for (const [name, { gateway }] of Object.entries(through)) {
 test('ids of a moment on are those that id_at gives, or higher', async () => {
   const [row] = await db.gateway(
     `select api.id_at('2026-11-01T00:00Z') as first, api.id_at('1970-01-01T00:00Z') as epoch,
+      api.id_at('2026-11-01T00:00:00.0009Z') as later_that_millisecond,
       api.id_at(now()) <= api.new_id() and api.id_at(now() + interval '1 s') > api.new_id() as parted`,
   )
+  const first = idAt('2026-11-01T00:00Z').slice(0, 13).concat('-7000-8000-000000000000')
   assert.equal(row, {
-    first: idAt('2026-11-01T00:00Z').slice(0, 13).concat('-7000-8000-000000000000'),
+    first,
+    later_that_millisecond: first,
     epoch: '00000000-0000-7000-8000-000000000000',
     parted: true,
   })

@@ -4,6 +4,7 @@ import * as assert from 'uvu/assert'
 import { until } from '../scripts/supervise.ts'
 import { type Database, database, type Row } from './support/database.ts'
 import { hold, holdsTrue } from './support/ledger.ts'
+import { payer } from './support/payer.ts'
 import { seed } from './support/seed.ts'
 
 const test = suite('expiry')
@@ -74,6 +75,27 @@ test('a hold that waited for the lock begins after it', async () => {
     await holder.end()
     await waiter.end()
   }
+})
+
+// what it writes of a time it could not read again
+test('credit that ran out, and a hold that is drawn, by a session of another DateStyle and time zone', async () => {
+  const account = await payer(db, { funds: '10' })
+  const { accountId } = account
+  const held = await account.hold('1')
+  const expires = new Date(Date.now() + 1000)
+  await account.grant('5', { expires_at: expires })
+  await until(() => Date.now() > expires.getTime() + 100, 'the grant to run out')
+  const session = await db.session()
+  await session.query(`set datestyle = 'SQL, DMY'; set timezone = 'Pacific/Guam'`)
+  const event = account.event('0.25', { hold_id: held })
+  const asked = session.query('select api.record_usage($1) as answers', [JSON.stringify([event])])
+  const { rows } = await asked.finally(() => session.end())
+  assert.is(rows[0].answers[0].status, 'charged')
+  assert.equal(await account.entries(2), ['credit_expiry -5: free_credit -5', 'usage -0.25: balance -0.25'])
+  assert.equal(await db.operator('select captured from api.holds where id = $1', [held]), [
+    { captured: '0.2500000000' },
+  ])
+  assert.equal(await db.sql('select * from api.verify_balances($1)', [accountId]), [])
 })
 
 test.run()

@@ -22,6 +22,8 @@ interface Known {
   hold: string
   /** To be released. */
   spares: string[]
+  /** Two keys of the same user: one to be rotated, one that is revoked. */
+  keys: [string, string]
   reference: string
   cursor: unknown
 }
@@ -29,7 +31,7 @@ interface Known {
 // Each with ids of its own, since an id counts once; `size` is how many elements a batch has.
 function callsOf(
   payer: Payer,
-  { event: first, hold, spares, reference, cursor }: Known,
+  { event: first, hold, spares, keys: [spareKeyId, endedKeyId], reference, cursor }: Known,
   size = 10,
 ): Record<string, Call> {
   const { accountId, userId, keyId, key, nodeId, event, request } = payer
@@ -77,7 +79,30 @@ function callsOf(
       first.id,
     ),
     freeze_funds: operator(`select api.freeze_funds($1, 0.01, 'test', $2)`, accountId, newId()),
+    adjust_balance: operator(`select api.adjust_balance($1, 1, 'test')`, accountId),
+    reverse_top_up: operator(
+      `select api.reverse_top_up($1, top_up_reference => $2, amount => 0.0001, reason => 'test')`,
+      accountId,
+      reference,
+    ),
+    set_credit_limit: operator('select api.set_credit_limit($1, 1 + random()::numeric(4, 4))', accountId),
+    set_low_balance_threshold: operator(
+      'select api.set_low_balance_threshold($1, 1 + random()::numeric(4, 4))',
+      accountId,
+    ),
+    set_budget: operator(
+      `select api.set_budget($1, 'user', $2, 100 + random()::numeric(4, 4), 'week')`,
+      accountId,
+      userId,
+    ),
+    set_status: operator(`select api.set_status('user_profile', $1, 'active', 'test')`, userId),
     create_virtual_key: operator('select api.create_virtual_key($1)', userId),
+    rotate_virtual_key: operator('select api.rotate_virtual_key($1)', spareKeyId),
+    revoke_virtual_key: operator('select api.revoke_virtual_key($1)', endedKeyId),
+    import_virtual_keys: operator(
+      'select api.import_virtual_keys($1)',
+      JSON.stringify([{ user_id: userId, virtual_key: newId(), config_node_ids: [nodeId] }]),
+    ),
     explain_charge: operator('select api.explain_charge($1, $2)', accountId, first.id),
     balance_at: operator(`select api.balance_at($1, now() - interval '1 second')`, accountId),
   }
@@ -123,12 +148,17 @@ async function account(): Promise<Payer> {
 const cursorNow = async () =>
   JSON.stringify((await db.gateway('select api.cache_changes() as c'))[0]!.c.cursor)
 
+const another = async ({ userId }: Payer): Promise<string> =>
+  (await db.operator('select id from api.create_virtual_key($1)', [userId]))[0]!.id
+
 async function known(account: Payer): Promise<Known> {
   const event = account.event('0.01')
   const reference = newId()
   await account.record(event)
   await account.topUp('1', { reference })
-  return { event, reference, hold: await account.hold('1'), spares: [], cursor: await cursorNow() }
+  const keys = [await another(account), await another(account)] as [string, string]
+  await db.operator('select api.revoke_virtual_key($1)', [keys[1]])
+  return { event, reference, hold: await account.hold('1'), spares: [], keys, cursor: await cursorNow() }
 }
 
 // a function may keep a plan from its sixth call on
@@ -162,6 +192,7 @@ test('however much is kept, by plans made on an empty database, a small one, a f
     event: payer.event('1'),
     hold: newId(),
     spares: [],
+    keys: [newId(), newId()] as [string, string],
     reference: newId(),
     cursor: await cursorNow(),
   }
@@ -213,6 +244,7 @@ test('however much is kept, by plans made on an empty database, a small one, a f
     insert into data.cache_invalidation (xid, entity, keys) select '4', 'vk', '{x}' from ${rows};
     insert into data.account_event (xid, account_id, seq, kind, funds, created_at)
     select '4', '${accountId}', 1, 'exhausted', 0, now() from ${rows};
+    insert into data.status_change (entity, entity_id, new_status, actor) select 'user_profile', gen_random_uuid(), 'active', 'x' from ${rows};
     insert into data.rejected_usage (id, event, usage_id, code) select gen_random_uuid(), '{}', api.new_id(), 'x' from ${rows};
     commit`)
 

@@ -9,13 +9,20 @@ import { idAt, payer } from './support/payer.ts'
 const test = suite('replay')
 const db = await database(test)
 
+// what is parked still is in the way of the next test
+test.after.each(async () => {
+  await db.operator(`
+    select from api.dismiss_rejected_usage(array(select id from api.rejected_usage where resolved_at is null), 'the test is over')`)
+})
+
 const brief = (answers: Row[]) => answers.map((answer) => answer.code ?? answer.status)
 
 // Parked for want of a price, and then priced: at 2 from the event's own time on, at 5 since.
 async function parked(...more: Row[]) {
   const account = await payer(db, { funds: '200' })
-  const events = more.map((each) =>
-    account.event('', { id: idAt(new Date(Date.now() - 60_000)), meters: { late: '1' }, ...each }),
+  const since = Date.now() - 60_000
+  const events = more.map((each, i) =>
+    account.event('', { id: idAt(new Date(since + i)), meters: { late: '1' }, ...each }),
   )
   assert.equal(
     (await account.record(...events)).map(({ status }) => status),
@@ -80,6 +87,102 @@ test('what can be charged is, beside what still cannot, each answered in its pla
     [account.nodeId],
   )
   assert.equal(brief(await replay(db.operator)), ['charged'])
+})
+
+test('what only labels an event keeps no charge waiting, and the parked event stays whole', async () => {
+  const [long, large] = ['x'.repeat(513), { note: 'x'.repeat(16_384) }]
+  const { account, price, kept } = await parked(
+    { request_id: long },
+    { metadata: large, request_id: 'fit' },
+    { request_id: long, metadata: large, meters: { late: '1', never: '1' } },
+    { metadata: 'no object', request_id: 'fit' },
+  )
+  assert.equal(
+    (await kept()).map(({ code }) => code),
+    ['invalid_request_id', 'invalid_metadata', 'invalid_request_id', 'invalid_metadata'],
+  )
+  // an event that is no object, nor can be one, stands in nobody's way
+  await account.record(5 as never, [] as never)
+  await price()
+  const before = await kept()
+  assert.equal(brief(await replay(db.operator)).sort(), [
+    ...['charged', 'charged', 'charged'],
+    ...['invalid_event', 'invalid_event', 'price_not_found'],
+  ])
+  assert.equal(
+    await kept(),
+    before.map((row, i) =>
+      i === 2 ? { ...row, code: 'price_not_found' } : { ...row, resolution: 'charged' },
+    ),
+  )
+  assert.equal(
+    await db.operator('select request_id, metadata from api.usage_logs where account_id = $1 order by id', [
+      account.accountId,
+    ]),
+    [
+      { request_id: null, metadata: null },
+      { request_id: 'fit', metadata: null },
+      { request_id: 'fit', metadata: null },
+    ],
+  )
+})
+
+test('sent again mended, under the same id: the parked event is resolved, and charged no second time', async () => {
+  const { account, events, kept } = await parked({ meters: {} }, { meters: { late: 'NaN' } })
+  const [mended] = events as [Row]
+  const [charged] = await account.record({ ...mended, meters: { usd: '0.25' } })
+  assert.is(charged!.status, 'charged')
+  const answers = await replay(db.operator)
+  assert.equal(brief(answers).sort(), ['duplicate', 'invalid_meters'])
+  const { id, status, cost, seq, mismatch, available } = answers.find(({ code }) => !code)!
+  assert.equal([id, status, cost, seq, mismatch], [mended.id, 'duplicate', charged!.cost, charged!.seq, true])
+  assert.is(available, charged!.available)
+  assert.equal(
+    (await kept()).map(({ resolution }) => resolution),
+    ['duplicate', null],
+  )
+})
+
+test('dismissed by somebody for a reason, and tried again only when named', async () => {
+  const { account, events, price, kept } = await parked({}, {})
+  const [first, second] = (await kept()) as [Row, Row]
+  const dismiss = (ids: string[] | null, reason: string | null) =>
+    db.as('keyledger_operator', { sub: 'erin' })('select * from api.dismiss_rejected_usage($1, $2)', [
+      ids,
+      reason,
+    ])
+  const refused = async (ids: string[] | null, reason: string | null) =>
+    dismiss(ids, reason).then(
+      () => 'done',
+      ({ code, message }) => `${code} ${message}`,
+    )
+  assert.is(await refused([first.id], ' '), 'PT422 invalid_reason')
+  assert.is(await refused([first.id], null), 'PT422 invalid_reason')
+  assert.is(await refused([first.id, first.event.id], 'a test'), 'PT404 rejected_usage_not_found')
+  assert.is(await refused(null, 'a test'), 'PT404 rejected_usage_not_found')
+  assert.equal(await kept(), [first, second])
+
+  const shown = ({ id, resolution, reason, actor }: Row) => ({ id, resolution, reason, actor })
+  const dismissed = { id: first.id, resolution: 'dismissed', reason: 'a test', actor: 'erin' }
+  assert.equal((await dismiss([first.id], 'a test')).map(shown), [dismissed])
+  assert.equal((await dismiss([first.id], 'another')).map(shown), [dismissed], 'kept as it was')
+  await price()
+  assert.equal(
+    (await replay(db.operator)).map(({ rejected_id }) => rejected_id),
+    [second.id],
+  )
+  assert.equal((await dismiss([second.id], 'too late')).map(shown), [
+    { id: second.id, resolution: 'charged', reason: null, actor: null },
+  ])
+  assert.equal(await db.sql('select * from api.verify_balances($1)', [account.accountId]), [])
+  // the gateway's retry is what charges it, dismissed or not
+  assert.equal(brief(await account.record(events[0]!)), ['charged'])
+  assert.equal(brief(await replay(db.operator, [first.id])), ['duplicate'])
+  assert.equal(
+    (await kept()).map(({ resolution }) => resolution),
+    ['duplicate', 'charged'],
+  )
+  assert.equal(await account.entries(1), ['usage -2: balance -2', 'usage -2: balance -2'])
 })
 
 test('two replays at once, and the gateway trying again: charged once', async () => {

@@ -20,6 +20,7 @@ const functions: Record<string, string[]> = {
   check_budget: [gateway, operator],
   close_period: [operator],
   create_virtual_key: [operator],
+  dismiss_rejected_usage: [operator],
   drop_usage_partitions: [operator],
   explain_charge: [operator, member],
   extend_holds: [gateway],

@@ -22,7 +22,7 @@ begin
       'config_node_updated', 'count_spend', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
       'entry_kind', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
       'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold', 'hold_open', 'invalidate',
-      'is_amount', 'is_foreign', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash',
+      'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash',
       'local_moment', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents',
       'lock_user_parent', 'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted',
       'mount_inserted', 'mount_updated', 'movements_of', 'new_entry', 'new_virtual_key', 'note_status',
@@ -43,7 +43,7 @@ begin
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at',
       'billing_accounts', 'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period',
-      'config_nodes', 'create_virtual_key', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
+      'config_nodes', 'create_virtual_key', 'dismiss_rejected_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
       'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
       'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',

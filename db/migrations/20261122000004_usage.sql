@@ -49,8 +49,12 @@ create table data.rejected_usage (
   tried_at timestamptz not null default clock_timestamp(),
   resolved_at timestamptz,
   resolution text,
-  constraint resolution_is_known check (resolution in ('charged', 'duplicate')),
-  constraint resolved_has_a_time check ((resolution is null) = (resolved_at is null))
+  reason text,
+  actor text,
+  constraint resolution_is_known check (resolution in ('charged', 'duplicate', 'dismissed')),
+  constraint resolved_has_a_time check ((resolution is null) = (resolved_at is null)),
+  constraint dismissed_by_somebody_for_a_reason check (
+    (reason is not null) = (resolution is not distinct from 'dismissed') and (actor is null) = (reason is null))
 );
 create index rejected_usage_unresolved on data.rejected_usage (usage_id) where resolved_at is null;
 

@@ -89,7 +89,7 @@ returns uuid
 language sql
 stable parallel safe
 as $$
-  select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid
+  select (lpad(to_hex(floor(extract(epoch from at) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid
 $$;
 
 -- money that can be stored without rounding: finite, at most 10 decimals, below a trillion
@@ -219,7 +219,7 @@ set search_path = ''
 as $$
 begin
   return (
-    lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0')
+    lpad(to_hex(floor(extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0')
     || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14, 3)
     || substr(replace(gen_random_uuid()::text, '-', ''), 17, 16)
   )::uuid;

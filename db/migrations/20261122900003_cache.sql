@@ -97,14 +97,15 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
     select encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
-    join data.virtual_key k on k.user_id = n.id
-    join data.key_hash h on h.virtual_key_id = k.id
+    cross join lateral (select * from data.virtual_key b where b.user_id = n.id offset 0) k
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = k.id offset 0) h
     where (o.tenant_id, o.status) is distinct from (n.tenant_id, n.status)));
   return null;
 end
@@ -117,15 +118,16 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
     select encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
-    join data.user_profile u on u.tenant_id = n.id
-    join data.virtual_key k on k.user_id = u.id
-    join data.key_hash h on h.virtual_key_id = k.id
+    cross join lateral (select * from data.user_profile c where c.tenant_id = n.id offset 0) u
+    cross join lateral (select * from data.virtual_key b where b.user_id = u.id offset 0) k
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = k.id offset 0) h
     where o.status is distinct from n.status));
   return null;
 end
@@ -138,14 +140,15 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
     select distinct encode(h.key_hash, 'hex')
     from old_rows o
     join new_rows n using (id)
-    join data.virtual_key_config_node m on m.config_node_id = n.id
-    join data.key_hash h on h.virtual_key_id = m.virtual_key_id
+    cross join lateral (select * from data.virtual_key_config_node b where b.config_node_id = n.id offset 0) m
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h
     where (o.*) is distinct from (n.*)));
   return null;
 end
@@ -158,10 +161,13 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(h.key_hash, 'hex') from new_rows m join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
+    select distinct encode(h.key_hash, 'hex')
+    from new_rows m
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
   return null;
 end
 $$;
@@ -173,12 +179,13 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
     select encode(h.key_hash, 'hex')
     from (select o.virtual_key_id from old_rows o union select n.virtual_key_id from new_rows n) m
-    join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
   return null;
 end
 $$;
@@ -190,10 +197,13 @@ returns trigger
 language plpgsql
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(h.key_hash, 'hex') from old_rows m join data.key_hash h on h.virtual_key_id = m.virtual_key_id));
+    select distinct encode(h.key_hash, 'hex')
+    from old_rows m
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
   return null;
 end
 $$;

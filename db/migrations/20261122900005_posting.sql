@@ -201,7 +201,8 @@ begin
   end if;
 
   if v_has_grants then
-    select array_agg(g order by g.account_id, g.expires_at, g.seq) into v_grants
+    -- an array of plain records would become one of grants by its text, in the DateStyle of whoever calls
+    select array_agg(g::data.credit_grant order by g.account_id, g.expires_at, g.seq) into v_grants
     from (
       select * from data.credit_grant c where c.account_id = any (ids) and c.remaining > 0 and c.expires_at <= v_now
       offset 0 -- by what remains, not in the order of all there were
@@ -307,7 +308,7 @@ begin
       array_agg(row(u.account_id, null, 'usage', null, 0, 0, u.cost, null, null, null, null, null, null, null, u.events, u.list,
         null, null, null, null, null, null)::data.billing_transaction),
       coalesce(sum(u.events), 0),
-      (select array_agg(n) from new_row n where n.hold_id is not null)
+      (select array_agg(n::data.usage_log) from new_row n where n.hold_id is not null)
     into v_used, charged, v_drawing
     from used u;
     entries := entries || v_used;

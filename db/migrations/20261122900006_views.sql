@@ -277,7 +277,7 @@ create or replace view api.rejected_usage as
 select r.* from data.rejected_usage r;
 comment on view api.rejected_usage is
 'Events that could not be charged, with the code that says why; kept until resolved.
-Fix the cause, then call replay_rejected_usage.';
+Fix the cause, then call replay_rejected_usage; or dismiss_rejected_usage, if it is never to be charged.';
 grant select on api.rejected_usage to keyledger_operator;
 
 -- writable by the operator; columns that follow from others are read-only by grant

@@ -277,7 +277,7 @@ as $$
     select bool_or(c.id is null) as misses_one, coalesce(array_agg(distinct c.id) filter (where c.id is not null), '{}') as ids
     from jsonb_array_elements_text(
       case when jsonb_typeof(r.key -> 'config_node_ids') = 'array' then r.key -> 'config_node_ids' end) as g (id)
-    left join data.config_node c on c.id = data.to_uuid(g.id)
+    left join lateral (select d.id from data.config_node d where d.id = data.to_uuid(g.id) offset 0) c on true
     having jsonb_typeof(r.key -> 'config_node_ids') = 'array'
   ) n on true
 $$;
@@ -288,6 +288,8 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set plan_cache_mode = force_custom_plan
+set enable_seqscan = off
 as $$
 declare
   v_read jsonb;
@@ -307,7 +309,7 @@ begin
     from jsonb_to_recordset(v_read) as r (
       ord bigint, key_hash text, key_prefix text, user_id uuid, name text, expires_at timestamptz, code text)
     where r.code is null and (r.expires_at is null or r.expires_at > statement_timestamp() and isfinite(r.expires_at))
-      and not exists (select from data.previous_key_hash p where p.key_hash = decode(r.key_hash, 'hex'))
+      and not exists (select from data.previous_key_hash p where p.key_hash = decode(r.key_hash, 'hex') offset 0)
     order by r.key_hash, r.ord
     on conflict (key_hash) do nothing
     returning k.id, k.key_hash
@@ -361,8 +363,10 @@ begin
           end as code
         from jsonb_to_recordset(v_read) as r (
           ord bigint, key_hash text, user_id uuid, name text, expires_at timestamptz, config_node_ids jsonb, code text)
-        left join data.key_hash h on h.key_hash = case when r.code is null then decode(r.key_hash, 'hex') end
-        left join data.virtual_key k on k.id = h.virtual_key_id
+        -- by key, each: a join may read all the keys there are
+        left join lateral (
+          select * from data.key_hash a where a.key_hash = case when r.code is null then decode(r.key_hash, 'hex') end offset 0) h on true
+        left join lateral (select * from data.virtual_key b where b.id = h.virtual_key_id offset 0) k on true
       ) c
     ) a
   );
@@ -390,6 +394,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set enable_seqscan = off
 as $$
 declare
   -- months and days as so many seconds, whatever the time zone makes of them
@@ -439,6 +444,8 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set plan_cache_mode = force_custom_plan
+set enable_seqscan = off
 as $$
 declare
   v_shown api.virtual_keys;
@@ -469,6 +476,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set plan_cache_mode = force_custom_plan
 as $$
 declare
   v_shown api.status_changes;

@@ -3,6 +3,23 @@
 
 set local role keyledger_owner;
 
+-- What an event may be labelled with. Null for none.
+create or replace function data.is_request_id(value jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select length(value #>> '{}') <= 512
+$$;
+
+create or replace function data.is_metadata(value jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select jsonb_typeof(value) in ('object', 'null') and octet_length(value #>> '{}') <= 16384
+$$;
+
 -- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked.
 -- Ids are cast at once, and one by one only if that fails: catching each on its own is a fifth of the work.
 -- `offset 0` in an exists: else it may be hashed, by a plan of when its table was small, and read all of it.
@@ -63,9 +80,8 @@ begin
         when r.config_node_id is null then 'invalid_config_node_id'
         when r.hold_id is null and r.event ->> 'hold_id' is not null then 'invalid_hold'
         when jsonb_typeof(r.event -> 'final') not in ('boolean', 'null') then 'invalid_final'
-        when length(r.event ->> 'request_id') > 512 then 'invalid_request_id'
-        when jsonb_typeof(r.event -> 'metadata') not in ('object', 'null') or octet_length(r.event ->> 'metadata') > 16384
-          then 'invalid_metadata'
+        when not data.is_request_id(r.event -> 'request_id') then 'invalid_request_id'
+        when not data.is_metadata(r.event -> 'metadata') then 'invalid_metadata'
         when r.currency is null then 'account_not_found'
         when r.user_id is null then 'virtual_key_unknown'
         when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id offset 0)
@@ -285,14 +301,25 @@ declare
   v_next integer := 0;
   v_answers jsonb[];
 begin
-  -- a wrong hold may mean a wrong account: such events are charged, without the hold, only when named
+  -- A wrong hold may mean a wrong account: such events are charged, without the hold, only when named. What only labels an event keeps
+  -- no charge waiting: it is left out where it is unfit.
   select array_agg(r.id order by r.tried_at, r.id),
-    jsonb_agg(case when r.code = 'invalid_hold' then r.event - 'hold_id' else r.event end order by r.tried_at, r.id)
+    jsonb_agg(case when jsonb_typeof(r.event) <> 'object' then r.event else r.event - array(
+      select f.field
+      from (values
+        ('hold_id', r.code <> 'invalid_hold'),
+        ('request_id', data.is_request_id(r.event -> 'request_id')),
+        ('metadata', data.is_metadata(r.event -> 'metadata'))
+      ) as f (field, is_fit)
+      where not f.is_fit
+    ) end order by r.tried_at, r.id)
   into v_ids, v_events
   from (
     select * from data.rejected_usage r
-    where r.resolved_at is null
-      and case when ids is null then r.code <> 'invalid_hold' else r.id = any (ids) end
+    where case
+        when ids is null then r.resolved_at is null and r.code <> 'invalid_hold'
+        else (r.resolved_at is null or r.resolution = 'dismissed') and r.id = any (ids)
+      end
     order by r.tried_at, r.id
     limit max_events
     for update skip locked
@@ -316,7 +343,15 @@ begin
       v_answers[i] := v_recorded -> v_next;
       v_next := v_next + 1;
     else
-      v_answers[i] := jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]);
+      -- charged since with other content: sent again, mended
+      v_answers[i] := coalesce((
+        select jsonb_build_object('id', l.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', a.available::text,
+          'seq', l.transaction_seq, 'mismatch', true)
+        from data.rejected_usage r
+        join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
+        join data.account_balance a on a.account_id = l.account_id
+        where r.id = v_ids[i]
+      ), jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
     end if;
   end loop;
 
@@ -325,7 +360,9 @@ begin
   set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
     tried_at = clock_timestamp(),
     resolution = nullif(a.answer ->> 'status', 'parked'),
-    resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end
+    resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end,
+    reason = null,
+    actor = null
   from unnest(v_ids) with ordinality as i (id, ord)
   join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
   where r.id = i.id;
@@ -338,10 +375,49 @@ end
 $$;
 comment on function api.replay_rejected_usage(uuid[], integer) is
 'Charges parked events again, after a price or an account was fixed.
-Each is charged once, at the price in force at the event''s own time. Without `ids` (ids of rejected_usage) it takes the `max_events` tried
+Each is charged once, at the price in force at the event''s own time; a request_id or metadata that was refused is left out. One that the
+gateway has sent again, mended, with the same id is a `duplicate`. Without `ids` (ids of rejected_usage) it takes the `max_events` tried
 longest ago, except those parked as invalid_hold: a wrong hold may mean a wrong account. Name such an event in `ids` to charge it without
-its hold. Answers as record_usage does, with `rejected_id`.';
+its hold, and a dismissed one to try it again. Answers as record_usage does, with `rejected_id`.';
 grant execute on function api.replay_rejected_usage(uuid[], integer) to keyledger_operator;
+
+create or replace function api.dismiss_rejected_usage(
+  ids uuid[],
+  reason text
+)
+returns setof api.rejected_usage
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+declare
+  v_unknown uuid;
+begin
+  if coalesce(trim(reason), '') = '' then
+    perform data.refuse(422, 'invalid_reason', 'a dismissal needs a reason', 'say why in reason');
+  end if;
+  select i.id into v_unknown
+  from unnest(ids) as i (id)
+  where not exists (select from data.rejected_usage r where r.id = i.id)
+  limit 1;
+  if found or ids is null then
+    perform data.refuse(404, 'rejected_usage_not_found', 'parked event ' || coalesce(v_unknown::text, 'null'),
+      'send ids of rejected_usage, not of usage');
+  end if;
+  -- in one order, as a replay takes them one by one
+  perform from data.rejected_usage r where r.id = any (ids) order by r.id for update;
+  update data.rejected_usage r
+  set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_rejected_usage.reason, actor = data.actor()
+  where r.id = any (ids) and r.resolved_at is null;
+  return query select r.* from api.rejected_usage r where r.id = any (ids) order by r.id;
+end
+$$;
+comment on function api.dismiss_rejected_usage(uuid[], text) is
+'Gives up parked events that will never be charged, and keeps who did it and why (`reason`).
+`ids` are ids of rejected_usage. Answers their rows; what is resolved already stays as it is. Name one in replay_rejected_usage to try it
+again after all. 404 rejected_usage_not_found; 422 invalid_reason.';
+grant execute on function api.dismiss_rejected_usage(uuid[], text) to keyledger_operator;
 
 reset role;
 

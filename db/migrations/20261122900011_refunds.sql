@@ -126,6 +126,8 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set plan_cache_mode = force_custom_plan
+set enable_seqscan = off
 as $$
 declare
   v_account data.account_balance;

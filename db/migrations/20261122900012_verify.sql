@@ -303,7 +303,7 @@ begin
   union all
   select r.account_id, 'resolved event is not charged', null, r.usage_id::text, null
   from data.rejected_usage r
-  where r.resolution is not null and r.usage_id >= v_first_kept and (for_account_id is null or r.account_id = for_account_id)
+  where r.resolution in ('charged', 'duplicate') and r.usage_id >= v_first_kept and (for_account_id is null or r.account_id = for_account_id)
     and not exists (select from data.usage_log l where l.account_id = r.account_id and l.id = r.usage_id);
 end
 $$;

@@ -185,7 +185,7 @@ begin
   with gone as (
     delete from data.rejected_usage r
     where r.id = any (array(
-      select u.id from data.rejected_usage u where u.resolved_at is not null and u.usage_id < v_first_kept limit portion))
+      select u.id from data.rejected_usage u where u.resolved_at is not null and coalesce(u.usage_id, data.uuid_floor(u.created_at)) < v_first_kept limit portion))
     returning r.id
   )
   select count(*) into events from gone g;
@@ -221,9 +221,12 @@ begin
     select 'account', e.xid from event e
   ), horizon as (
     update data.outbox_horizon h
-    set purged_xid = case when data.is_foreign(h.purged_xid) then m.xid else greatest(h.purged_xid, m.xid) end
-    from (select g.outbox, max(g.xid) as xid from gone g where not data.is_foreign(g.xid) group by g.outbox) m
-    where h.outbox = m.outbox
+    set purged_xid = greatest(case when not data.is_foreign(h.purged_xid) then h.purged_xid end, m.xid, '0')
+    from (
+      select o.outbox, (select max(g.xid) from gone g where g.outbox = o.outbox and not data.is_foreign(g.xid)) as xid
+      from data.outbox_horizon o
+    ) m
+    where h.outbox = m.outbox and (m.xid is not null or data.is_foreign(h.purged_xid))
   )
   select count(*) filter (where g.outbox = 'cache'), count(*) filter (where g.outbox = 'account')
   into v_invalidations, v_events

@@ -36,6 +36,10 @@ begin
     perform data.refuse(404, 'account_not_found', 'account ' || coalesce(account_id::text, 'null'),
       'account_id is the id of the tenant or user that pays');
   end if;
+  if v_head = '' and v_last.account_id is not null then
+    perform data.refuse(422, 'invalid_expected_head', 'an empty head is in every ledger, and proves nothing',
+      'send the head as it was shown; leave it out if the account had no entries then');
+  end if;
   select coalesce(max(t.seq) filter (where t.hash = v_account.head_hash), 0), v_head = '' or coalesce(bool_or(t.hash = decode(v_head, 'hex')), false)
   into v_head_seq, v_contains
   from data.billing_transaction t
