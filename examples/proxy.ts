@@ -188,7 +188,7 @@ const credential = ({ provider }: ConfigNode) =>
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const authenticate = billing.middleware()
   const server = createServer((req: WithUserContext<IncomingMessage>, res) => {
-    const { pathname } = new URL(req.url ?? '/', 'http://gateway')
+    const pathname = req.url!.replace(/[?#].*/s, '')
     if (pathname === '/healthz') {
       const health = billing.health()
       return send(res, Response.json(health, { status: health.http_status }))

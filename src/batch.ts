@@ -5,6 +5,8 @@ import { toJson } from './rpc.ts'
 export interface BatcherOptions<Element, Answer> {
   /** Sends one batch, each element as its JSON; answers in the same order, once committed. */
   send: (elements: string[]) => Promise<Answer[]>
+  /** Its JSON. Default: `toJson`. */
+  encode?: (element: Element) => string
   /** An account's elements are in one batch in flight at a time: sent in order, they never contend with each other. */
   account: (element: Element) => string
   /** ms from `add` until an element that could not be delivered is given up. */
@@ -66,6 +68,7 @@ const everybodys = ['invalid_token', 'permission_denied', 'function_not_found', 
 
 export function createBatcher<Element, Answer>({
   send,
+  encode = toJson,
   account,
   deadline,
   lanes: width = 4,
@@ -221,11 +224,12 @@ export function createBatcher<Element, Answer>({
         hint: 'try again later',
       })
     }
-    const json = toJson(element)
+    const json = encode(element)
     const bytes = Buffer.byteLength(json)
     if (bytes > maxBytes) {
       throw new KeyledgerError('payload_too_large', 413, {
         detail: `${bytes} bytes of JSON, of ${maxBytes} allowed`,
+        hint: 'send less: of an event, metadata may have 16,384 bytes',
       })
     }
     const item = {
@@ -248,6 +252,7 @@ export function createBatcher<Element, Answer>({
       try {
         item = toItem(element)
       } catch (error) {
+        failed++
         return rejected(error)
       }
       const items = waiting.get(item.account)

@@ -45,6 +45,7 @@ export interface Views {
     period_end: string | null
     first_seq: number | null
     last_seq: number | null
+    owner_name: string | null
     currency: string | null
     balance_opening: number | null
     free_credit_opening: number | null

@@ -3,9 +3,9 @@
 import { randomFillSync } from 'node:crypto'
 import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
-import { KeyledgerError, statusOf } from './errors.ts'
+import { isRetryable, KeyledgerError, statusOf } from './errors.ts'
 import type { Metrics } from './metrics.ts'
-import { jsonText, type Rpc } from './rpc.ts'
+import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
 import type {
   ExtendAnswer,
   Hold,
@@ -32,7 +32,8 @@ export interface Charging {
   /**
    * Sets money aside before the request. An open hold of the same id and content is the same hold. 402
    * `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422 `price_not_found`, `invalid_…`; 409
-   * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id.
+   * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id. After `timeout` or `unavailable`
+   * nobody knows whether it is placed: repeat it with the same `id`, or give none, and it is released.
    */
   hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
   /** Gives back what the hold still sets aside; a closed one is an answer. */
@@ -41,7 +42,8 @@ export interface Charging {
   extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
   /**
    * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether
-   * it is recorded: repeat it with the same `id`, so give one and keep the event until then. A rejection that is not
+   * it is recorded: repeat it with the same `id`, so give one and keep the event until then. Characters that Postgres can't
+   * store (NUL, half a surrogate pair) are recorded as U+FFFD. A rejection that is not
    * handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
    */
   recordUsage(event: UsageEvent): Promise<UsageAnswer>
@@ -79,28 +81,39 @@ export function createCharging(
     fn: string,
     argument: string,
     deadline: number,
+    encode: (element: Element) => string = toJson,
   ): Batcher<Element, Answer> =>
     createBatcher({
       send: metrics.batches(name, (elements: string[]) =>
         rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
       ),
+      encode,
       account: ({ account_id }) => String(account_id),
       deadline,
     })
   const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline)
   const releases = batches<ReleaseAnswer>('release', 'release_holds', 'requests', holdDeadline)
   const extensions = batches<ExtendAnswer>('extend', 'extend_holds', 'requests', holdDeadline)
-  const events = batches<UsageAnswer>('record', 'record_usage', 'events', recordDeadline)
+  const events = batches<UsageAnswer>('record', 'record_usage', 'events', recordDeadline, toStorableJson)
+
+  async function giveUp(placed: Promise<HoldAnswer>, hold: Element) {
+    const isThere = await placed.then((answer) => refusal(answer) === undefined, isRetryable)
+    if (isThere) await releases.add(hold).catch(() => {})
+  }
 
   return {
     async hold({ account_id, virtual_key_id }, request) {
       const { id = newId(), ...asked } = request
-      const answer = await soon(holds.add({ ...asked, id, account_id, virtual_key_id }), holdDeadline)
-      const { amount = '0', available = '0', remaining, expires_at } = answer
+      const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
+      const answer = await soon(placed, holdDeadline).catch((error) => {
+        // nobody else knows its id: should it be there, or come yet, it would be held for nothing
+        if (request.id === undefined) giveUp(placed, { id, account_id })
+        throw error
+      })
+      const { amount = '0', available = '0', expires_at } = answer
       const code = refusal(answer)
       if (code === undefined) return { id, account_id, amount, available, expires_at: expires_at! }
-      const left = remaining === undefined ? `${available} available` : `${remaining} left of the budget`
-      throw new KeyledgerError(code, statusOf(code), { detail: `${amount} asked, ${left}` })
+      throw new KeyledgerError(code, statusOf(code), { detail: shortOf(code, answer) })
     },
 
     release: ({ id, account_id }) => releases.add({ id, account_id }),
@@ -134,6 +147,12 @@ function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | 
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
 }
 
+// what was asked for, and what there is, where that is why
+function shortOf(code: string, { amount, available, remaining }: HoldAnswer): string | undefined {
+  if (remaining !== undefined) return `${amount} asked, ${remaining} left of the budget`
+  return code === 'insufficient_funds' ? `${amount} asked, ${available} available` : undefined
+}
+
 // who waits is told in time; the work goes on, unseen
 function soon<T>(answer: Promise<T>, ms: number): Promise<T> {
   return new Promise((resolve, reject) => {
@@ -141,7 +160,7 @@ function soon<T>(answer: Promise<T>, ms: number): Promise<T> {
       reject(
         new KeyledgerError('timeout', 504, {
           detail: `no answer within ${ms} ms`,
-          hint: 'repeat it with the same id',
+          hint: 'ask again; with an id of your own, the same one',
         }),
       )
     const timer = setTimeout(late, ms)

@@ -137,8 +137,23 @@ const unstorable = () =>
     'remove it: Postgres can store neither',
   )
 
+// JSON.stringify escapes in this way only what can't be stored, and a few other control characters
+const UNSTORABLE = /(?<!\\)((?:\\\\)*)\\u(?:0000|d[89a-f]..)/g
+
 /** The value as JSON that jsonb can hold. 400 `invalid_input`: BigInt, a cycle, no value, NUL, half a surrogate pair. */
 export function toJson(value: unknown): string {
+  const json = stringify(value)
+  if (json.includes('\\u') && json.search(UNSTORABLE) >= 0) throw unstorable()
+  return json
+}
+
+/** The same, with U+FFFD for each character that can't be stored: for what must not be lost by it. */
+export function toStorableJson(value: unknown): string {
+  const json = stringify(value)
+  return json.includes('\\u') ? json.replace(UNSTORABLE, '$1\\ufffd') : json
+}
+
+function stringify(value: unknown): string {
   let json: string | undefined
   try {
     json = JSON.stringify(value)
@@ -147,8 +162,6 @@ export function toJson(value: unknown): string {
   }
   if (json === undefined)
     throw invalidInput('an argument is no JSON', 'pass an object, not a function or undefined')
-  // JSON.stringify escapes in this way only what can't be stored, and a few other control characters
-  if (json.includes('\\u') && /(?<!\\)(?:\\\\)*\\u(?:0000|d[89a-f])/.test(json)) throw unstorable()
   return json
 }
 

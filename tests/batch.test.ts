@@ -392,7 +392,7 @@ test('an error that is not ours reaches the caller as it is', async () => {
 })
 
 test('an element that cannot be sent is refused alone, and not sent', async () => {
-  const { calls, ...batcher } = open(() => {}, { maxBytes: 1000 })
+  const { calls, stats, ...batcher } = open(() => {}, { maxBytes: 1000 })
   const cycle: Record<string, unknown> = {}
   cycle.self = cycle
   const given = [1n, cycle, 'a\u0000', '\ud800', 'x'.repeat(1000), 'good'].map((more, id) =>
@@ -401,6 +401,7 @@ test('an element that cannot be sent is refused alone, and not sent', async () =
   const refused = ['invalid_input', 'invalid_input', 'invalid_input', 'invalid_input', 'payload_too_large']
   assert.equal(await outcomes(given), [...refused, 'done 5'])
   assert.equal(calls, [[5]])
+  assert.is(stats().failed, refused.length)
 })
 
 test('answers that do not match their elements are refused', async () => {
@@ -423,7 +424,7 @@ test('a full queue refuses, and takes more when it has room', async () => {
   await turn()
   const more = [add(5), add(6), add(7)]
   assert.is((await failure(add(8))).code, 'overloaded')
-  assert.equal(stats(), { queued: 3, in_flight: 3, failed: 0, error: null })
+  assert.equal(stats(), { queued: 3, in_flight: 3, failed: 2, error: null })
   calls[0]!.answer()
   await until(() => calls.length === 2, 'the next call')
   calls[1]!.answer()

@@ -74,12 +74,12 @@ async function managed() {
   const admin = await connected(server.url)
   const password = secret()
   await admin('create database app')
-  const [give, share] = codeOf('Without a superuser', 'sql')
+  const [give, letIn, share] = codeOf('Without a superuser', 'sql')
   await admin(give!.replace('…', password))
   const dba = withDatabase(server.url, 'app', { user: 'dba', password })
   const { status, stderr } = dbmate('Without a superuser', dba)
   assert.is(status, 0, stderr)
-  return { server, admin, dba, share: share!, password }
+  return { server, admin, dba, letIn: letIn!, share: share!, password }
 }
 
 test('Without a superuser: two rights are enough, and the next database asks for one', async () => {
@@ -100,10 +100,30 @@ test('Without a superuser: two rights are enough, and the next database asks for
   const dba2 = withDatabase(server.url, 'app2', { user: 'dba2', password })
   const again = dbmate('Without a superuser', dba2)
   if (again.status !== 0) {
-    assert.match(again.stderr, 'not a member of keyledger_owner')
+    assert.match(again.stderr, share.trim().replace(';', ''))
     await sql(share)
     assert.is(dbmate('Without a superuser', dba2).status, 0)
   }
+})
+
+test('Without a superuser: a schema of somebody else is not touched before its owner lets us in', async () => {
+  const { server, admin, letIn, password } = await managed()
+  await admin('create database app3')
+  await admin('create role theirs; grant create on database app3 to dba')
+  const inside = await connected(withDatabase(server.url, 'app3'))
+  await inside('create schema api authorization theirs')
+  const dba = withDatabase(server.url, 'app3', { user: 'dba', password })
+  const refused = dbmate('Without a superuser', dba)
+  assert.is(refused.status, 2)
+  assert.match(refused.stderr, letIn.trim().replace(';', ''))
+  assert.equal(await inside(`select from pg_namespace where nspname = 'data'`), [])
+  await inside(`set role theirs; ${letIn}; reset role`)
+  const { status, stderr } = dbmate('Without a superuser', dba)
+  assert.is(status, 0, stderr)
+  const [{ owner }] = (await inside(
+    `select nspowner::regrole::text as owner from pg_namespace where nspname = 'api'`,
+  )) as [{ owner: string }]
+  assert.is(owner, 'theirs')
 })
 
 test('Supabase: a signed-in user is a member, anon is nobody, gateway and operator have their tokens', async () => {

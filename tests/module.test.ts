@@ -181,7 +181,13 @@ for (const [name, make] of Object.entries(rpcs)) {
     const world = await seed(db.operator, { funds: '10' })
     const context = await billing.validate(world.key)
     const error = await refused(billing.hold(context, { amount: '10.01' }), 'insufficient_funds', 402)
-    assert.match(error.detail!, '10.0100000000 asked, 10.0000000000 available')
+    assert.is(error.detail, '10.0100000000 asked, 10.0000000000 available')
+    const { detail } = await refused(
+      billing.hold(context, { amount: '1', expires_in: -1 }),
+      'invalid_expires_in',
+      422,
+    )
+    assert.is(detail, undefined, 'not for want of money')
     for (const amount of ['0', '-1', 'NaN', 'Infinity', '1e3', '1,5', '', '0.00000000001', '1'.repeat(40)])
       await refused(billing.hold(context, { amount }), 'invalid_amount', 422)
     await refused(billing.hold(context, { amount: '1', id: 'x' }), 'invalid_id', 422)
@@ -279,7 +285,7 @@ for (const [name, make] of Object.entries(rpcs)) {
     const context = await billing.validate(world.key)
     const bad: Record<number, object> = {
       500: { meters: { input_tokens: 'x' } },
-      700: { metadata: { a: '\u0000' } },
+      700: { meters: { input_tokens: 5n } },
     }
     const answers = await Promise.all(
       Array.from({ length: 1001 }, (_, i) =>
@@ -291,6 +297,24 @@ for (const [name, make] of Object.entries(rpcs)) {
     assert.equal([answers[700]!.status, answers[700]!.code], [400, 'invalid_input'])
     assert.ok(rpc.of('record_usage').length <= 4)
     assert.is((await billing.getBalance(world.userId)).balance, '98.6263750000') // 100 - 999 * 0.001375
+    assert.is(billing.health().queues.record.failed, 1)
+  })
+
+  the('a character that Postgres cannot store costs no charge', async (billing) => {
+    const world = await seed(db.operator)
+    const context = await billing.validate(world.key)
+    const metadata = { 'a\0\0b': '\\u0000 \ud83d \0\udc00', whole: '😀 \\\0 \ufffd \u0007' }
+    const event = use(context, world, { id: newId(), request_id: 'r\0', metadata })
+    const { status, cost } = await billing.recordUsage(event)
+    assert.equal([status, cost], ['charged', COST])
+    assert.equal(await db.sql('select request_id, metadata from api.usage_logs where id = $1', [event.id]), [
+      {
+        request_id: 'r\ufffd',
+        metadata: { 'a\ufffd\ufffdb': '\\u0000 \ufffd \ufffd\ufffd', whole: '😀 \\\ufffd \ufffd \u0007' },
+      },
+    ])
+    const again = await billing.recordUsage(event)
+    assert.equal([again.status, again.mismatch], ['duplicate', undefined])
   })
 
   the('events and holds keep the payer that validating gave', async (billing) => {
@@ -550,12 +574,19 @@ test('a hold that is being carried out is given up at its deadline too', async (
         world.accountId,
       ])
       const id = newId()
+      const unnamed = refused(billing.hold(context, { amount: '2' }), 'timeout', 504)
       await refused(billing.hold(context, { id, amount: '1' }), 'timeout', 504)
-      assert.is(billing.health().queues.hold.in_flight, 1)
+      await unnamed
+      assert.is(billing.health().queues.hold.in_flight, 2)
       await refused(billing.extend({ id, account_id: world.accountId }), 'timeout', 504)
       await holder.query('commit')
       await until(() => billing.health().queues.hold.in_flight === 0, 'the answer nobody waits for')
-      // it was carried out: asked again, it is the same hold
+      // it was carried out: asked again, it is the same hold; the one whose id nobody knows is released
+      const held = `select amount::text, status from api.holds where account_id = $1 order by amount`
+      await until(
+        async () => (await db.operator(held, [world.accountId]))[1]?.status === 'released',
+        'the hold without an id to be released',
+      )
       assert.is((await billing.hold(context, { id, amount: '1' })).available, '99.0000000000')
     })
   } finally {

@@ -524,6 +524,26 @@ test('what is no request of the API is refused in its shape', async () => {
   assert.equal(calls, [])
 })
 
+test('a path that is none is refused as any other, and ends nothing', async () => {
+  const { key } = await caller()
+  const ask = (path: string, headers: Record<string, string>) =>
+    new Promise((resolve, reject) => {
+      // as it is: fetch would mend it
+      const { hostname, port } = new URL(proxy.url)
+      request({ hostname, port, path, headers }, (response) => {
+        response.resume()
+        resolve(response.statusCode)
+      })
+        .on('error', reject)
+        .end()
+    })
+  for (const path of ['//', '///', '//:0', '/%', 'http://', '*']) {
+    assert.is(await ask(path, {}), 401, path)
+    assert.is(await ask(path, { authorization: `Bearer ${key}` }), 404, path)
+  }
+  assert.is(await ask('/healthz?now', {}), 200)
+})
+
 test('a node without a price is our failure, and is not called', async () => {
   const { key, keyId } = await caller()
   const [node] = await db.operator(

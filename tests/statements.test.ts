@@ -247,6 +247,14 @@ test('a statement says what happened, by kind, by entry, by node and meter', asy
     },
   )
 
+  // what has another name now had this one then; its next statement has the new one
+  await db.operator(`update api.user_profiles set display_name = 'Countess' where id = $1`, [account.userId])
+  await db.operator(`update api.config_nodes set name = $2, provider = 'new', model = 'new' where id = $1`, [
+    account.nodeId,
+    `new ${account.nodeId}`,
+  ])
+  assert.equal(await statement(account.accountId, opened!.at), doc)
+
   // the next one begins where this one ended
   const next = await now()
   assert.is((await close(account, next)).period_start.getTime(), row.period_end.getTime())
@@ -259,6 +267,8 @@ test('a statement says what happened, by kind, by entry, by node and meter', asy
   })
   assert.equal([second.first_seq, second.last_seq, second.previous_head], [9, 9, doc.head])
   assert.equal([second.head, second.entries], [heads[8]!.head, []])
+  const [used] = second.usage
+  assert.equal([second.owner_name, used.name, used.model], ['Countess', `new ${account.nodeId}`, 'new'])
   await holdsTrue(db.sql)
 })
 

@@ -67,7 +67,7 @@ await gateway(`select api.record_usage(jsonb_build_array(jsonb_build_object('acc
 ])
 for (const account of ['a', 'b', 'sam'])
   await db.sql(
-    `insert into data.accounting_snapshot select $1, '2026-01-01', '2026-02-01', 1, 0, 'USD', 0, 0, 0, 0, 0, 0, 0, 0, '{}', '[]', ''`,
+    `insert into data.accounting_snapshot select $1, '2026-01-01', '2026-02-01', 1, 0, null, 'USD', 0, 0, 0, 0, 0, 0, 0, 0, '{}', '[]', ''`,
     [ids[account]],
   )
 

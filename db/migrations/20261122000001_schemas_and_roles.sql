@@ -4,6 +4,7 @@
 do $$
 declare
   v_clashes text;
+  v_schema text;
 begin
   select string_agg(format('%I.%I', n.nspname, o.name), ', ' order by n.nspname, o.name)
   into v_clashes
@@ -56,6 +57,18 @@ begin
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes
       using hint = 'rename these, or install keyledger in a database of its own; nothing was changed';
   end if;
+
+  select n.nspname into v_schema
+  from pg_namespace n
+  where n.nspname in ('data', 'api')
+    and not (has_schema_privilege(n.oid, 'create with grant option') and has_schema_privilege(n.oid, 'usage with grant option'))
+  order by n.nspname
+  limit 1;
+  if found then
+    -- dbmate shows the message alone
+    raise exception 'keyledger can''t be installed by % yet: as the owner of schema %, grant create, usage on schema % to % with grant option',
+      current_user, v_schema, v_schema, quote_ident(current_user);
+  end if;
 end
 $$;
 
@@ -82,8 +95,8 @@ begin
     begin
       execute format('grant keyledger_owner to %I', current_user);
     exception when insufficient_privilege then
-      raise exception 'keyledger can''t be installed by %: it is not a member of keyledger_owner', current_user
-        using hint = format('as the role that made it: grant keyledger_owner to %I', current_user);
+      raise exception 'keyledger can''t be installed by % yet: as the role that made keyledger_owner, grant keyledger_owner to %',
+        current_user, quote_ident(current_user);
     end;
   end;
 end

@@ -134,6 +134,7 @@ create table data.accounting_snapshot (
   period_end timestamptz not null,
   first_seq bigint not null,
   last_seq bigint not null,
+  owner_name text,
   currency data.currency not null,
   balance_opening data.money not null,
   free_credit_opening data.amount not null,

@@ -183,11 +183,14 @@ begin
   )
   select jsonb_agg(jsonb_build_object(
       'config_node_id', n.config_node_id,
+      'name', c.name,
+      'provider', c.provider,
+      'model', c.model,
       'events', n.events,
       'cost', n.cost::data.money::text,
       'rounding', (n.cost - m.cost)::data.money::text,
       'meters', m.meters
-    ) order by n.config_node_id),
+    ) order by c.name, n.config_node_id),
     sum(n.events)
   into usage, events
   from node n
@@ -196,7 +199,8 @@ begin
       jsonb_object_agg(m.meter, jsonb_build_object('quantity', m.quantity::text, 'cost', m.cost::data.money::text)) as meters
     from metered m
     group by 1
-  ) m using (config_node_id);
+  ) m using (config_node_id)
+  cross join lateral (select * from data.config_node b where b.id = n.config_node_id offset 0) c;
 end
 $$;
 
@@ -237,9 +241,12 @@ begin
     end if;
     perform data.await_postings(account_id);
 
-    select a.account_id, coalesce(v_previous.period_end, a.created_at), a.currency
-    into v_sealed.account_id, v_sealed.period_start, v_sealed.currency
+    -- names as they are now: a statement is not to change with them
+    select a.account_id, coalesce(v_previous.period_end, a.created_at), a.currency, coalesce(t.name, u.display_name)
+    into v_sealed.account_id, v_sealed.period_start, v_sealed.currency, v_sealed.owner_name
     from data.account_balance a
+    left join data.tenant t on t.id = a.owner_tenant_id
+    left join data.user_profile u on u.id = a.owner_user_id
     where a.account_id = seal.account_id;
     v_sealed.period_end := seal.period_end;
     v_sealed.first_seq := coalesce(v_previous.last_seq, 0) + 1;
@@ -396,7 +403,7 @@ begin
   select jsonb_build_object(
     'account_id', v_sealed.account_id,
     'owner', case when a.owner_tenant_id is null then 'user' else 'tenant' end,
-    'owner_name', coalesce(t.name, u.display_name),
+    'owner_name', v_sealed.owner_name,
     'currency', v_sealed.currency,
     'period_start', v_sealed.period_start,
     'period_end', v_sealed.period_end,
@@ -432,12 +439,7 @@ begin
         where d.expired_at > v_sealed.period_start
       ) e
     ), '[]'),
-    'usage', (
-      select coalesce(jsonb_agg(o.node || jsonb_build_object('name', n.name, 'provider', n.provider, 'model', n.model)
-        order by n.name, o.node ->> 'config_node_id'), '[]')
-      from jsonb_array_elements(v_sealed.usage) as o (node)
-      left join data.config_node n on n.id = (o.node ->> 'config_node_id')::uuid
-    ),
+    'usage', v_sealed.usage,
     'first_seq', v_sealed.first_seq,
     'last_seq', v_sealed.last_seq,
     'head', encode(v_sealed.head_hash, 'hex'),
@@ -445,8 +447,6 @@ begin
     'sealed_at', v_sealed.sealed_at)
   into v_statement
   from data.account_balance a
-  left join data.tenant t on t.id = a.owner_tenant_id
-  left join data.user_profile u on u.id = a.owner_user_id
   left join data.billing_transaction l on l.account_id = a.account_id and l.seq = v_sealed.last_seq
   left join data.billing_transaction p on p.account_id = a.account_id and p.seq = v_sealed.first_seq - 1
   where a.account_id = v_sealed.account_id;
@@ -459,7 +459,7 @@ Answers {account_id, owner, owner_name, currency, period_start, period_end, open
 head, previous_head, sealed_at}; amounts are decimal strings. opening plus the movements of each kind is closing, bucket by bucket.
 `entries` are those that are not usage; an expiry stands where its moment was, with seq null if its entry came after the period. In
 `usage`, per node, the cost of the meters plus `rounding` (events are rounded one by one) is `cost`. `head` is the chain''s hash at
-last_seq. 404 statement_not_found.';
+last_seq. Names are those of when it was sealed. 404 statement_not_found.';
 grant execute on function api.statement(uuid, timestamptz) to keyledger_operator, keyledger_member;
 
 -- What is wrong with statements, as verify_balances answers it.
