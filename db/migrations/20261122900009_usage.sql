@@ -349,7 +349,7 @@ begin
           'seq', l.transaction_seq, 'mismatch', true)
         from data.rejected_usage r
         join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
-        join data.account_balance a on a.account_id = l.account_id
+        join data.account_now a on a.account_id = l.account_id
         where r.id = v_ids[i]
       ), jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
     end if;

@@ -53,14 +53,45 @@ export const usage: Kinds = {
         const again = world.parked.find(
           ({ event }) => event.id === parked?.event.id && same(event, parked.event),
         )
-        if (!again || again.resolved) return []
+        if (!again || (again.resolved && !again.dismissed)) return []
         const { hold_id: _, ...event } = again.event
         const { code } = again
         const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
-        // a wrong hold stays one, whatever else is wrong
-        if (answer![0] !== 'parked') again.resolved = true
-        else if (code !== 'invalid_hold') again.code = answer![1] as string
+        const account = world.accounts.get(event.account_id)
+        const charged = account?.usage.get(event.id)
+        again.dismissed = false
+        again.resolved = answer![0] !== 'parked' || charged !== undefined
+        if (!again.resolved) {
+          // a wrong hold stays one, whatever else is wrong
+          if (code !== 'invalid_hold') again.code = answer![1] as string
+        } else if (answer![0] === 'parked') {
+          // charged since with other content
+          const { cost, seq } = charged!
+          return [`duplicate ${fromSteps(cost)} ${seq} mismatch ${availableNow(world, account!)}`]
+        }
         return [answer!.filter(Boolean).join(' ')]
+      },
+    }
+  },
+
+  dismiss_rejected_usage(dice, world) {
+    const parked = one(dice, world.parked)
+    return {
+      name: 'dismiss_rejected_usage',
+      role: 'keyledger_operator',
+      text: `select resolution from api.dismiss_rejected_usage(array(
+        select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb), 'never')`,
+      values: [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)],
+      accounts: [],
+      alone: true,
+      say: (rows) => rows.map(({ resolution }) => (resolution === 'dismissed' ? resolution : 'charged')),
+      expect(world) {
+        const again = world.parked.find(
+          ({ event }) => event.id === parked?.event.id && same(event, parked.event),
+        )
+        if (!again) return []
+        if (!again.resolved) again.dismissed = again.resolved = true
+        return [again.dismissed ? 'dismissed' : 'charged']
       },
     }
   },

@@ -84,7 +84,7 @@ export interface World {
   accounts: Map<string, Account>
   users: Map<string, User>
   /** Events that could not be charged, and why, until they were. */
-  parked: { event: Event; code: string; resolved: boolean }[]
+  parked: { event: Event; code: string; resolved: boolean; dismissed?: boolean }[]
 }
 export interface Event {
   id: string
