@@ -1,7 +1,10 @@
 // cache_changes: no committed change is ever skipped, none that was rolled back appears, and a doubtful cursor starts anew.
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
+import { root } from './readme/document.ts'
 import { database, type Row } from './support/database.ts'
 import { seed } from './support/seed.ts'
 
@@ -176,6 +179,16 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   await db.operator('select api.maintain()')
   assert.is((await changes(before)).reset, true)
   assert.is((await changes(later)).reset, false)
+})
+
+test('data restored alone into tables that are there: the horizon says so, as the README has it', async () => {
+  const [told] = /update data\.outbox_horizon [^`]*/.exec(readFileSync(join(root, 'README.md'), 'utf8'))!
+  const { cursor } = await changes()
+  assert.not((await changes(cursor)).reset)
+  await db.sql(told)
+  const { reset, cursor: next } = await changes(cursor)
+  assert.ok(reset)
+  assert.not((await changes(next)).reset)
 })
 
 test('a cursor of another cluster, timeline or database, from the future, or none at all: drop everything', async () => {
