@@ -164,6 +164,10 @@ async function attempt(
   }
 }
 
+// what is no URL is no path of ours
+const pathOf = (url: string, base = 'http://gateway') =>
+  URL.canParse(url, base) ? new URL(url, base).pathname : url
+
 const event = (data: string) => Buffer.from(`data: ${data}\n\n`)
 
 // may go away, here or at another node
@@ -188,7 +192,7 @@ const credential = ({ provider }: ConfigNode) =>
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const authenticate = billing.middleware()
   const server = createServer((req: WithUserContext<IncomingMessage>, res) => {
-    const pathname = req.url!.replace(/[?#].*/s, '')
+    const pathname = pathOf(req.url!)
     if (pathname === '/healthz') {
       const health = billing.health()
       return send(res, Response.json(health, { status: health.http_status }))

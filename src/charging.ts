@@ -1,9 +1,10 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
 import { randomFillSync } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
-import { isRetryable, KeyledgerError, statusOf } from './errors.ts'
+import { KeyledgerError, statusOf } from './errors.ts'
 import type { Metrics } from './metrics.ts'
 import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
 import type {
@@ -56,6 +57,10 @@ interface Element {
   [field: string]: unknown
 }
 
+// how long to wait for a hold that was given up to come: half a minute in all, longer than PostgREST waits for a connection
+const FIRST_PAUSE_MS = 500
+const LAST_PAUSE_MS = 16_000
+
 // bought in bulk: to ask for 16 bytes costs as much as for 4,096
 const chance = new Uint8Array(4096)
 let spent = chance.length
@@ -96,9 +101,18 @@ export function createCharging(
   const extensions = batches<ExtendAnswer>('extend', 'extend_holds', 'requests', holdDeadline)
   const events = batches<UsageAnswer>('record', 'record_usage', 'events', recordDeadline, toStorableJson)
 
+  // Holds that were given up, and may be there or come yet: a call that was given up waits in PostgREST for a connection, where a later one
+  // may overtake it.
+  const givenUp = new Set<Promise<void>>()
+  const stopping = new AbortController()
+
   async function giveUp(placed: Promise<HoldAnswer>, hold: Element) {
-    const isThere = await placed.then((answer) => refusal(answer) === undefined, isRetryable)
-    if (isThere) await releases.add(hold).catch(() => {})
+    const mayBeThere = await placed.then((answer) => refusal(answer) === undefined, isInDoubt)
+    for (let pause = FIRST_PAUSE_MS; mayBeThere && pause <= LAST_PAUSE_MS; pause *= 2) {
+      const answer = await releases.add(hold).catch(() => undefined)
+      if (stopping.signal.aborted || (answer && answer.code !== 'hold_not_found')) return
+      await sleep(pause, undefined, { signal: stopping.signal, ref: false }).catch(() => {})
+    }
   }
 
   return {
@@ -107,7 +121,10 @@ export function createCharging(
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
       const answer = await soon(placed, holdDeadline).catch((error) => {
         // nobody else knows its id: should it be there, or come yet, it would be held for nothing
-        if (request.id === undefined) giveUp(placed, { id, account_id })
+        if (request.id === undefined) {
+          const ended: Promise<void> = giveUp(placed, { id, account_id }).finally(() => givenUp.delete(ended))
+          givenUp.add(ended)
+        }
         throw error
       })
       const { amount = '0', available = '0', expires_at } = answer
@@ -136,7 +153,10 @@ export function createCharging(
     }),
 
     async stop() {
-      await Promise.all([holds, releases, extensions, events].map((batcher) => batcher.stop()))
+      await Promise.all([holds, extensions, events].map((batcher) => batcher.stop()))
+      stopping.abort()
+      await Promise.all(givenUp)
+      await releases.stop()
     },
   }
 }
@@ -146,6 +166,11 @@ function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | 
   if (mismatch) return 'hold_mismatch'
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
 }
+
+// was it carried out, though it was not answered?
+const isInDoubt = (error: unknown) =>
+  !(error instanceof KeyledgerError) ||
+  (error.status >= 500 && !['overloaded', 'stopped'].includes(error.code))
 
 // what was asked for, and what there is, where that is why
 function shortOf(code: string, { amount, available, remaining }: HoldAnswer): string | undefined {

@@ -126,6 +126,19 @@ test('Without a superuser: a schema of somebody else is not touched before its o
   assert.is(owner, 'theirs')
 })
 
+test('Without a superuser: schemas that are keyledger_owner’s already want no further right', async () => {
+  const server = await startPostgres()
+  closes.push(() => server.stop())
+  const [admin, password] = [await connected(server.url), secret()]
+  await admin('create database app')
+  await admin(codeOf('Without a superuser', 'sql')[0]!.replace('…', password))
+  const dba = withDatabase(server.url, 'app', { user: 'dba', password })
+  await (await connected(dba))('create role keyledger_owner nologin')
+  await (await connected(withDatabase(server.url, 'app')))('create schema data authorization keyledger_owner')
+  const { status, stderr } = dbmate('Without a superuser', dba)
+  assert.is(status, 0, stderr)
+})
+
 test('Supabase: a signed-in user is a member, anon is nobody, gateway and operator have their tokens', async () => {
   const { server, admin, dba } = await managed()
   const password = secret()

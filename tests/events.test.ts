@@ -327,12 +327,13 @@ for (const [name, send] of Object.entries(wire)) {
   })
 
   test(`a number no float can hold is read exactly, by ${name}`, async () => {
-    const { meters: _, ...event } = good.event('1')
-    const json = JSON.stringify(event).slice(0, -1)
+    const [one, other] = [good.event('1'), good.event('1')].map(({ meters: _, ...event }) =>
+      JSON.stringify(event).slice(0, -1),
+    )
     const answers = await send(
       'record_usage',
       'events',
-      `[${json}, "meters": {"usd": 1234.0000000001}}, ${json}, "meters": {"usd": 1e400}}]`,
+      `[${one}, "meters": {"usd": 1234.0000000001}}, ${other}, "meters": {"usd": 1e400}}]`,
     )
     assert.equal([answers[0]!.cost, answers[1]!.code], ['1234.0000000001', 'invalid_meters'])
   })

@@ -594,6 +594,50 @@ test('a hold that is being carried out is given up at its deadline too', async (
   }
 })
 
+const holdsOf = async (world: World) =>
+  (await db.operator('select status from api.holds where account_id = $1', [world.accountId])).map(
+    ({ status }) => status,
+  )
+
+test('a hold that was given up is released, though it is placed after that was tried', async () => {
+  const world = await seed(db.operator)
+  // sent, never answered, and carried out when nobody thinks of it any more
+  const rpc = counted(pgRpc(pgOptions), (fn) =>
+    fn === 'place_holds' ? new KeyledgerError('timeout', 504) : undefined,
+  )
+  await withModule({ rpc, holdDeadline: 100 }, async (billing) => {
+    const context = await billing.validate(world.key)
+    await refused(billing.hold(context, { amount: '1' }), 'timeout', 504)
+    await until(() => rpc.of('release_holds').length, 'the first try')
+    const [sent] = rpc.of('place_holds')
+    await db.gateway('select api.place_holds($1)', [JSON.stringify(sent!.args!.requests)])
+    await until(async () => `${await holdsOf(world)}` === 'released', 'the hold to be released')
+  })
+})
+
+test('a hold that was given up is released by `stop` too', async () => {
+  const world = await seed(db.operator)
+  const holder = await db.session()
+  try {
+    await withModule({ rpc: pgRpc(pgOptions), holdDeadline: 300 }, async (billing) => {
+      const context = await billing.validate(world.key)
+      await holder.query('begin')
+      await holder.query('select from data.account_balance where account_id = $1 for update', [
+        world.accountId,
+      ])
+      const given = refused(billing.hold(context, { amount: '1' }), 'timeout', 504)
+      await until(() => billing.health().queues.hold.in_flight, 'it to be sent')
+      const stopped = billing.stop()
+      await given
+      await holder.query('commit')
+      await stopped
+      assert.equal(await holdsOf(world), ['released'])
+    })
+  } finally {
+    await holder.end()
+  }
+})
+
 test('an id made here is a UUIDv7 of now, and no other', () => {
   const before = Date.now()
   const ids = Array.from({ length: 10_000 }, makeId)

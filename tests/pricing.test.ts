@@ -266,7 +266,8 @@ test('in one call, the copies of an event are one charge, whatever is beside the
   assert.equal(
     answers.map(({ status, code, mismatch, cost }) => [status, code ?? mismatch ?? Number(cost)]),
     [
-      ['parked', 'invalid_meters'],
+      // not parked: the id is charged
+      ['duplicate', true],
       ['charged', 1],
       ['charged', 2],
       ['duplicate', 2],

@@ -541,7 +541,7 @@ test('a path that is none is refused as any other, and ends nothing', async () =
     assert.is(await ask(path, {}), 401, path)
     assert.is(await ask(path, { authorization: `Bearer ${key}` }), 404, path)
   }
-  assert.is(await ask('/healthz?now', {}), 200)
+  for (const path of ['/healthz?now', 'http://any.host/healthz']) assert.is(await ask(path, {}), 200, path)
 })
 
 test('a node without a price is our failure, and is not called', async () => {

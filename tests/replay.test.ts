@@ -141,6 +141,11 @@ test('sent again mended, under the same id: the parked event is resolved, and ch
     (await kept()).map(({ resolution }) => resolution),
     ['duplicate', null],
   )
+  // nor is the first form of it parked again
+  const [again] = await account.record(mended)
+  assert.equal({ ...again, mismatch: undefined }, { ...charged, status: 'duplicate', mismatch: undefined })
+  assert.is(again!.mismatch, true)
+  assert.is((await kept()).length, 2)
 })
 
 test('dismissed by somebody for a reason, and tried again only when named', async () => {
@@ -166,6 +171,10 @@ test('dismissed by somebody for a reason, and tried again only when named', asyn
   const dismissed = { id: first.id, resolution: 'dismissed', reason: 'a test', actor: 'erin' }
   assert.equal((await dismiss([first.id], 'a test')).map(shown), [dismissed])
   assert.equal((await dismiss([first.id], 'another')).map(shown), [dismissed], 'kept as it was')
+  // tried again in vain, or sent again, it stays dismissed
+  assert.equal(brief(await replay(db.operator, [first.id])), ['price_not_found'])
+  assert.equal(brief(await account.record(events[0]!)), ['price_not_found'])
+  assert.equal((await dismiss([first.id], 'another')).map(shown), [dismissed])
   await price()
   assert.equal(
     (await replay(db.operator)).map(({ rejected_id }) => rejected_id),

@@ -19,7 +19,7 @@ begin
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
       'available_past_grants', 'await_postings', 'billing_transaction', 'broken_fact', 'budget', 'budget_code',
-      'budget_spend', 'budgets_left', 'cache_invalidation', 'caller', 'check_entry', 'config_node',
+      'budget_spend', 'budgets_left', 'cache_invalidation', 'caller', 'charged_before', 'check_entry', 'config_node',
       'config_node_updated', 'count_spend', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
       'entry_kind', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
       'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold', 'hold_open', 'invalidate',
@@ -60,7 +60,7 @@ begin
 
   select n.nspname into v_schema
   from pg_namespace n
-  where n.nspname in ('data', 'api')
+  where n.nspname in ('data', 'api') and n.nspowner is distinct from to_regrole('keyledger_owner')
     and not (has_schema_privilege(n.oid, 'create with grant option') and has_schema_privilege(n.oid, 'usage with grant option'))
   order by n.nspname
   limit 1;

@@ -171,6 +171,19 @@ as $$
   on conflict do nothing
 $$;
 
+-- The answer to an event that can't be charged, if its id has been: by a first try with other content. Null if not.
+create or replace function data.charged_before(usage data.usage_log)
+returns jsonb
+language sql
+stable
+as $$
+  select jsonb_build_object('id', l.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', a.available::text,
+    'seq', l.transaction_seq, 'mismatch', true)
+  from data.usage_log l
+  cross join lateral (select n.available from data.account_now n where n.account_id = l.account_id offset 0) a
+  where l.account_id = usage.account_id and l.id = usage.id
+$$;
+
 create or replace function api.record_usage(events jsonb)
 returns jsonb
 language plpgsql
@@ -235,10 +248,13 @@ begin
         'seq', v_account.balance_version
       );
     else
-      v_parked := v_parked || (events -> (v_ords[i] - 1)::integer);
-      v_parked_codes := v_parked_codes || v_codes[i];
-      v_answers[v_ords[i]] := jsonb_build_object(
-        'id', events -> (v_ords[i] - 1)::integer -> 'id', 'status', 'parked', 'code', v_codes[i]);
+      v_answers[v_ords[i]] := data.charged_before(v_event);
+      if v_answers[v_ords[i]] is null then
+        v_parked := v_parked || (events -> (v_ords[i] - 1)::integer);
+        v_parked_codes := v_parked_codes || v_codes[i];
+        v_answers[v_ords[i]] := jsonb_build_object(
+          'id', events -> (v_ords[i] - 1)::integer -> 'id', 'status', 'parked', 'code', v_codes[i]);
+      end if;
     end if;
   end loop;
 
@@ -297,6 +313,7 @@ declare
   v_ids uuid[];
   v_events jsonb;
   v_codes text[];
+  v_usage data.usage_log[];
   v_recorded jsonb;
   v_next integer := 0;
   v_answers jsonb[];
@@ -329,10 +346,12 @@ begin
   end if;
 
   -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
-  select array_agg(c.code order by c.ord) into v_codes
+  select array_agg(c.code order by c.ord), array_agg(c.usage order by c.ord) into v_codes, v_usage
   from data.usage_window w
   cross join lateral data.read_usage_events(v_events, w) e
-  cross join lateral unnest(e.ords, e.codes) as c (ord, code);
+  cross join lateral (
+    select c.ord, c.code, e.usage[c.n] as usage from unnest(e.ords, e.codes) with ordinality as c (ord, code, n)
+  ) c;
   v_recorded := api.record_usage((
     select coalesce(jsonb_agg(e.event order by e.ord), '[]')
     from jsonb_array_elements(v_events) with ordinality as e (event, ord)
@@ -343,15 +362,8 @@ begin
       v_answers[i] := v_recorded -> v_next;
       v_next := v_next + 1;
     else
-      -- charged since with other content: sent again, mended
-      v_answers[i] := coalesce((
-        select jsonb_build_object('id', l.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', a.available::text,
-          'seq', l.transaction_seq, 'mismatch', true)
-        from data.rejected_usage r
-        join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
-        join data.account_now a on a.account_id = l.account_id
-        where r.id = v_ids[i]
-      ), jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
+      v_answers[i] := coalesce(data.charged_before(v_usage[i]),
+        jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
     end if;
   end loop;
 
@@ -359,10 +371,11 @@ begin
   -- a wrong hold stays one, whatever else is wrong: to be charged, the event must be named
   set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
     tried_at = clock_timestamp(),
-    resolution = nullif(a.answer ->> 'status', 'parked'),
-    resolved_at = case when a.answer ->> 'status' <> 'parked' then clock_timestamp() end,
-    reason = null,
-    actor = null
+    -- one that was dismissed stays so, if it can't be charged now either
+    resolution = case a.answer ->> 'status' when 'parked' then r.resolution else a.answer ->> 'status' end,
+    resolved_at = case a.answer ->> 'status' when 'parked' then r.resolved_at else clock_timestamp() end,
+    reason = case a.answer ->> 'status' when 'parked' then r.reason end,
+    actor = case a.answer ->> 'status' when 'parked' then r.actor end
   from unnest(v_ids) with ordinality as i (id, ord)
   join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
   where r.id = i.id;
@@ -415,8 +428,8 @@ end
 $$;
 comment on function api.dismiss_rejected_usage(uuid[], text) is
 'Gives up parked events that will never be charged, and keeps who did it and why (`reason`).
-`ids` are ids of rejected_usage. Answers their rows; what is resolved already stays as it is. Name one in replay_rejected_usage to try it
-again after all. 404 rejected_usage_not_found; 422 invalid_reason.';
+`ids` are ids of rejected_usage. Answers their rows; what is resolved already stays as it is. The same event sent again stays dismissed,
+unless it can be charged by then. Name one in replay_rejected_usage to try it again. 404 rejected_usage_not_found; 422 invalid_reason.';
 grant execute on function api.dismiss_rejected_usage(uuid[], text) to keyledger_operator;
 
 reset role;

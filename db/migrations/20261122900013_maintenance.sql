@@ -185,7 +185,10 @@ begin
   with gone as (
     delete from data.rejected_usage r
     where r.id = any (array(
-      select u.id from data.rejected_usage u where u.resolved_at is not null and coalesce(u.usage_id, data.uuid_floor(u.created_at)) < v_first_kept limit portion))
+      select u.id from data.rejected_usage u where u.resolved_at is not null and coalesce(
+        -- an id that is none has no time of its own
+        case when u.code not in ('invalid_id', 'invalid_event') then u.usage_id end, data.uuid_floor(u.created_at)) < v_first_kept
+      limit portion))
     returning r.id
   )
   select count(*) into events from gone g;

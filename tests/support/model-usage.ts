@@ -57,18 +57,11 @@ export const usage: Kinds = {
         const { hold_id: _, ...event } = again.event
         const { code } = again
         const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
-        const account = world.accounts.get(event.account_id)
-        const charged = account?.usage.get(event.id)
-        again.dismissed = false
-        again.resolved = answer![0] !== 'parked' || charged !== undefined
-        if (!again.resolved) {
-          // a wrong hold stays one, whatever else is wrong
-          if (code !== 'invalid_hold') again.code = answer![1] as string
-        } else if (answer![0] === 'parked') {
-          // charged since with other content
-          const { cost, seq } = charged!
-          return [`duplicate ${fromSteps(cost)} ${seq} mismatch ${availableNow(world, account!)}`]
-        }
+        // a wrong hold stays one, whatever else is wrong; and what was dismissed stays so
+        if (answer![0] !== 'parked') {
+          again.dismissed = false
+          again.resolved = true
+        } else if (code !== 'invalid_hold') again.code = answer![1] as string
         return [answer!.filter(Boolean).join(' ')]
       },
     }
@@ -171,14 +164,15 @@ function record(world: World, events: Event[], parks = true): (string | false | 
     rules.post(account, 'usage', { outstanding: cost(fresh) })
   }
   return events.map((event, i) => {
-    if (codes[i]) {
+    if (codes[i] && !world.accounts.get(event.account_id)?.usage.has(event.id)) {
       if (parks && !world.parked.some((parked) => same(parked.event, event)))
         world.parked.push({ event, code: codes[i], resolved: false })
       return ['parked', codes[i]]
     }
     const account = world.accounts.get(event.account_id)!
     const { content, cost, seq } = account.usage.get(event.id)!
-    const mismatch = !charged.has(event) && content !== contentOf(event) && 'mismatch'
+    // one that could not be charged either differs from what was
+    const mismatch = !charged.has(event) && (codes[i] || content !== contentOf(event)) && 'mismatch'
     return [
       charged.has(event) ? 'charged' : 'duplicate',
       fromSteps(cost),
