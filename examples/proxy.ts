@@ -165,8 +165,8 @@ async function attempt(
 }
 
 // what is no URL is no path of ours
-const pathOf = (url: string, base = 'http://gateway') =>
-  URL.canParse(url, base) ? new URL(url, base).pathname : url
+const pathOf = (url: string) => (URL.canParse(url, BASE) ? new URL(url, BASE).pathname : url)
+const BASE = 'http://gateway'
 
 const event = (data: string) => Buffer.from(`data: ${data}\n\n`)
 

@@ -229,7 +229,7 @@ export function createBatcher<Element, Answer>({
     if (bytes > maxBytes) {
       throw new KeyledgerError('payload_too_large', 413, {
         detail: `${bytes} bytes of JSON, of ${maxBytes} allowed`,
-        hint: 'send less: of an event, metadata may have 16,384 bytes',
+        hint: 'send less in one element',
       })
     }
     const item = {

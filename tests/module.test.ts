@@ -1,6 +1,7 @@
 // The billing module on real servers, through both transports: from a virtual key to an exact charge, and what goes wrong.
 import { inspect } from 'node:util'
 import { Redis } from 'ioredis'
+import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { startPostgrest } from '../scripts/servers.ts'
@@ -63,6 +64,10 @@ const use = (context: UserContext, world: World, more = {}): UsageEvent => ({
   meters: tokens,
   ...more,
 })
+async function lockAccount(holder: pg.Client, { accountId }: World) {
+  await holder.query('begin')
+  await holder.query('select from data.account_balance where account_id = $1 for update', [accountId])
+}
 const usageOf = (id: string) =>
   db.sql('select account_id, cost::text from api.usage_logs where id = $1', [id])
 
@@ -518,10 +523,7 @@ test('usage committed whose answer was lost is sent again with the same ids, and
   try {
     await withModule({ rpc: pgRpc({ connectionString: proxy.url }) }, async (billing) => {
       const context = await billing.validate(world.key)
-      await holder.query('begin')
-      await holder.query('select from data.account_balance where account_id = $1 for update', [
-        world.accountId,
-      ])
+      await lockAccount(holder, world)
       const answers = Array.from({ length: 5 }, () => billing.recordUsage(use(context, world)))
       const blocked = `select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`
       await until(async () => (await db.sql(blocked)).length, 'the call to wait')
@@ -569,10 +571,7 @@ test('a hold that is being carried out is given up at its deadline too', async (
   try {
     await withModule({ rpc: pgRpc(pgOptions), holdDeadline: 300 }, async (billing) => {
       const context = await billing.validate(world.key)
-      await holder.query('begin')
-      await holder.query('select from data.account_balance where account_id = $1 for update', [
-        world.accountId,
-      ])
+      await lockAccount(holder, world)
       const id = newId()
       const unnamed = refused(billing.hold(context, { amount: '2' }), 'timeout', 504)
       await refused(billing.hold(context, { id, amount: '1' }), 'timeout', 504)
@@ -621,10 +620,7 @@ test('a hold that was given up is released by `stop` too', async () => {
   try {
     await withModule({ rpc: pgRpc(pgOptions), holdDeadline: 300 }, async (billing) => {
       const context = await billing.validate(world.key)
-      await holder.query('begin')
-      await holder.query('select from data.account_balance where account_id = $1 for update', [
-        world.accountId,
-      ])
+      await lockAccount(holder, world)
       const given = refused(billing.hold(context, { amount: '1' }), 'timeout', 504)
       await until(() => billing.health().queues.hold.in_flight, 'it to be sent')
       const stopped = billing.stop()

@@ -31,7 +31,7 @@ begin
       'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended', 'read_cursor',
       'read_hold_requests', 'read_key_imports', 'read_openings', 'read_usage_events', 'recount_budget',
       'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_previous_hash', 'rejected_usage',
-      'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'seal', 'seq_before', 'sha256',
+      'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'require_reason', 'seal', 'seq_before', 'sha256',
       'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
       'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
       'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now',

@@ -143,6 +143,18 @@ begin
 end
 $$;
 
+-- refuse what is done for no reason; `deed` as in "a freeze"
+create or replace function data.require_reason(deed text, reason text)
+returns void
+language plpgsql
+as $$
+begin
+  if reason is null or reason !~ '\S' then
+    perform data.refuse(422, 'invalid_reason', deed || ' needs a reason', 'say why in reason');
+  end if;
+end
+$$;
+
 -- the role asking: what `set role` chose (PostgREST does), else the login; a security definer call doesn't hide it
 create or replace view data.caller as
 select

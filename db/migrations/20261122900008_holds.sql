@@ -563,9 +563,7 @@ declare
   v_available numeric;
 begin
   perform data.require_positive_amount(amount);
-  if reason is null or reason !~ '\S' then
-    perform data.refuse(422, 'invalid_reason', 'a freeze needs a reason', 'say why in reason');
-  end if;
+  perform data.require_reason('a freeze', reason);
   if length(reference) not between 1 and 512 then
     perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
   end if;

@@ -407,9 +407,7 @@ as $$
 declare
   v_unknown uuid;
 begin
-  if coalesce(trim(reason), '') = '' then
-    perform data.refuse(422, 'invalid_reason', 'a dismissal needs a reason', 'say why in reason');
-  end if;
+  perform data.require_reason('a dismissal', reason);
   select i.id into v_unknown
   from unnest(ids) as i (id)
   where not exists (select from data.rejected_usage r where r.id = i.id)
@@ -418,7 +416,7 @@ begin
     perform data.refuse(404, 'rejected_usage_not_found', 'parked event ' || coalesce(v_unknown::text, 'null'),
       'send ids of rejected_usage, not of usage');
   end if;
-  -- in one order, as a replay takes them one by one
+  -- in one order: two dismissals don't wait for each other in a circle
   perform from data.rejected_usage r where r.id = any (ids) order by r.id for update;
   update data.rejected_usage r
   set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_rejected_usage.reason, actor = data.actor()

@@ -138,9 +138,7 @@ begin
     perform data.refuse(422, 'invalid_amount', 'amount must not be 0, within 1e12, with at most 10 decimals',
       'send a plain decimal as a string; negative takes money away');
   end if;
-  if reason is null or reason !~ '\S' then
-    perform data.refuse(422, 'invalid_reason', 'an adjustment needs a reason', 'say why in reason');
-  end if;
+  perform data.require_reason('an adjustment', reason);
   return data.post_one(data.new_entry(
     account_id, 'adjustment', balance_delta => amount, reference => reference, reason => reason, metadata => metadata),
     expected_version);

@@ -200,7 +200,7 @@ begin
     from metered m
     group by 1
   ) m using (config_node_id)
-  cross join lateral (select * from data.config_node b where b.id = n.config_node_id offset 0) c;
+  left join lateral (select * from data.config_node b where b.id = n.config_node_id offset 0) c on true;
 end
 $$;
 

@@ -43,25 +43,20 @@ export const usage: Kinds = {
     return {
       name: 'replay_rejected_usage',
       role: 'keyledger_operator',
-      text: `select api.replay_rejected_usage(array(
-        select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb)) as answers`,
-      values: [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)],
+      text: `select api.replay_rejected_usage(${named}) as answers`,
+      values: naming(parked),
       accounts: parked ? [parked.event.account_id] : [],
       alone: true,
       say: ([row]) => (row!.answers as Row[]).map((answer) => sayCharge(answer).filter(Boolean).join(' ')),
       expect(world) {
-        const again = world.parked.find(
-          ({ event }) => event.id === parked?.event.id && same(event, parked.event),
-        )
-        if (!again || (again.resolved && !again.dismissed)) return []
+        const again = find(world, parked)
+        if (!again || again.resolution === 'charged') return []
         const { hold_id: _, ...event } = again.event
         const { code } = again
         const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
         // a wrong hold stays one, whatever else is wrong; and what was dismissed stays so
-        if (answer![0] !== 'parked') {
-          again.dismissed = false
-          again.resolved = true
-        } else if (code !== 'invalid_hold') again.code = answer![1] as string
+        if (answer![0] !== 'parked') again.resolution = 'charged'
+        else if (code !== 'invalid_hold') again.code = answer![1] as string
         return [answer!.filter(Boolean).join(' ')]
       },
     }
@@ -72,19 +67,16 @@ export const usage: Kinds = {
     return {
       name: 'dismiss_rejected_usage',
       role: 'keyledger_operator',
-      text: `select resolution from api.dismiss_rejected_usage(array(
-        select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb), 'never')`,
-      values: [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)],
+      text: `select resolution from api.dismiss_rejected_usage(${named}, 'never')`,
+      values: naming(parked),
       accounts: [],
       alone: true,
       say: (rows) => rows.map(({ resolution }) => (resolution === 'dismissed' ? resolution : 'charged')),
       expect(world) {
-        const again = world.parked.find(
-          ({ event }) => event.id === parked?.event.id && same(event, parked.event),
-        )
+        const again = find(world, parked)
         if (!again) return []
-        if (!again.resolved) again.dismissed = again.resolved = true
-        return [again.dismissed ? 'dismissed' : 'charged']
+        again.resolution ??= 'dismissed'
+        return [again.resolution]
       },
     }
   },
@@ -110,6 +102,12 @@ export const usage: Kinds = {
     }
   },
 }
+
+// a parked event, as the database finds it and as the model does
+const named = 'array(select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb)'
+const naming = (parked?: model.Parked) => [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)]
+const find = (world: World, parked?: model.Parked) =>
+  world.parked.find(({ event }) => event.id === parked?.event.id && same(event, parked.event))
 
 const sayCharge = ({ status, code, cost, seq, mismatch, available }: Row) => [
   status,
@@ -166,7 +164,7 @@ function record(world: World, events: Event[], parks = true): (string | false | 
   return events.map((event, i) => {
     if (codes[i] && !world.accounts.get(event.account_id)?.usage.has(event.id)) {
       if (parks && !world.parked.some((parked) => same(parked.event, event)))
-        world.parked.push({ event, code: codes[i], resolved: false })
+        world.parked.push({ event, code: codes[i] })
       return ['parked', codes[i]]
     }
     const account = world.accounts.get(event.account_id)!

@@ -84,7 +84,12 @@ export interface World {
   accounts: Map<string, Account>
   users: Map<string, User>
   /** Events that could not be charged, and why, until they were. */
-  parked: { event: Event; code: string; resolved: boolean; dismissed?: boolean }[]
+  parked: Parked[]
+}
+export interface Parked {
+  event: Event
+  code: string
+  resolution?: 'charged' | 'dismissed'
 }
 export interface Event {
   id: string
