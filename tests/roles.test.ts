@@ -286,16 +286,20 @@ test('every table has row-level security, with no policy, and every object its o
   }
 })
 
-test("every api function is security definer with an empty search path, the owner's, and commented", async () => {
+test("every api function is security definer with a search path that puts pg_temp last, the owner's, and commented", async () => {
   for (const { name, comment, ...is } of await db.sql(`
     select p.oid::regprocedure::text as name, p.proowner::regrole::text as owner, p.prosecdef as definer,
       array(select s from unnest(p.proconfig) s where s like 'search_path=%') as path, obj_description(p.oid, 'pg_proc') as comment
     from pg_proc p where p.pronamespace = 'api'::regnamespace`)) {
-    assert.equal(is, { owner: 'keyledger_owner', definer: true, path: ['search_path=""'] }, name)
+    assert.equal(
+      is,
+      { owner: 'keyledger_owner', definer: true, path: ['search_path=pg_catalog, pg_temp'] },
+      name,
+    )
     assert.ok(comment, `${name} has a comment`)
   }
   const open = await db.sql(`select p.oid::regprocedure::text as name from pg_proc p
-    where p.pronamespace = 'data'::regnamespace and p.prosecdef and not coalesce(p.proconfig @> array['search_path=""'], false)`)
+    where p.pronamespace = 'data'::regnamespace and p.prosecdef and not coalesce(p.proconfig @> array['search_path=pg_catalog, pg_temp'], false)`)
   assert.equal(open, [], "a definer's search path is nobody else's")
 })
 

@@ -23,7 +23,7 @@ create or replace function data.forbid_change()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');
@@ -227,7 +227,7 @@ returns uuid
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
@@ -245,7 +245,7 @@ returns uuid
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (moment >= 'epoch' and moment < '9999-01-01T00:00Z') is not true then

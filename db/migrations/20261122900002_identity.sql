@@ -13,7 +13,7 @@ create or replace function data.lock_key_parents()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tenant_id uuid;
@@ -39,7 +39,7 @@ create or replace function data.lock_user_parent()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from data.tenant t where t.id = new.tenant_id for share;
@@ -53,7 +53,7 @@ create or replace function data.lock_mount_parents()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from data.virtual_key k where k.id = new.virtual_key_id for share;
@@ -69,7 +69,7 @@ create or replace function data.keep_owner_identity()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if new.id <> old.id then
@@ -93,7 +93,7 @@ create or replace function data.keep_key_identity()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (new.id, new.user_id) is distinct from (old.id, old.user_id) then
@@ -113,7 +113,7 @@ create or replace function data.refuse_previous_hash()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if exists (select from data.previous_key_hash p where p.key_hash = new.key_hash) then
@@ -132,7 +132,7 @@ create or replace function data.note_status()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into data.status_change (entity, entity_id, old_status, new_status, actor, reason)
@@ -167,7 +167,7 @@ create or replace function data.open_virtual_key_use()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into data.virtual_key_use (virtual_key_id) values (new.id);
@@ -182,7 +182,7 @@ create or replace function data.open_account()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)

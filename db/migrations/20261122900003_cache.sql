@@ -43,7 +43,7 @@ create or replace function data.virtual_key_inserted()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from new_rows k));
@@ -57,7 +57,7 @@ create or replace function data.virtual_key_updated()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.invalidate('vk', array(
@@ -79,7 +79,7 @@ create or replace function data.virtual_key_deleted()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from old_rows k));
@@ -96,7 +96,7 @@ create or replace function data.user_profile_updated()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -117,7 +117,7 @@ create or replace function data.tenant_updated()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -139,7 +139,7 @@ create or replace function data.config_node_updated()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -160,7 +160,7 @@ create or replace function data.mount_inserted()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -178,7 +178,7 @@ create or replace function data.mount_updated()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -196,7 +196,7 @@ create or replace function data.mount_deleted()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 begin
@@ -214,7 +214,7 @@ create or replace function data.price_inserted()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.invalidate('price', array(select distinct p.config_node_id::text from new_rows p));
@@ -229,7 +229,7 @@ create or replace function data.forbid_truncate()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.refuse(409, 'truncate_forbidden', 'table ' || tg_table_name, 'rows are closed by status, not removed');
@@ -248,7 +248,7 @@ returns jsonb
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 declare

@@ -17,7 +17,7 @@ create or replace function data.keep_account()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if tg_op = 'UPDATE' and (new.account_id, new.owner_user_id, new.owner_tenant_id, new.currency)

@@ -104,7 +104,7 @@ returns api.billing_transactions
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -131,7 +131,7 @@ returns api.billing_transactions
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if amount is null or not data.is_amount(amount) or amount = 0 then
@@ -164,7 +164,7 @@ returns api.billing_transactions
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -243,7 +243,7 @@ returns jsonb
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_read jsonb;
@@ -323,7 +323,7 @@ returns api.billing_accounts
 language plpgsql
 volatile
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 declare

@@ -321,7 +321,7 @@ returns table (
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- planned for the account given, or for all
 set plan_cache_mode = force_custom_plan
 as $$
