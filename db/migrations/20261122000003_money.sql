@@ -83,7 +83,8 @@ create table data.credit_grant (
   foreign key (account_id, seq) references data.billing_transaction,
   constraint remaining_is_part_of_amount check (remaining <= amount)
 );
-create index on data.credit_grant (account_id) where remaining > 0;
+-- by account, soonest expiry first
+create index on data.credit_grant (account_id, expires_at) where remaining > 0;
 
 -- what each entry took from each grant, so that a refund can give it back
 create table data.grant_draw (
@@ -98,8 +99,8 @@ create table data.grant_draw (
   constraint returned_is_part_of_amount check (returned <= amount)
 );
 
--- money set aside for one request, or frozen by an operator (expires_at null); its unspent part is in the account's frozen_balance
--- while it is open
+-- Money set aside for one request, or frozen by an operator (expires_at null). Its unspent part is in the account's frozen_balance
+-- while it is open or parked. A parked hold waits for an event that could not be charged yet, and doesn't expire.
 create table data.hold (
   account_id uuid not null,
   id data.uuidv7 not null,
@@ -120,10 +121,11 @@ create table data.hold (
   end_reason text,
   primary key (account_id, id),
   constraint captured_is_part_of_amount check (captured <= amount),
-  constraint only_an_open_hold_has_not_ended
-    check (status in ('open', 'captured', 'released', 'expired') and (status = 'open') = (ended_at is null))
+  constraint only_an_open_or_parked_hold_has_not_ended
+    check (status in ('open', 'parked', 'captured', 'released', 'expired') and (status in ('open', 'parked')) = (ended_at is null))
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index hold_open on data.hold (account_id, expires_at) where status = 'open';
+create index hold_parked on data.hold (account_id) where status = 'parked';
 create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
 -- sealed statements, cut by seq; by the clock: credit that had expired is gone, also where its entry comes after the cut (`expiry_due`).

@@ -44,6 +44,8 @@ create table data.rejected_usage (
   event jsonb not null,
   usage_id uuid,
   account_id uuid,
+  -- the hold whose money stays set aside until the event is charged or dismissed
+  hold_id uuid,
   code text not null,
   created_at timestamptz not null default now(),
   tried_at timestamptz not null default clock_timestamp(),
@@ -57,6 +59,7 @@ create table data.rejected_usage (
     (reason is not null) = (resolution is not distinct from 'dismissed') and (actor is null) = (reason is null))
 );
 create index rejected_usage_unresolved on data.rejected_usage (usage_id) where resolved_at is null;
+create index rejected_usage_sets_aside on data.rejected_usage (account_id, hold_id) where resolved_at is null and hold_id is not null;
 
 alter table data.usage_log enable row level security;
 alter table data.usage_window enable row level security;

@@ -109,12 +109,65 @@ immutable parallel safe
 as $$
 begin
   -- what numeric reads differs by version (1_000, 0x1f), and 1e9 or NaN is no way to write money
-  if value !~ '[^0-9.-]' and data.is_amount(value::numeric) then
+  if length(value) <= 100 and value !~ '[^0-9.-]' and data.is_amount(value::numeric) then
     return value::numeric;
   end if;
   return null;
 exception when invalid_text_representation or numeric_value_out_of_range then
   return null;
+end
+$$;
+
+-- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes, and 131,072 as text.
+create or replace function data.has_absurd_numbers(value jsonb)
+returns boolean
+language plpgsql
+immutable parallel safe
+as $$
+begin
+  return jsonb_path_exists(value, '$.** ? (@ >= 1e40 || @ <= -1e40 || (@ > -1e-40 && @ < 1e-40 && @ != 0))')
+    -- a zero may have many decimals, which only its scale tells
+    or coalesce((select max(scale(z::numeric)) > 40 from jsonb_path_query(value, '$.** ? (@ == 0)') z), false);
+end
+$$;
+
+-- An element whose fields with absurd numbers are false: no field takes false, so each is refused by its own rule.
+create or replace function data.bounded_element(element jsonb)
+returns jsonb
+language sql
+immutable parallel safe
+as $$
+  select case
+    when not data.has_absurd_numbers(element) then element
+    when jsonb_typeof(element) = 'object' then (
+      select jsonb_object_agg(f.key, case when data.has_absurd_numbers(f.value) then 'false' else f.value end) from jsonb_each(element) f)
+    else 'false'
+  end
+$$;
+
+-- The elements of a call, checked before anything makes text of them.
+create or replace function data.read_array(
+  name text,
+  elements jsonb
+)
+returns jsonb
+language plpgsql
+stable
+as $$
+begin
+  if jsonb_typeof(elements) is distinct from 'array' then
+    perform data.refuse(422, 'invalid_' || name, name || ' must be a JSON array', 'send an array, of one element for a single request');
+  elsif jsonb_array_length(elements) > 10000 then
+    perform data.refuse(422, 'invalid_' || name, name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed',
+      'send them in several calls');
+  end if;
+  if not data.has_absurd_numbers(elements) then
+    return elements;
+  end if;
+  return (
+    select coalesce(jsonb_agg(data.bounded_element(e.element) order by e.ord), '[]')
+    from jsonb_array_elements(elements) with ordinality as e (element, ord)
+  );
 end
 $$;
 

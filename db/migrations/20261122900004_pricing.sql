@@ -26,7 +26,7 @@ $$;
 
 -- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
 -- Sizes divide 3600000000, so the sum is a whole number of 1e-20 / 3600000000 steps and is rounded once, half up, at 10 decimals.
--- A quantity of 0 needs no price. At most 64 meters; a cost of a trillion or more is no cost.
+-- A quantity of 0 needs no price. At most 64 meters, which are counted by their size first; a cost of a trillion or more is no cost.
 create or replace function data.price_meters(
   config_node_id uuid,
   meters jsonb,
@@ -74,7 +74,7 @@ as $$
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
         data.to_cost(coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0)) as cost
-      from jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) as m
+      from jsonb_each(case when jsonb_typeof(meters) = 'object' and pg_column_size(meters) <= 16384 then meters else '{}' end) as m
       cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
       left join lateral (
         select p.id, p.unit_price, p.unit_size

@@ -55,7 +55,7 @@ select
   a.balance,
   a.free_credit - g.due as free_credit,
   a.credit_limit,
-  a.frozen_balance - h.due as frozen_balance,
+  a.frozen_balance - h.due - p.shrunk as frozen_balance,
   a.outstanding_amount,
   -- what the last statement left unpaid, less what was paid since: the oldest debt is paid first
   case when a.outstanding_amount > 0 then coalesce((
@@ -69,7 +69,7 @@ select
     order by s.period_start desc
     limit 1
   ), 0) else 0 end::numeric(28, 10) as overdue_amount,
-  a.available + h.due - g.due as available,
+  a.available + h.due - g.due + p.shrunk as available,
   a.low_balance_threshold,
   a.time_zone,
   a.balance_version,
@@ -89,7 +89,12 @@ cross join lateral (
   select coalesce(sum(g.remaining), 0) as due
   from data.credit_grant g
   where g.account_id = a.account_id and g.remaining > 0 and g.expires_at <= statement_timestamp()
-) g;
+) g
+-- as data.shrink_parked does it
+cross join lateral (
+  select case when g.due > 0 and a.available + h.due - g.due < 0 then least(g.due - h.due - a.available, coalesce((
+    select sum(k.amount - k.captured) from data.hold k where k.account_id = a.account_id and k.status = 'parked'), 0)) else 0 end as shrunk
+) p;
 
 comment on view data.viewer is 'The reader, as one row.';
 comment on view data.visible_user is 'Users the reader may see.';
@@ -217,7 +222,8 @@ from (
         select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v))))
 ) h;
 comment on view api.holds is
-'Money set aside for requests: open, captured, released or expired.
+'Money set aside for requests: open, parked, captured, released or expired.
+A parked one waits for an event that could not be charged yet: it doesn''t expire, and ends when the event is charged or dismissed.
 One without expires_at is an operator''s freeze: `reference`, `reason` and `actor` say why and by whom, `ended_by` and `end_reason` its end.';
 grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
 
@@ -257,7 +263,7 @@ cross join lateral (
   select coalesce(sum(o.amount - o.captured), 0) as held
   from data.hold o
   cross join lateral (select * from data.virtual_key v where v.id = o.virtual_key_id offset 0) k
-  where o.account_id = b.account_id and o.status = 'open' and o.expires_at > statement_timestamp()
+  where o.account_id = b.account_id and (o.status = 'open' and o.expires_at > statement_timestamp() or o.status = 'parked')
     and b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
 ) h;
 comment on view api.budgets is
@@ -274,10 +280,12 @@ comment on view api.accounting_snapshots is 'Sealed statements.';
 grant select on api.accounting_snapshots to keyledger_operator, keyledger_member;
 
 create or replace view api.rejected_usage as
-select r.* from data.rejected_usage r;
+select r.id, r.event, r.usage_id, r.account_id, r.hold_id, r.code, r.created_at, r.tried_at, r.resolved_at, r.resolution, r.reason, r.actor
+from data.rejected_usage r;
 comment on view api.rejected_usage is
 'Events that could not be charged, with the code that says why; kept until resolved.
-Fix the cause, then call replay_rejected_usage; or dismiss_rejected_usage, if it is never to be charged.';
+Fix the cause, then call replay_rejected_usage; or dismiss_rejected_usage, if it is never to be charged. `hold_id`: the hold whose money
+stays set aside until then.';
 grant select on api.rejected_usage to keyledger_operator;
 
 -- writable by the operator; columns that follow from others are read-only by grant

@@ -75,20 +75,6 @@ virtual_key_expired. `available` counts free credit that may expire before a hol
 key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
-create or replace function data.require_array(
-  name text,
-  elements jsonb
-)
-returns void
-language plpgsql
-as $$
-begin
-  if jsonb_typeof(elements) is distinct from 'array' then
-    perform data.refuse(422, 'invalid_' || name, name || ' must be a JSON array', 'send an array, of one element for a single request');
-  end if;
-end
-$$;
-
 -- seconds a hold stays open: 900 when absent, 1 to 2592000 (30 days), null when it is anything else
 create or replace function data.to_expires_in(value jsonb)
 returns integer
@@ -127,6 +113,8 @@ begin
       when jsonb_typeof(r.request) <> 'object' then 'invalid_request'
       when r.id is null then 'invalid_id'
       when r.id < w.first or r.id >= w.beyond then 'id_outside_window'
+      -- its time decides its price and its budgets' window
+      when r.id < w.oldest or r.id >= w.newest then 'id_not_of_now'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
       when r.request ->> 'config_node_id' is not null and r.config_node_id is null then 'invalid_config_node_id'
@@ -156,10 +144,15 @@ begin
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     offset 0 -- or each use would parse again
   ) r
-  cross join (select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0) w
+  cross join (
+    select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond,
+      data.uuid_floor(clock_timestamp() - interval '1 hour') as oldest, data.uuid_floor(clock_timestamp() + interval '2 minutes') as newest
+    from data.usage_window u
+    offset 0
+  ) w
   left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
   left join lateral (
-    select * from data.price_meters(r.config_node_id, r.meters, k.currency, statement_timestamp()) where r.is_priced offset 0
+    select * from data.price_meters(r.config_node_id, r.meters, k.currency, data.uuid_time(r.id)) where r.is_priced offset 0
   ) p on true;
 end
 $$;
@@ -167,6 +160,8 @@ $$;
 -- The moments of a time at which grants of an account expire, and what is available past each of them: less those grants, plus what
 -- the holds that have ended by then gave back or drew of those grants. A hold that outlives such a moment must find its money there.
 -- `spare` is how much of those holds can draw of those grants only: less what lasts longer and by its priority is spent before.
+-- All by running sums in order of time, since an account may have thousands of grants. A grant lasts in this sense from the moment
+-- the first grant of a higher priority number expires, until it expires itself.
 create or replace function data.available_past_grants(
   account_id uuid,
   since timestamptz,
@@ -180,34 +175,63 @@ language plpgsql
 stable
 as $$
 begin
-  select array_agg(m.at order by m.at), array_agg(m.available + greatest(f.spare, 0) order by m.at), array_agg(f.spare order by m.at)
-  into moments, available, spare
-  from (
-    select c.at, c.is_grant, a.available - sum(c.expired) over w as available, sum(c.ended) over w as ended,
-      max(c.priority) over w as priority
+  with live as materialized (
+    select g.expires_at, g.remaining,
+      min(g.expires_at) over (order by g.priority desc groups between unbounded preceding and 1 preceding) as lasts_from
+    from data.credit_grant g
+    where g.account_id = available_past_grants.account_id and g.remaining > 0
+  ), change as (
+    select l.expires_at as at, true as is_grant, l.remaining as expired, 0 as ended, 0 as lasting
+    from live l
+    where l.expires_at < before
+    union all
+    select h.expires_at, false, 0, h.amount - h.captured, 0
+    from data.hold h
+    where h.account_id = available_past_grants.account_id and h.status = 'open'
+      and h.expires_at <= (select max(l.expires_at) from live l where l.expires_at < before)
+    union all
+    select l.lasts_from, false, 0, 0, l.remaining
+    from live l
+    where l.lasts_from < before and (l.expires_at > l.lasts_from) is not false
+    union all
+    select l.expires_at, false, 0, 0, -l.remaining
+    from live l
+    where l.expires_at < before and l.expires_at > l.lasts_from
+  ), past as (
+    select c.at, c.is_grant, a.available - sum(c.expired) over w as available, sum(c.ended) over w - sum(c.lasting) over w as spare
     from data.account_balance a
-    cross join lateral (
-      select g.expires_at as at, true as is_grant, g.remaining as expired, 0 as ended, g.priority
-      from data.credit_grant g
-      where g.account_id = a.account_id and g.remaining > 0 and g.expires_at < before
-      union all
-      select h.expires_at, false, 0, h.amount - h.captured, null
-      from data.hold h
-      where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= (
-        select max(g.expires_at) from data.credit_grant g
-        where g.account_id = available_past_grants.account_id and g.remaining > 0 and g.expires_at < before)
-    ) c
+    cross join change c
     where a.account_id = available_past_grants.account_id
     window w as (order by c.at)
-  ) m
-  cross join lateral (
-    select m.ended - coalesce(sum(g.remaining), 0) as spare
-    from data.credit_grant g
-    where g.account_id = available_past_grants.account_id and g.remaining > 0 and g.priority < m.priority
-      and (g.expires_at > m.at) is not false
-  ) f
-  where m.is_grant and m.at >= since;
+  )
+  select array_agg(p.at order by p.at), array_agg(p.available + greatest(p.spare, 0) order by p.at), array_agg(p.spare order by p.at)
+  into moments, available, spare
+  from (select distinct q.at, q.available, q.spare from past q where q.is_grant and q.at >= since) p;
 end
+$$;
+
+-- The codes of requests whose call has waited for its account: their keys may have been revoked or moved meanwhile.
+create or replace function data.codes_now(
+  codes text[],
+  holds data.hold[]
+)
+returns text[]
+language sql
+volatile
+as $$
+  select array_agg(case
+    when r.code is not null then r.code
+    when k.virtual_key_id is null then 'virtual_key_unknown'
+    when k.code is not null then k.code
+    when k.account_id <> r.account_id then 'invalid_account'
+    when r.config_node_id <> all (k.config_node_ids) then 'node_not_mounted'
+  end order by r.n)
+  from (
+    select c.code, h.account_id, h.virtual_key_id, h.config_node_id, h.ordinality as n
+    from unnest(holds) with ordinality h
+    join unnest(codes) with ordinality as c (code, n) on c.n = h.ordinality
+  ) r
+  left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
 $$;
 
 create or replace function api.place_holds(requests jsonb)
@@ -216,6 +240,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set jit = off
@@ -227,10 +252,14 @@ declare
   v_codes text[];
   v_key_ids uuid[];
   v_user_ids uuid[];
+  v_firsts bigint[];
   v_last integer;
   v_account_ids uuid[];
+  v_busy uuid[];
+  v_waited boolean;
   v_availables numeric[];
   v_have_budgets boolean[];
+  v_shortest interval;
   v_longest interval;
   v_outlive_grants boolean[];
   v_account_id uuid;
@@ -250,30 +279,35 @@ declare
   v_first_tries data.hold[];
   v_first_try data.hold;
   v_new data.hold[] := '{}';
-  v_new_ids uuid[] := '{}';
-  v_new_from integer := 1;
   v_answer jsonb;
   v_answers jsonb[];
 begin
-  perform data.require_array('requests', requests);
+  requests := data.read_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
+  -- `first` is the place of the first request with the same id
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
-    array_agg(distinct (r.hold).account_id) filter (where r.code is null), max((r.hold).expires_at - (r.hold).created_at),
-    array_agg((r.hold).virtual_key_id), array_agg(r.user_id)
-  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_longest, v_key_ids, v_user_ids
-  from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
+    array_agg(distinct (r.hold).account_id) filter (where r.code is null),
+    min((r.hold).expires_at - (r.hold).created_at), max((r.hold).expires_at - (r.hold).created_at),
+    array_agg((r.hold).virtual_key_id), array_agg(r.user_id), array_agg(r.first)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_shortest, v_longest, v_key_ids, v_user_ids, v_firsts
+  from (
+    select p.*, min(p.place) over (partition by (p.hold).account_id, (p.hold).id) as first
+    from (select h.*, row_number() over (order by (h.hold).account_id, h.ord) as place from data.read_hold_requests(requests) h) p
+    order by p.place
+  ) r;
 
-  perform data.lock_accounts(v_account_ids);
+  select l.locked, l.busy, l.waited into v_account_ids, v_busy, v_waited from data.lock_accounts(v_account_ids) l;
   v_now := clock_timestamp();
+  if v_waited then
+    v_codes := data.codes_now(v_codes, v_holds);
+  end if;
   select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id),
-    array_agg(a.free_credit > 0 and exists (
-      select from data.credit_grant g
-      where g.account_id = a.account_id and g.remaining > 0 and (g.expires_at < v_now + v_longest
-        -- what lasts longer is spent before it, so that a hold that ends sooner counts too
-        or g.expires_at is not null and exists (
-          select from data.credit_grant l
-          where l.account_id = a.account_id and l.remaining > 0 and l.priority < g.priority
-            and (l.expires_at > g.expires_at) is not false))) order by a.account_id),
+    array_agg(a.free_credit > 0 and coalesce((
+      select min(g.expires_at) < v_now + v_longest
+        -- what lasts longer may be spent before it, so that a hold that ends sooner counts too
+        or (min(g.priority) < max(g.priority) and min(g.expires_at) is not null)
+      from data.credit_grant g
+      where g.account_id = a.account_id and g.remaining > 0), false) order by a.account_id),
     array_agg(b.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a
@@ -292,11 +326,25 @@ begin
       v_available := v_availables[v_next];
       v_moments := null;
       if v_outlive_grants[v_next] then
-        select * into v_moments, v_pasts, v_spares from data.available_past_grants(v_account_id, '-infinity', 'infinity');
+        -- Before all these holds end only the least counts, and after them only moments that some hold still draws on: so that what
+        -- each request looks at is short.
+        select array_agg(m.at), array_agg(m.available), array_agg(m.spare)
+        into v_moments, v_pasts, v_spares
+        from data.available_past_grants(v_account_id, '-infinity', 'infinity') p
+        cross join lateral (
+          select '-infinity'::timestamptz as at, min(u.available) as available, 0 as spare
+          from unnest(p.moments, p.available) as u (at, available)
+          where u.at < v_now + v_shortest
+          having count(*) > 0
+          union all
+          select u.at, u.available, u.spare
+          from unnest(p.moments, p.available, p.spare) as u (at, available, spare)
+          where u.at >= v_now + v_shortest and (u.at < v_now + v_longest or u.spare < 0)
+        ) m;
       end if;
       v_scopes := null;
       if v_have_budgets[v_next] then
-        -- of those who ask of this account, or many accounts would look at all of them each
+        -- only this account's keys and users, or many accounts would look at those of the whole call each
         v_last := i;
         while v_last < cardinality(v_holds) and (v_holds[v_last + 1]).account_id = v_account_id loop
           v_last := v_last + 1;
@@ -306,10 +354,9 @@ begin
         from data.budgets_left(v_account_id, v_key_ids[i:v_last], v_user_ids[i:v_last], v_now) b;
       end if;
       v_next := v_next + 1;
-      v_new_from := cardinality(v_new_ids) + 1;
     end loop;
 
-    v_first_try := coalesce(v_first_tries[i], v_new[array_position(v_new_ids, v_hold.id::uuid, v_new_from)]);
+    v_first_try := coalesce(v_first_tries[i], v_first_tries[v_firsts[i]]);
     if v_first_try.id is not null then
       -- a retry meets its first try, whatever has changed since
       v_answer := jsonb_build_object('status', 'duplicate', 'hold_status',
@@ -323,6 +370,8 @@ begin
       v_hold := v_first_try;
     elsif v_codes[i] is not null then
       v_answer := jsonb_build_object('status', 'refused', 'code', v_codes[i]);
+    elsif v_hold.account_id = any (v_busy) then
+      v_answer := '{"status": "busy", "code": "account_busy"}';
     elsif v_account_id is distinct from v_hold.account_id then
       v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
     else
@@ -367,7 +416,7 @@ begin
             from unnest(v_scopes, v_scope_ids, v_lefts) with ordinality as b (scope, scope_id, remaining, n) order by b.n);
         end if;
         v_new := v_new || v_hold;
-        v_new_ids := v_new_ids || v_hold.id::uuid;
+        v_first_tries[i] := v_hold;
       end if;
     end if;
 
@@ -375,11 +424,11 @@ begin
       'id', v_ids[i],
       'amount', v_hold.amount::text,
       'available', case when v_account_id = v_hold.account_id then v_available::text end,
-      'expires_at', case when v_answer ->> 'status' <> 'refused' then v_hold.expires_at end
+      'expires_at', case when v_answer ->> 'status' not in ('refused', 'busy') then v_hold.expires_at end
     ));
   end loop;
 
-  if v_new_ids <> '{}' then
+  if v_new <> '{}' then
     insert into data.hold select * from unnest(v_new);
     update data.account_balance a
     set frozen_balance = a.frozen_balance + n.amount
@@ -392,10 +441,13 @@ $$;
 comment on function api.place_holds(jsonb) is
 'Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold.
 Takes `requests`, [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order [{id,
-status: held | duplicate | refused, code?, amount, available, expires_at}]. ids are UUIDv7 made by the caller; a repeated id is `duplicate`
+status: held | duplicate | refused | busy, code?, amount, available, expires_at}], at most 10,000. ids are UUIDv7 made by the caller, of
+now (id_not_of_now: over 2 minutes ahead or 1 hour behind); meters are priced at the id''s time. A repeated id is `duplicate`
 (`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that expires
 before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and
-tenant_budget_exceeded come with what the budget has left (`remaining`); the holds of one call share it.';
+tenant_budget_exceeded come with what the budget has left (`remaining`); the holds of one call share it. `busy` (account_busy): another
+call has the account, and this one has others; nothing was held, so send that account''s alone. A call for one account waits half a second
+for it, then fails with SQLSTATE 55P03 (lock_timeout).';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
 -- what release_holds and extend_holds share
@@ -418,11 +470,16 @@ declare
   v_refused boolean;
   v_end timestamptz;
   v_released data.hold[] := '{}';
+  v_busy uuid[];
 begin
-  perform data.require_array('requests', requests);
+  requests := data.read_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
-  perform data.lock_accounts(array(
-    select distinct data.to_uuid(e.request ->> 'account_id') from jsonb_array_elements(requests) as e (request)));
+  select l.busy into v_busy
+  from data.lock_accounts(array(
+    select distinct a.account_id
+    from jsonb_array_elements(requests) as e (request)
+    cross join lateral (select data.to_uuid(e.request ->> 'account_id') as account_id) a
+    where a.account_id is not null)) l;
 
   for v_request in
     select
@@ -434,6 +491,11 @@ begin
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     order by account_id, e.ord
   loop
+    if v_request.account_id = any (v_busy) then
+      v_answers[v_request.ord] := jsonb_strip_nulls(
+        jsonb_build_object('id', v_request.request ->> 'id', 'status', 'busy', 'code', 'account_busy'));
+      continue;
+    end if;
     -- an account is read once, and written once below: of a busy one's row there may be many versions to look through
     if v_request.account_id is distinct from v_account.account_id then
       select * into v_account from data.account_balance a where a.account_id = v_request.account_id;
@@ -455,7 +517,10 @@ begin
       v_code := 'hold_frozen';
     elsif v_code is null and extend then
       v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
-      if v_account.free_credit > 0 then
+      if v_account.free_credit > 0 and exists (
+        select from data.credit_grant g
+        where g.account_id = v_hold.account_id and g.remaining > 0 and g.expires_at between v_hold.expires_at and v_end)
+      then
         v_refused := coalesce((
           select min(m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)))
           from data.available_past_grants(v_hold.account_id, v_hold.expires_at, v_end) p
@@ -502,14 +567,16 @@ language sql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 as $$
   select data.end_or_extend_holds(requests, extend => false)
 $$;
 comment on function api.release_holds(jsonb) is
 'Gives back what open holds still set aside.
-Takes `requests`, [{id, account_id}] and answers [{id, status: released | closed | refused, code?, available}]; `closed` means there was
-nothing open to give back, `code` says why: hold_released, hold_captured, hold_expired, hold_not_found, invalid_…. `refused` as hold_frozen:
-an operator''s freeze is the operator''s to end.';
+Takes `requests`, [{id, account_id}] and answers [{id, status: released | closed | refused | busy, code?, available}]; `closed` means there
+was nothing open to give back, `code` says why: hold_released, hold_captured, hold_expired, hold_parked (an event that could not be charged
+yet needs it), hold_not_found, invalid_…. `refused` as hold_frozen: an operator''s freeze is the operator''s to end. `busy`: as place_holds
+answers it.';
 grant execute on function api.release_holds(jsonb) to keyledger_gateway;
 
 create or replace function api.extend_holds(requests jsonb)
@@ -518,12 +585,13 @@ language sql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 as $$
   select data.end_or_extend_holds(requests, extend => true)
 $$;
 comment on function api.extend_holds(jsonb) is
 'Keeps open holds open for longer.
-Takes `requests`, [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused, code?, expires_at, available}];
+Takes `requests`, [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused | busy, code?, expires_at, available}];
 `expires_in` counts seconds from now (900), and never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where
 free credit it stands on expires first, hold_frozen for an operator''s freeze.';
 grant execute on function api.extend_holds(jsonb) to keyledger_gateway;

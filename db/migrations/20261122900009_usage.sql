@@ -3,13 +3,18 @@
 
 set local role keyledger_owner;
 
--- What an event may be labelled with. Null for none.
+-- Labels: what an event may carry for its reader. One that is unfit is left out, and the event is charged. Sizes are looked at before any
+-- text is made; absurd numbers are false by then (data.read_array). Null is none.
 create or replace function data.is_request_id(value jsonb)
 returns boolean
 language sql
 immutable
 as $$
-  select length(value #>> '{}') <= 512
+  select case
+    when value is null or value = 'null' then true
+    when jsonb_typeof(value) not in ('string', 'number') or pg_column_size(value) > 4096 then false
+    else length(value #>> '{}') between 1 and 512
+  end
 $$;
 
 create or replace function data.is_metadata(value jsonb)
@@ -17,10 +22,16 @@ returns boolean
 language sql
 immutable
 as $$
-  select jsonb_typeof(value) in ('object', 'null') and octet_length(value #>> '{}') <= 16384
+  select case
+    when value is null or value = 'null' then true
+    when jsonb_typeof(value) <> 'object' or pg_column_size(value) > 131072 then false
+    else octet_length(value::text) <= 16384
+  end
 $$;
 
--- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked.
+-- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked,
+-- `notes` what of one that is charged was left out: labels that are unfit, and a hold that this account doesn't have (lost with a
+-- failover, or another account's).
 -- Ids are cast at once, and one by one only if that fails: catching each on its own is a fifth of the work.
 -- `offset 0` in an exists: else it may be hashed, by a plan of when its table was small, and read all of it.
 -- The caller's own statement reads the window: it then waits for a drop of months before it takes its snapshot, not after.
@@ -31,6 +42,7 @@ create or replace function data.read_usage_events(
   out ords bigint[],
   out usage data.usage_log[],
   out codes text[],
+  out notes jsonb[],
   out idle_keys uuid[]
 )
 returns record
@@ -40,6 +52,7 @@ as $$
 declare
   v_first uuid := data.uuid_floor(taken.floor);
   v_beyond uuid := data.uuid_floor(taken.ceiling);
+  v_ahead uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
 begin
   with parsed as materialized (
     select
@@ -60,38 +73,44 @@ begin
     from data.account_balance a
     where a.account_id = any (array(select distinct i.account_id from parsed i))
   )
-  select array_agg(e.ord), array_agg(e.usage), array_agg(e.code), array_agg(distinct (e.usage).virtual_key_id) filter (where e.is_idle)
-  into ords, usage, codes, idle_keys
+  select array_agg(e.ord), array_agg(e.usage), array_agg(e.code), array_agg(e.note),
+    array_agg(distinct (e.usage).virtual_key_id) filter (where e.is_idle)
+  into ords, usage, codes, notes, idle_keys
   from (
     select
       r.ord,
       row(
-        r.account_id, r.id, null, r.virtual_key_id, r.user_id, r.config_node_id, r.hold_id,
-        coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost, data.without_keys(r.event -> 'request_id') #>> '{}',
-        data.without_keys(nullif(r.event -> 'metadata', 'null')), null
+        r.account_id, r.id, null, r.virtual_key_id, r.user_id, r.config_node_id,
+        -- a hold from before the window has ended, and may be purged
+        case when r.hold_is_freeze is not null or r.hold_id < v_first then r.hold_id end,
+        coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost,
+        case when l.request_id_fits then data.without_keys(r.event -> 'request_id') #>> '{}' end,
+        case when l.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null
       )::data.usage_log as usage,
       r.is_idle,
+      case when not l.request_id_fits or not l.metadata_fits or (r.hold_is_freeze is null and r.hold_id >= v_first) then
+        jsonb_strip_nulls(jsonb_build_object(
+          'left_out', nullif(
+            array_remove(array[case when not l.request_id_fits then 'request_id' end, case when not l.metadata_fits then 'metadata' end], null),
+            '{}'),
+          'hold', case when r.hold_is_freeze is null and r.hold_id >= v_first then 'unknown' end))
+      end as note,
       case
         when jsonb_typeof(r.event) <> 'object' then 'invalid_event'
         when r.id is null then 'invalid_id'
         when r.id < v_first or r.id >= v_beyond then 'id_outside_window'
+        -- its time decides its price and its budgets' window
+        when r.id >= v_ahead then 'id_not_of_now'
         when r.account_id is null then 'invalid_account_id'
         when r.virtual_key_id is null then 'invalid_virtual_key_id'
         when r.config_node_id is null then 'invalid_config_node_id'
         when r.hold_id is null and r.event ->> 'hold_id' is not null then 'invalid_hold'
         when jsonb_typeof(r.event -> 'final') not in ('boolean', 'null') then 'invalid_final'
-        when not data.is_request_id(r.event -> 'request_id') then 'invalid_request_id'
-        when not data.is_metadata(r.event -> 'metadata') then 'invalid_metadata'
         when r.currency is null then 'account_not_found'
         when r.user_id is null then 'virtual_key_unknown'
         when p.code is not null and not exists (select from data.config_node n where n.id = r.config_node_id offset 0)
           then 'config_node_not_found'
-        -- a hold of another account is no hold of this one, and a freeze is not to be drawn; one of before the window ended and is purged
-        when r.hold_id is not null and not exists (
-          select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id and h.expires_at is not null offset 0)
-          and (r.hold_id >= v_first
-            or exists (select from data.hold h where h.account_id = r.account_id and h.id = r.hold_id offset 0))
-          then 'invalid_hold'
+        when r.hold_is_freeze then 'invalid_hold'
         else p.code
       end as code
     from (
@@ -99,6 +118,8 @@ begin
         i.*,
         a.currencies ->> i.account_id::text as currency,
         (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id,
+        -- null: there is no such hold in this account
+        (select h.expires_at is null from data.hold h where h.account_id = i.account_id and h.id = i.hold_id) as hold_is_freeze,
         exists (
           select from data.virtual_key_use u
           where u.virtual_key_id = i.virtual_key_id
@@ -111,13 +132,18 @@ begin
     cross join lateral (
       select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
     ) p
+    cross join lateral (
+      select data.is_request_id(r.event -> 'request_id') as request_id_fits, data.is_metadata(r.event -> 'metadata') as metadata_fits
+      offset 0
+    ) l
     order by r.account_id, r.ord
   ) e;
 exception when invalid_text_representation or check_violation then
   if not ids_are_well_formed then
     raise;
   end if;
-  select r.ords, r.usage, r.codes, r.idle_keys into ords, usage, codes, idle_keys from data.read_usage_events(events, taken, false) r;
+  select r.ords, r.usage, r.codes, r.notes, r.idle_keys into ords, usage, codes, notes, idle_keys
+  from data.read_usage_events(events, taken, false) r;
 end
 $$;
 
@@ -148,27 +174,114 @@ begin
 end
 $$;
 
+-- An event as it is kept: the fields an event has, without unfit labels; other content past 64 kB is only said to have been too large.
+create or replace function data.kept_event(event jsonb)
+returns jsonb
+language sql
+immutable
+as $$
+  select case
+    when jsonb_typeof(event) <> 'object' then case when pg_column_size(event) <= 65536 then data.without_keys(event) else '"too large"' end
+    else (
+      select coalesce(jsonb_object_agg(f.key, case
+        when pg_column_size(f.value) > case f.key when 'meters' then 16384 when 'metadata' then 131072 else 4096 end then '"too large"'
+        else data.without_keys(f.value)
+      end), '{}')
+      from jsonb_each(event) f
+      where case f.key
+        when 'request_id' then data.is_request_id(f.value)
+        when 'metadata' then data.is_metadata(f.value)
+        else f.key in ('id', 'account_id', 'virtual_key_id', 'config_node_id', 'meters', 'hold_id', 'final')
+      end
+    )
+  end
+$$;
+
 -- Keep events that can't be charged. A digest of the event is its id, so a retry adds nothing; in its order, so that two batches don't
--- wait for each other.
+-- wait for each other. The money of an event's hold stays set aside: the hold is parked as well. The caller has locked the account of
+-- each event that names a hold.
 create or replace function data.park(
   events jsonb[],
-  codes text[]
+  codes text[],
+  usage data.usage_log[]
 )
 returns void
-language sql
-volatile
+language plpgsql
 as $$
-  insert into data.rejected_usage (id, event, usage_id, account_id, code)
+declare
+  v_now timestamptz := clock_timestamp();
+begin
+  insert into data.rejected_usage (id, event, usage_id, account_id, hold_id, code)
   select
     encode(substr(sha256(convert_to(r.event::text, 'UTF8')), 1, 16), 'hex')::uuid as digest,
     r.event,
     data.to_uuid(r.event ->> 'id'),
     data.to_uuid(r.event ->> 'account_id'),
+    (
+      select h.id from data.hold h
+      where h.account_id = u.account_id and h.id = u.hold_id and (h.status = 'parked' or h.status = 'open' and h.expires_at > v_now)
+    ),
     p.code
-  from unnest(events, codes) as p (event, code)
-  cross join lateral (select data.without_keys(p.event) as event) r
+  from unnest(events, codes) with ordinality as p (event, code, n)
+  join unnest(park.usage) with ordinality as u on u.ordinality = p.n
+  cross join lateral (select data.kept_event(p.event) as event) r
   order by digest
-  on conflict do nothing
+  on conflict do nothing;
+
+  update data.hold h
+  set status = 'parked'
+  from (select distinct u.account_id, u.hold_id from unnest(park.usage) u where u.hold_id is not null) u
+  where h.account_id = u.account_id and h.id = u.hold_id and h.status = 'open' and h.expires_at > v_now
+    -- one that was dismissed before sets nothing aside
+    and exists (select from data.rejected_usage r where r.account_id = h.account_id and r.hold_id = h.id and r.resolved_at is null);
+end
+$$;
+
+-- Ends parked holds whose last parked event is charged or dismissed. The caller holds the accounts' locks.
+create or replace function data.end_parked_holds(
+  accounts uuid[],
+  holds uuid[],
+  ended_by text default null,
+  reason text default null
+)
+returns void
+language plpgsql
+as $$
+begin
+  with ended as (
+    update data.hold h
+    set status = 'released', ended_at = clock_timestamp(), ended_by = end_parked_holds.ended_by, end_reason = end_parked_holds.reason
+    from (select distinct p.account_id, p.id from unnest(accounts, holds) as p (account_id, id)) p
+    where h.account_id = p.account_id and h.id = p.id and h.status = 'parked'
+      and not exists (select from data.rejected_usage r where r.account_id = h.account_id and r.hold_id = h.id and r.resolved_at is null)
+    returning h.account_id, h.amount - h.captured as unspent
+  )
+  update data.account_balance a
+  set frozen_balance = a.frozen_balance - e.unspent
+  from (select n.account_id, sum(n.unspent) as unspent from ended n group by n.account_id) e
+  where a.account_id = any (accounts) and a.account_id = e.account_id;
+end
+$$;
+
+-- Resolves parked events whose ids are charged now, in another text. The caller holds the accounts' locks.
+create or replace function data.resolve_parked(
+  usage data.usage_log[],
+  out accounts uuid[],
+  out holds uuid[]
+)
+returns record
+language plpgsql
+as $$
+begin
+  with resolved as (
+    update data.rejected_usage r
+    set resolution = 'charged', resolved_at = clock_timestamp(), tried_at = clock_timestamp()
+    from unnest(resolve_parked.usage) u
+    where r.usage_id = u.id and r.account_id = u.account_id and r.resolved_at is null
+    returning r.account_id, r.hold_id
+  )
+  select array_agg(r.account_id), array_agg(r.hold_id) into accounts, holds from resolved r where r.hold_id is not null;
+end
 $$;
 
 -- The answer to an event that can't be charged, if its id has been: by a first try with other content. Null if not.
@@ -190,6 +303,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set jit = off
@@ -198,8 +312,13 @@ declare
   v_ords bigint[];
   v_usage data.usage_log[];
   v_codes text[];
+  v_notes jsonb[];
   v_idle_keys uuid[];
+  v_locked uuid[];
+  v_busy uuid[];
   v_chargeable data.usage_log[];
+  v_freed_accounts uuid[];
+  v_freed_holds uuid[];
   v_accounts data.account_balance[];
   v_charged bigint;
   v_event data.usage_log;
@@ -208,25 +327,41 @@ declare
   v_answers jsonb[];
   v_parked jsonb[] := '{}';
   v_parked_codes text[] := '{}';
+  v_parked_usage data.usage_log[] := '{}';
   v_available jsonb;
   v_row record;
 begin
-  perform data.require_array('events', events);
+  events := data.read_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
-  select r.ords, r.usage, r.codes, r.idle_keys into v_ords, v_usage, v_codes, v_idle_keys
+  select r.ords, r.usage, r.codes, r.notes, r.idle_keys into v_ords, v_usage, v_codes, v_notes, v_idle_keys
   from data.usage_window w cross join lateral data.read_usage_events(events, w) r;
+  -- one that is parked may keep a hold's money set aside, which needs the lock too
+  select l.locked, l.busy into v_locked, v_busy
+  from data.lock_accounts(array(
+    select distinct u.account_id
+    from unnest(v_usage) with ordinality u
+    where v_codes[u.ordinality] is null or u.hold_id is not null)) l;
   v_chargeable := v_usage;
-  if num_nonnulls(variadic v_codes) > 0 then
+  if num_nonnulls(variadic v_codes) > 0 or cardinality(v_busy) > 0 then
     v_chargeable := '{}';
     for i in 1 .. cardinality(v_codes) loop
-      if v_codes[i] is null then
-        v_chargeable := v_chargeable || v_usage[i];
+      v_event := v_usage[i];
+      if v_event.account_id = any (v_busy) and (v_codes[i] is null or v_event.hold_id is not null) then
+        v_codes[i] := 'account_busy';
+      elsif v_codes[i] is null then
+        v_chargeable := v_chargeable || v_event;
       end if;
     end loop;
   end if;
   if cardinality(v_chargeable) > 0 then
-    perform data.lock_accounts(array(select distinct u.account_id from unnest(v_chargeable) u));
+    -- by index, and nearly always empty
+    if exists (select from data.rejected_usage r where r.resolved_at is null) then
+      select r.accounts, r.holds into v_freed_accounts, v_freed_holds from data.resolve_parked(v_chargeable) r;
+    end if;
     select p.accounts, p.charged into v_accounts, v_charged from data.post(usage => v_chargeable) p;
+    if v_freed_holds is not null then
+      perform data.end_parked_holds(v_freed_accounts, v_freed_holds);
+    end if;
     if v_idle_keys is not null then
       perform data.mark_used(v_idle_keys, v_chargeable);
     end if;
@@ -247,14 +382,21 @@ begin
         'available', v_account.available::text,
         'seq', v_account.balance_version
       );
+    elsif v_codes[i] = 'account_busy' then
+      v_answers[v_ords[i]] := jsonb_build_object('id', v_event.id, 'status', 'busy', 'code', 'account_busy');
+      continue;
     else
       v_answers[v_ords[i]] := data.charged_before(v_event);
       if v_answers[v_ords[i]] is null then
         v_parked := v_parked || (events -> (v_ords[i] - 1)::integer);
         v_parked_codes := v_parked_codes || v_codes[i];
+        v_parked_usage := v_parked_usage || v_event;
         v_answers[v_ords[i]] := jsonb_build_object(
           'id', events -> (v_ords[i] - 1)::integer -> 'id', 'status', 'parked', 'code', v_codes[i]);
       end if;
+    end if;
+    if v_notes[i] is not null then
+      v_answers[v_ords[i]] := v_answers[v_ords[i]] || v_notes[i];
     end if;
   end loop;
 
@@ -287,7 +429,7 @@ begin
   end if;
 
   if v_parked <> '{}' then
-    perform data.park(v_parked, v_parked_codes);
+    perform data.park(v_parked, v_parked_codes, v_parked_usage);
   end if;
   return to_jsonb(v_answers);
 end
@@ -295,22 +437,19 @@ $$;
 comment on function api.record_usage(jsonb) is
 'Charges what was used, exactly once per id.
 Takes `events`, [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true), request_id?, metadata?}] and answers in
-the same order [{id, status: charged | duplicate | parked, code?, cost, available, seq}]. ids are UUIDv7 made by the caller: a repeated id
-charges nothing (`mismatch` says its content differs). What can''t be charged is parked and kept with its code; its neighbours are charged.';
+the same order [{id, status: charged | duplicate | parked | busy, code?, cost, available, seq, left_out?, hold?}], at most 10,000. ids are
+UUIDv7 made by the caller: a repeated id charges nothing (`mismatch` says its content differs). What can''t be charged is parked and kept
+with its code, and the money of its hold stays set aside; its neighbours are charged. `left_out` names labels that were unfit (request_id:
+1 to 512 characters; metadata: an object of up to 16384 bytes); `hold` is unknown where the account has no such hold: the event is charged
+without it. An id more than 2 minutes ahead of the server''s clock is parked as id_not_of_now. `busy`: as place_holds answers it.';
 grant execute on function api.record_usage(jsonb) to keyledger_gateway;
 
-create or replace function api.replay_rejected_usage(
-  ids uuid[] default null,
-  max_events integer default 1000
-)
-returns jsonb
+-- Tries parked events again and answers each, in order. The caller holds the locks of their accounts and rows.
+create or replace function data.try_parked(parked data.rejected_usage[])
+returns jsonb[]
 language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ids uuid[];
   v_events jsonb;
   v_codes text[];
   v_usage data.usage_log[];
@@ -318,33 +457,9 @@ declare
   v_next integer := 0;
   v_answers jsonb[];
 begin
-  -- A wrong hold may mean a wrong account: such events are charged, without the hold, only when named. What only labels an event keeps
-  -- no charge waiting: it is left out where it is unfit.
-  select array_agg(r.id order by r.tried_at, r.id),
-    jsonb_agg(case when jsonb_typeof(r.event) <> 'object' then r.event else r.event - array(
-      select f.field
-      from (values
-        ('hold_id', r.code <> 'invalid_hold'),
-        ('request_id', data.is_request_id(r.event -> 'request_id')),
-        ('metadata', data.is_metadata(r.event -> 'metadata'))
-      ) as f (field, is_fit)
-      where not f.is_fit
-    ) end order by r.tried_at, r.id)
-  into v_ids, v_events
-  from (
-    select * from data.rejected_usage r
-    where case
-        when ids is null then r.resolved_at is null and r.code <> 'invalid_hold'
-        else (r.resolved_at is null or r.resolution = 'dismissed') and r.id = any (ids)
-      end
-    order by r.tried_at, r.id
-    limit max_events
-    for update skip locked
-  ) r;
-  if v_ids is null then
-    return '[]';
-  end if;
-
+  -- a malformed hold, or a freeze, may mean a wrong account: such an event is charged, without the hold, only when it is named
+  select jsonb_agg(case when p.code = 'invalid_hold' then p.event - 'hold_id' else p.event end order by p.ordinality) into v_events
+  from unnest(parked) with ordinality p;
   -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
   select array_agg(c.code order by c.ord), array_agg(c.usage order by c.ord) into v_codes, v_usage
   from data.usage_window w
@@ -357,7 +472,7 @@ begin
     from jsonb_array_elements(v_events) with ordinality as e (event, ord)
     where v_codes[e.ord] is null
   ));
-  for i in 1 .. cardinality(v_ids) loop
+  for i in 1 .. cardinality(parked) loop
     if v_codes[i] is null then
       v_answers[i] := v_recorded -> v_next;
       v_next := v_next + 1;
@@ -366,32 +481,112 @@ begin
         jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
     end if;
   end loop;
+  return v_answers;
+end
+$$;
 
-  update data.rejected_usage r
-  -- a wrong hold stays one, whatever else is wrong: to be charged, the event must be named
-  set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
-    tried_at = clock_timestamp(),
-    -- one that was dismissed stays so, if it can't be charged now either
-    resolution = case a.answer ->> 'status' when 'parked' then r.resolution else a.answer ->> 'status' end,
-    resolved_at = case a.answer ->> 'status' when 'parked' then r.resolved_at else clock_timestamp() end,
-    reason = case a.answer ->> 'status' when 'parked' then r.reason end,
-    actor = case a.answer ->> 'status' when 'parked' then r.actor end
-  from unnest(v_ids) with ordinality as i (id, ord)
-  join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
-  where r.id = i.id;
-  return (
-    select jsonb_agg(a.answer || jsonb_build_object('rejected_id', i.id) order by ord)
-    from unnest(v_ids) with ordinality as i (id, ord)
-    join unnest(v_answers) with ordinality as a (answer, ord) using (ord)
-  );
+-- Tries parked events again, all together. If that fails, each by itself, so that a bad one keeps no other waiting.
+create or replace function data.try_parked_apart(parked data.rejected_usage[])
+returns jsonb[]
+language plpgsql
+as $$
+declare
+  v_answers jsonb[];
+begin
+  return data.try_parked(parked);
+exception when data_exception or integrity_constraint_violation or program_limit_exceeded or internal_error then
+  for i in 1 .. cardinality(parked) loop
+    begin
+      v_answers := v_answers || data.try_parked(parked[i:i]);
+    exception when data_exception or integrity_constraint_violation or program_limit_exceeded or internal_error then
+      v_answers := v_answers || jsonb_build_object('id', parked[i].usage_id, 'status', 'parked', 'code', parked[i].code);
+    end;
+  end loop;
+  return v_answers;
+end
+$$;
+
+-- Replays these parked events. Accounts are locked first, rows then, as record_usage does it.
+create or replace function data.replay_parked(ids uuid[])
+returns jsonb
+language plpgsql
+set plan_cache_mode = force_custom_plan
+as $$
+declare
+  v_busy uuid[];
+  v_parked data.rejected_usage[];
+  v_answers jsonb[];
+begin
+  select l.busy into v_busy
+  from data.lock_accounts(array(
+    select distinct r.account_id from data.rejected_usage r where r.id = any (ids) and r.account_id is not null)) l;
+  select array_agg(r::data.rejected_usage order by r.tried_at, r.id) into v_parked
+  from (
+    select * from data.rejected_usage r
+    where r.id = any (ids) and (r.resolved_at is null or r.resolution = 'dismissed') and (r.account_id = any (v_busy)) is not true
+    order by r.id
+    for update skip locked
+  ) r;
+  if v_parked is not null then
+    v_answers := data.try_parked_apart(v_parked);
+    update data.rejected_usage r
+    -- a wrong hold stays one, whatever else is wrong: to be charged, the event must be named
+    set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
+      tried_at = clock_timestamp(),
+      -- one that was dismissed stays so, if it can't be charged now either
+      resolution = case a.answer ->> 'status' when 'parked' then r.resolution else a.answer ->> 'status' end,
+      resolved_at = case a.answer ->> 'status' when 'parked' then r.resolved_at else clock_timestamp() end,
+      reason = case a.answer ->> 'status' when 'parked' then r.reason end,
+      actor = case a.answer ->> 'status' when 'parked' then r.actor end
+    from unnest(v_parked) with ordinality p
+    join unnest(v_answers) with ordinality as a (answer, ord) on a.ord = p.ordinality
+    where r.id = p.id;
+    perform data.end_parked_holds(array_agg(p.account_id), array_agg(p.hold_id))
+    from unnest(v_parked) p
+    where p.hold_id is not null;
+  end if;
+  return coalesce((
+    select jsonb_agg(a.answer || jsonb_build_object('rejected_id', p.id) order by p.ordinality)
+    from unnest(v_parked) with ordinality p
+    join unnest(v_answers) with ordinality as a (answer, ord) on a.ord = p.ordinality
+  ), '[]') || coalesce((
+    select jsonb_agg(jsonb_build_object('id', r.usage_id, 'status', 'busy', 'code', 'account_busy', 'rejected_id', r.id) order by r.tried_at)
+    from data.rejected_usage r
+    where r.id = any (ids) and r.account_id = any (v_busy)
+  ), '[]');
+end
+$$;
+
+create or replace function api.replay_rejected_usage(
+  ids uuid[] default null,
+  max_events integer default 1000
+)
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+begin
+  return data.replay_parked(array(
+    select r.id
+    from data.rejected_usage r
+    where case
+        when replay_rejected_usage.ids is null then r.resolved_at is null and r.code <> 'invalid_hold'
+        else (r.resolved_at is null or r.resolution = 'dismissed') and r.id = any (replay_rejected_usage.ids)
+      end
+    order by r.tried_at, r.id
+    limit max_events
+  ));
 end
 $$;
 comment on function api.replay_rejected_usage(uuid[], integer) is
 'Charges parked events again, after a price or an account was fixed.
-Each is charged once, at the price in force at the event''s own time; a request_id or metadata that was refused is left out. One that the
-gateway has sent again, mended, with the same id is a `duplicate`. Without `ids` (ids of rejected_usage) it takes the `max_events` tried
-longest ago, except those parked as invalid_hold: a wrong hold may mean a wrong account. Name such an event in `ids` to charge it without
-its hold, and a dismissed one to try it again. Answers as record_usage does, with `rejected_id`.';
+Each is charged once, at the price in force at the event''s own time, and its hold''s money is drawn. One that the gateway has sent again,
+mended, with the same id is resolved by that. Without `ids` (ids of rejected_usage) it takes the `max_events` tried longest ago, except
+those parked as invalid_hold: a malformed hold, or a freeze, may mean a wrong account. Name such an event in `ids` to charge it without its
+hold, and a dismissed one to try it again. Answers as record_usage does, with `rejected_id`.';
 grant execute on function api.replay_rejected_usage(uuid[], integer) to keyledger_operator;
 
 create or replace function api.dismiss_rejected_usage(
@@ -403,9 +598,12 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 declare
   v_unknown uuid;
+  v_accounts uuid[];
+  v_holds uuid[];
 begin
   perform data.require_reason('a dismissal', reason);
   select i.id into v_unknown
@@ -416,16 +614,31 @@ begin
     perform data.refuse(404, 'rejected_usage_not_found', 'parked event ' || coalesce(v_unknown::text, 'null'),
       'send ids of rejected_usage, not of usage');
   end if;
-  -- in one order: two dismissals don't wait for each other in a circle
+  -- accounts in one order, then rows, as a replay does it
+  perform data.lock_account(a.account_id)
+  from (
+    select distinct b.account_id
+    from data.rejected_usage r
+    join data.account_balance b on b.account_id = r.account_id
+    where r.id = any (ids) and r.resolved_at is null
+    order by b.account_id
+  ) a;
   perform from data.rejected_usage r where r.id = any (ids) order by r.id for update;
-  update data.rejected_usage r
-  set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_rejected_usage.reason, actor = data.actor()
-  where r.id = any (ids) and r.resolved_at is null;
+  with dismissed as (
+    update data.rejected_usage r
+    set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_rejected_usage.reason, actor = data.actor()
+    where r.id = any (ids) and r.resolved_at is null
+    returning r.account_id, r.hold_id
+  )
+  select array_agg(d.account_id), array_agg(d.hold_id) into v_accounts, v_holds from dismissed d where d.hold_id is not null;
+  if v_holds is not null then
+    perform data.end_parked_holds(v_accounts, v_holds, data.actor(), reason);
+  end if;
   return query select r.* from api.rejected_usage r where r.id = any (ids) order by r.id;
 end
 $$;
 comment on function api.dismiss_rejected_usage(uuid[], text) is
-'Gives up parked events that will never be charged, and keeps who did it and why (`reason`).
+'Gives up parked events that will never be charged, frees what their holds set aside, and keeps who did it and why (`reason`).
 `ids` are ids of rejected_usage. Answers their rows; what is resolved already stays as it is. The same event sent again stays dismissed,
 unless it can be charged by then. Name one in replay_rejected_usage to try it again. 404 rejected_usage_not_found; 422 invalid_reason.';
 grant execute on function api.dismiss_rejected_usage(uuid[], text) to keyledger_operator;

@@ -248,15 +248,16 @@ as $$
 declare
   v_read jsonb;
   v_new uuid[];
+  v_busy uuid[];
 begin
-  perform data.require_array('openings', openings);
-  v_read := data.read_openings(openings);
-  perform data.lock_accounts(array(
-    select distinct r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null));
+  v_read := data.read_openings(data.read_array('openings', openings));
+  select l.busy into v_busy
+  from data.lock_accounts(array(
+    select distinct r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)) l;
   v_new := array(
     select a.account_id
     from data.account_balance a
-    where a.balance_version = 0 and a.account_id = any (array(
+    where a.balance_version = 0 and (a.account_id = any (v_busy)) is not true and a.account_id = any (array(
       select r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)));
 
   perform data.post(entries => array(
@@ -282,7 +283,7 @@ begin
   return (
     select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
       'account_id', o.account_id,
-      'status', case when o.code is not null then 'refused' when o.is_new then 'opened' else 'duplicate' end,
+      'status', case when o.code = 'account_busy' then 'busy' when o.code is not null then 'refused' when o.is_new then 'opened' else 'duplicate' end,
       'code', o.code,
       'seq', case when o.code is null then 1 end,
       'available', o.available::text)) order by o.ord), '[]')
@@ -294,6 +295,7 @@ begin
         a.available,
         case
           when r.code is not null then r.code
+          when r.account_id = any (v_busy) then 'account_busy'
           when t.kind <> 'opening' then 'account_in_use'
           when (t.reference, t.metadata) is distinct from (r.reference, r.asked) then 'opening_mismatch'
         end as code
@@ -309,7 +311,7 @@ $$;
 comment on function api.record_openings(jsonb) is
 'Opens accounts with what they had elsewhere: each account''s first entry.
 Takes `openings`, [{account_id | tenant_external_id | user_external_id, balance, free_credit?, credit_limit?, reference?}] and answers in
-the same order [{account_id, status: opened | duplicate | refused, code?, seq, available}]. A negative balance is owed: what exceeds the
+the same order [{account_id, status: opened | duplicate | refused | busy, code?, seq, available}], at most 10,000. A negative balance is owed: what exceeds the
 credit limit becomes debt. Free credit is granted without an end, and pays debt first. An account opens once: repeated with the same content
 it is a duplicate, with other content opening_mismatch; account_in_use: it has other entries already. Others: account_not_found, invalid_….';
 grant execute on function api.record_openings(jsonb) to keyledger_operator;

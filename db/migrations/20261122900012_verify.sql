@@ -16,6 +16,8 @@ returns table (
 language plpgsql
 stable
 as $$
+declare
+  v_now timestamptz := clock_timestamp();
 begin
   return query
   with total as (
@@ -28,7 +30,7 @@ begin
   ), frozen as (
     select h.account_id, sum(h.amount - h.captured) as amount
     from data.hold h
-    where h.status = 'open' and (for_account_id is null or h.account_id = for_account_id)
+    where h.status in ('open', 'parked') and (for_account_id is null or h.account_id = for_account_id)
     group by h.account_id
   ), granted as (
     select g.account_id, sum(g.remaining) as amount
@@ -72,6 +74,9 @@ begin
     union all
     select 'last_charged_at is not the last charge''s time', t.charged_at::text, a.last_charged_at::text
     where a.last_charged_at is distinct from t.charged_at
+    union all
+    select 'head_at is in the future', 'at most ' || v_now::text, a.head_at::text
+    where a.head_at > v_now + interval '1 minute'
     union all
     select 'figures are not in normal form', 'debt only when free credit and balance are spent', null
     where a.balance < -a.credit_limit or (a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit))
@@ -186,7 +191,7 @@ begin
 
   union all
   select g.account_id, 'grant is not what is left of its draws', g.seq,
-    (g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0))::text, g.remaining::text
+    (g.amount - coalesce(d.amount, 0))::text, g.remaining::text
   from data.credit_grant g
   left join (
     select w.account_id, w.grant_seq, sum(w.amount - w.returned) as amount
@@ -194,23 +199,17 @@ begin
     where for_account_id is null or w.account_id = for_account_id
     group by w.account_id, w.grant_seq
   ) d on d.account_id = g.account_id and d.grant_seq = g.seq
-  left join (
-    select t.account_id, t.metadata ->> 'grant_seq' as grant_seq, sum(t.amount) as amount
-    from data.billing_transaction t
-    where t.kind = 'credit_expiry' and (for_account_id is null or t.account_id = for_account_id)
-    group by t.account_id, t.metadata ->> 'grant_seq'
-  ) x on x.account_id = g.account_id and x.grant_seq = g.seq::text
   where (for_account_id is null or g.account_id = for_account_id)
-    and g.remaining <> g.amount - coalesce(d.amount, 0) + coalesce(x.amount, 0)
+    and g.remaining <> g.amount - coalesce(d.amount, 0)
 
   union all
-  -- an expiry takes from one grant and a refund gives back; all else that spends free credit draws it
+  -- a refund gives back; all else that takes free credit draws it
   select coalesce(e.account_id, d.account_id), 'free credit spent is not what was drawn from grants', coalesce(e.seq, d.seq),
     e.amount::text, d.amount::text
   from (
     select t.account_id, t.seq, case when t.kind = 'credit_grant' then t.amount else 0 end - t.free_credit_delta as amount
     from data.billing_transaction t
-    where t.kind not in ('refund', 'credit_expiry') and (for_account_id is null or t.account_id = for_account_id)
+    where t.kind <> 'refund' and (for_account_id is null or t.account_id = for_account_id)
   ) e
   full join (
     select w.account_id, w.seq, sum(w.amount) as amount
@@ -304,7 +303,21 @@ begin
   select r.account_id, 'resolved event is not charged', null, r.usage_id::text, null
   from data.rejected_usage r
   where r.resolution in ('charged', 'duplicate') and r.usage_id >= v_first_kept and (for_account_id is null or r.account_id = for_account_id)
-    and not exists (select from data.usage_log l where l.account_id = r.account_id and l.id = r.usage_id);
+    and not exists (select from data.usage_log l where l.account_id = r.account_id and l.id = r.usage_id)
+
+  union all
+  select h.account_id, 'parked hold waits for no event', null, 'released or captured', h.id::text
+  from data.hold h
+  where h.status = 'parked' and (for_account_id is null or h.account_id = for_account_id)
+    and not exists (
+      select from data.rejected_usage r where r.account_id = h.account_id and r.hold_id = h.id and r.resolved_at is null)
+
+  union all
+  select r.account_id, 'money of a parked event is not set aside', null, r.usage_id::text, h.status
+  from data.rejected_usage r
+  left join data.hold h on h.account_id = r.account_id and h.id = r.hold_id
+  where r.hold_id is not null and r.resolved_at is null and (for_account_id is null or r.account_id = for_account_id)
+    and h.status is distinct from 'parked';
 end
 $$;
 

@@ -73,7 +73,7 @@ begin
     from (
       select o.virtual_key_id, sum(o.amount - o.captured) as unspent
       from data.hold o
-      where o.account_id = budgets_left.account_id and o.status = 'open' and o.expires_at > at
+      where o.account_id = budgets_left.account_id and (o.status = 'open' and o.expires_at > at or o.status = 'parked')
       group by o.virtual_key_id
     ) h
     cross join lateral (select v.user_id from data.virtual_key v where v.id = h.virtual_key_id offset 0) k
@@ -97,7 +97,20 @@ begin
 end
 $$;
 
--- Counts usage that data.post has just logged for these accounts, each event in the window of its own time. A retry's rows have an
+-- When an event counts against budgets: at its own time or its hold's, whichever is later. A clock that is behind, or an id made long
+-- ago, would else put today's use into a window that is over.
+create or replace function data.spend_time(
+  id uuid,
+  hold_id uuid
+)
+returns timestamptz
+language sql
+immutable parallel safe
+as $$
+  select greatest(data.uuid_time(id), data.uuid_time(hold_id))
+$$;
+
+-- Counts usage that data.post has just logged for these accounts, each event in the window of its data.spend_time. A retry's rows have an
 -- older entry's seq, and don't count again. A budget that is used up by this is news.
 create or replace function data.count_spend(
   accounts data.account_balance[],
@@ -124,7 +137,7 @@ begin
         and x.scope_id = case x.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else x.scope_id end
       offset 0
     ) b
-    cross join lateral (select data.window_start(b.period, e.time_zone, data.uuid_time(l.id)) as starts offset 0) w
+    cross join lateral (select data.window_start(b.period, e.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
     where l.transaction_seq = e.balance_version and w.starts >= b.counted_from
     group by b.account_id, b.id, b.amount, w.starts
   ), counted as (
@@ -160,9 +173,9 @@ begin
   insert into data.budget_spend (account_id, budget_id, window_start, spent)
   select budget.account_id, budget.id, w.starts, sum(l.cost)
   from data.usage_log l
-  cross join lateral (select data.window_start(budget.period, v_time_zone, data.uuid_time(l.id)) as starts) w
+  cross join lateral (select data.window_start(budget.period, v_time_zone, data.spend_time(l.id, l.hold_id)) as starts) w
   where l.account_id = budget.account_id
-    and l.id >= case when isfinite(v_from) then data.uuid_floor(v_from) else '00000000-0000-0000-0000-000000000000' end
+    and case when isfinite(v_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(v_from) else true end
     and budget.scope_id = case budget.scope
       when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else budget.scope_id end
   group by w.starts;
@@ -238,7 +251,7 @@ comment on function api.set_budget(uuid, text, uuid, numeric, text) is
 `period` is day, week, month or total. `scope` is virtual_key, user or tenant, `scope_id` its id, `account_id` who pays for it. Windows
 follow the account''s time zone; weeks begin on Monday. What was used in the current window counts already, in total all usage that is kept.
 A hold over it is refused (key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded); what was used counts past it too, in the
-window of the event''s own time, on the account it was charged to. A refund gives back money, not budget. Answers the budget. 404
+window of the event''s own time or of its hold''s, whichever is later, on the account it was charged to. A refund gives back money, not budget. Answers the budget. 404
 account_not_found, virtual_key_unknown, user_not_found, tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount,
 invalid_account.';
 grant execute on function api.set_budget(uuid, text, uuid, numeric, text) to keyledger_operator;
@@ -324,8 +337,8 @@ begin
     join data.account_balance a on a.account_id = b.account_id
     join data.usage_log l on l.account_id = b.account_id
       and b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
-      and l.id >= case when isfinite(b.counted_from) then data.uuid_floor(b.counted_from) else '00000000-0000-0000-0000-000000000000' end
-    cross join lateral (select data.window_start(b.period, a.time_zone, data.uuid_time(l.id)) as starts offset 0) w
+      and case when isfinite(b.counted_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
+    cross join lateral (select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
     where (for_account_id is null or b.account_id = for_account_id) and w.starts >= b.counted_from
     group by b.account_id, b.id, w.starts
   ), counted as (

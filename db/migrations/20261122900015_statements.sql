@@ -42,7 +42,7 @@ $$;
 
 -- What had expired by a moment and is not among the entries up to `seq`, the last one before it: not posted yet, or by the next
 -- posting after the moment, which settles what is due before anything else. Counted from the last entry: the one that was being
--- posted as a grant expired, and one for each grant.
+-- posted as a grant expired, and at most one for each grant.
 create or replace function data.expiries_due(
   account_id uuid,
   seq bigint,
@@ -70,9 +70,10 @@ begin
   from expired e
   where e.remaining > 0
   union all
-  select e.seq, e.expires_at, -t.amount
+  select e.seq, e.expires_at, d.amount
   from data.billing_transaction t
-  join expired e on e.seq = (t.metadata ->> 'grant_seq')::bigint
+  join data.grant_draw d on d.account_id = t.account_id and d.seq = t.seq
+  join expired e on e.seq = d.grant_seq
   where t.account_id = expiries_due.account_id and t.kind = 'credit_expiry'
     and t.seq > expiries_due.seq and t.seq <= expiries_due.seq + 1 + (select count(*) from expired);
 end
@@ -284,7 +285,8 @@ begin
 end
 $$;
 
--- What each kind of entry did in a statement's range, by the clock: an expiry counts where its moment was, not where its entry is.
+-- What each kind of entry did in a statement's range, by the clock: an expiry counts where its moment was, not where its entry is, and
+-- once for each grant, since one entry may be of several.
 create or replace function data.movements_of(
   statement data.accounting_snapshot,
   out movements jsonb,
@@ -316,7 +318,8 @@ begin
       sum(e.free_credit) as free_credit, sum(e.outstanding) as outstanding,
       -sum(least(e.outstanding, 0)) as paid, sum(e.events) as events
     from (
-      select t.kind::text, 1, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.usage_count
+      select t.kind::text, case when t.kind = 'credit_expiry' then jsonb_array_length(t.metadata -> 'grant_seq') else 1 end,
+        t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.usage_count
       from data.billing_transaction t
       where t.account_id = statement.account_id and t.seq between statement.first_seq and statement.last_seq
       union all
@@ -422,12 +425,16 @@ begin
       select jsonb_agg(e.entry order by e.at, e.seq)
       from (
         select e.created_at as at, e.seq, jsonb_build_object(
-          'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', e.amount::text, 'reference', e.reference, 'reason', e.reason,
-          'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id, 'grant_seq', g.seq,
+          'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', coalesce(-g.amount, e.amount)::text, 'reference', e.reference,
+          'reason', e.reason, 'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id, 'grant_seq', g.grant_seq,
           'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
         from data.billing_transaction e
-        left join data.credit_grant g on e.kind = 'credit_expiry' and g.account_id = e.account_id
-          and g.seq = case e.kind when 'credit_expiry' then (e.metadata ->> 'grant_seq')::bigint end
+        left join lateral (
+          select d.grant_seq, d.amount, c.expires_at
+          from data.grant_draw d
+          join data.credit_grant c on c.account_id = d.account_id and c.seq = d.grant_seq
+          where e.kind = 'credit_expiry' and d.account_id = e.account_id and d.seq = e.seq
+        ) g on true
         where e.account_id = v_sealed.account_id and e.seq between v_sealed.first_seq and v_sealed.last_seq and e.kind <> 'usage'
           -- the statement before has it
           and (g.expires_at > v_sealed.period_start) is not false
