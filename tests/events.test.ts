@@ -113,19 +113,33 @@ const badEvents: Bad[] = [
   ['virtual_key_id', [randomUUID(), good.accountId], 'virtual_key_unknown'],
   ['config_node_id', noUuid, 'invalid_config_node_id'],
   ['config_node_id', [randomUUID()], 'config_node_not_found'],
-  ['hold_id', ['x', '', 42, {}, [], newId(), otherHold], 'invalid_hold'],
+  ['id', [idAt(new Date(Date.now() + 3600_000))], 'id_not_of_now'],
+  ['hold_id', ['x', '', 42, {}, []], 'invalid_hold'],
   ['final', ['yes', 'true', 0, 1, {}, []], 'invalid_final'],
-  ['request_id', ['x'.repeat(513), { x: 'x'.repeat(600) }], 'invalid_request_id'],
-  ['metadata', ['x', 5, true, [], deep(1000), { x: 'x'.repeat(16_400) }], 'invalid_metadata'],
   ['meters', badMeters, 'invalid_meters'],
   ['meters', [{ unknown: 1 }, { usd: 1, unknown: '0.1' }, { both: 1, unknown: 1 }], 'price_not_found'],
   ['meters', [{ euros: 1 }, { usd: 1, euros: 1 }], 'currency_mismatch'],
+]
+// a label that is unfit is left out, and so is a hold that the account doesn't have
+const leftOut: [field: string, values: unknown[], note: Row][] = [
+  [
+    'request_id',
+    ['', 'x'.repeat(513), { x: 'x'.repeat(600) }, {}, [], true, deep(1000)],
+    { left_out: ['request_id'] },
+  ],
+  [
+    'metadata',
+    ['x', 5, true, [], deep(1000), { x: 'x'.repeat(16_400) }, { x: 'x'.repeat(500_000) }],
+    { left_out: ['metadata'] },
+  ],
+  ['hold_id', [newId(), otherHold, randomUUID()], { hold: 'unknown' }],
 ]
 const noEvents = [null, 5, 'x', true, [], [[]], [good.event('1')], deep(1000)]
 
 const badRequests: Bad[] = [
   ['id', noId, 'invalid_id'],
   ['id', [...ancient, ...future], 'id_outside_window'],
+  ['id', [-3_700_000, 180_000].map((ms) => idAt(new Date(Date.now() + ms))), 'id_not_of_now'],
   ['account_id', noUuid, 'invalid_account_id'],
   ['account_id', [randomUUID(), other.accountId], 'invalid_account'],
   ['virtual_key_id', noUuid, 'invalid_virtual_key_id'],
@@ -367,9 +381,29 @@ for (const [name, { gateway }] of Object.entries(through)) {
     assert.equal(kept, { metadata: odd, request_id: '🔑'.repeat(512) })
   })
 
-  test(`ids at the edges of the window are in it, by ${name}`, async () => {
-    const [window] = await db.sql('select floor, ceiling from data.usage_window')
-    const ids = [idAt(window!.floor), idAt(new Date(window!.ceiling.getTime() - 1))]
+  for (const [field, values, note] of leftOut)
+    for (const value of values)
+      test(`an event with ${field} ${short(value)} is charged without it, by ${name}`, async () => {
+        const event = change(good.event('1'), field, value)
+        const [answer] = await gateway.call<Row[]>('record_usage', { events: [event] })
+        // the same again is the same event
+        const [again] = await gateway.call<Row[]>('record_usage', { events: [event] })
+        const [kept] = await db.sql(
+          'select request_id, metadata, hold_id from data.usage_log where id = $1',
+          [event.id],
+        )
+        const { status, left_out, hold } = answer!
+        assert.equal(
+          [status, { left_out, hold }],
+          ['charged', { left_out: undefined, hold: undefined, ...note }],
+        )
+        assert.equal([again!.status, again!.mismatch], ['duplicate', undefined])
+        assert.equal(kept, { request_id: null, metadata: null, hold_id: null })
+      })
+
+  test(`ids from the window's floor to two minutes ahead are in it, by ${name}`, async () => {
+    const [window] = await db.sql('select floor from data.usage_window')
+    const ids = [idAt(window!.floor), idAt(new Date(Date.now() + 110_000))]
     const answers = await gateway.call<Row[]>('record_usage', {
       events: ids.map((id) => good.event('1', { id })),
     })
@@ -381,7 +415,7 @@ for (const [name, { gateway }] of Object.entries(through)) {
     [
       ['no object', () => null],
       ['of no price', () => good.event('1', { meters: { unknown: 1 } })],
-      ['with a hold of another account', () => good.event('1', { hold_id: otherHold })],
+      ['with a hold that is no id', () => good.event('1', { hold_id: 'x' })],
       ['of a cost beyond all money', () => good.event('1', { meters: { dear: '999999999999' } })],
     ] as [string, () => Row | null][]
   ).entries())

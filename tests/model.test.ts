@@ -41,13 +41,17 @@ const count = (what: string) => counts.set(what, (counts.get(what) ?? 0) + 1)
 let operations = 0
 
 async function perform(operation: Operation, session: pg.Client): Promise<string[]> {
-  try {
-    const { rows } = await session.query(operation.text, operation.values)
-    return operation.say(rows)
-  } catch (error) {
-    const { code, message } = error as pg.DatabaseError
-    if (!code?.startsWith('PT4')) throw error
-    return [`refused ${message}`]
+  for (let tries = 1; ; tries++) {
+    try {
+      const { rows } = await session.query(operation.text, operation.values)
+      return operation.say(rows)
+    } catch (error) {
+      const { code, message } = error as pg.DatabaseError
+      // it waited long enough for its account; nothing was done
+      if (code === '55P03' && tries < 100) continue
+      if (!code?.startsWith('PT4')) throw error
+      return [`refused ${message}`]
+    }
   }
 }
 

@@ -251,19 +251,14 @@ test('an expired grant is gone by the clock alone, everywhere, before any postin
   assert.equal(await account.figures(), expected)
 })
 
-test('several grants that expire at once expire once each, and take no paid money', async () => {
+test('several grants that expire at once expire in one entry, and take no paid money', async () => {
   const account = await payer(db, { funds: '100' })
   const at = soon(0.5)
   for (const amount of ['5', '7', '11']) await account.grant(amount, { expires_at: at })
   await until(async () => !(await account.figures()).free_credit, 'the grants to expire')
   await account.use('1')
   const entries = await account.entries(4)
-  assert.equal(entries.sort(), [
-    'credit_expiry -11: free_credit -11',
-    'credit_expiry -5: free_credit -5',
-    'credit_expiry -7: free_credit -7',
-    'usage -1: balance -1',
-  ])
+  assert.equal(entries, ['credit_expiry -23: free_credit -23', 'usage -1: balance -1'])
   assert.equal(await account.figures(), { balance: '99', available: '99' })
 })
 
@@ -276,7 +271,7 @@ test('a thousand grants may expire at once', async () => {
   ])
   await until(async () => !(await account.figures()).free_credit, 'the grants to expire')
   await account.use('1')
-  assert.is((await account.entries(1)).filter((entry) => entry.startsWith('credit_expiry -1:')).length, 1000)
+  assert.equal((await account.entries(1001)).slice(0, 1), ['credit_expiry -1000: free_credit -1000'])
   assert.equal(await account.figures(), {})
 })
 

@@ -688,8 +688,10 @@ test('balance_at is what the entries before the moment say, with snapshots or wi
       [account.accountId, moments[i]],
     )
     const [due] = await db.sql(
-      `select coalesce(sum(-t.free_credit_delta), 0)::text as amount
-      from data.billing_transaction t join data.credit_grant g on g.account_id = t.account_id and g.seq::text = t.metadata ->> 'grant_seq'
+      `select coalesce(sum(d.amount), 0)::text as amount
+      from data.billing_transaction t
+      join data.grant_draw d on d.account_id = t.account_id and d.seq = t.seq
+      join data.credit_grant g on g.account_id = d.account_id and g.seq = d.grant_seq
       where t.account_id = $1 and t.kind = 'credit_expiry' and t.created_at >= $2 and g.expires_at <= $2`,
       [account.accountId, moments[i]],
     )

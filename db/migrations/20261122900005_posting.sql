@@ -472,7 +472,10 @@ begin
   select d.account_id, a.balance_version, d.seq, d.remaining
   from unnest(v_grants) d
   join unnest(v_posted) a on a.account_id = d.account_id;
-  perform data.shrink_parked(a.account_id, -a.available) from unnest(v_posted) a where a.available < 0 and a.frozen_balance > 0;
+  perform data.shrink_parked(a.account_id, least(-a.available, d.expired))
+  from unnest(v_posted) a
+  join (select g.account_id, sum(g.remaining) as expired from unnest(v_grants) g group by g.account_id) d on d.account_id = a.account_id
+  where a.available < 0 and a.frozen_balance > 0;
 end
 $$;
 

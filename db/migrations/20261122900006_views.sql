@@ -92,7 +92,7 @@ cross join lateral (
 ) g
 -- as data.shrink_parked does it
 cross join lateral (
-  select case when g.due > 0 and a.available + h.due - g.due < 0 then least(g.due - h.due - a.available, coalesce((
+  select case when g.due > 0 and a.available + h.due - g.due < 0 then least(g.due - h.due - a.available, g.due, coalesce((
     select sum(k.amount - k.captured) from data.hold k where k.account_id = a.account_id and k.status = 'parked'), 0)) else 0 end as shrunk
 ) p;
 

@@ -252,7 +252,7 @@ begin
     update data.hold h
     set status = 'released', ended_at = clock_timestamp(), ended_by = end_parked_holds.ended_by, end_reason = end_parked_holds.reason
     from (select distinct p.account_id, p.id from unnest(accounts, holds) as p (account_id, id)) p
-    where h.account_id = p.account_id and h.id = p.id and h.status = 'parked'
+    where h.account_id = any (accounts) and h.account_id = p.account_id and h.id = p.id and h.status = 'parked'
       and not exists (select from data.rejected_usage r where r.account_id = h.account_id and r.hold_id = h.id and r.resolved_at is null)
     returning h.account_id, h.amount - h.captured as unspent
   )
@@ -275,9 +275,16 @@ as $$
 begin
   with resolved as (
     update data.rejected_usage r
-    set resolution = 'charged', resolved_at = clock_timestamp(), tried_at = clock_timestamp()
-    from unnest(resolve_parked.usage) u
-    where r.usage_id = u.id and r.account_id = u.account_id and r.resolved_at is null
+    set resolution = 'duplicate', resolved_at = clock_timestamp(), tried_at = clock_timestamp()
+    -- by key, each: a join may read all that was ever parked
+    where r.id = any (array(
+      select p.id
+      from unnest(resolve_parked.usage) u
+      cross join lateral (
+        select b.id from data.rejected_usage b
+        where b.usage_id = u.id and b.account_id = u.account_id and b.resolved_at is null
+        offset 0
+      ) p))
     returning r.account_id, r.hold_id
   )
   select array_agg(r.account_id), array_agg(r.hold_id) into accounts, holds from resolved r where r.hold_id is not null;
@@ -555,6 +562,21 @@ begin
     where r.id = any (ids) and r.account_id = any (v_busy)
   ), '[]');
 end
+$$;
+
+-- Replays events whose ids were ahead of the clock, and are no longer.
+create or replace function data.replay_ahead()
+returns jsonb
+language sql
+volatile
+as $$
+  select data.replay_parked(array(
+    select r.id
+    from data.rejected_usage r
+    where r.resolved_at is null and r.code = 'id_not_of_now' and r.usage_id < data.uuid_floor(clock_timestamp())
+    order by r.usage_id
+    limit 1000
+  ))
 $$;
 
 create or replace function api.replay_rejected_usage(

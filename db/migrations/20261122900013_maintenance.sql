@@ -170,7 +170,7 @@ begin
     cross join lateral (
       select h.account_id, h.id
       from data.hold h
-      where h.account_id = a.account_id and h.id < v_first_kept and h.status <> 'open' and h.expires_at is not null
+      where h.account_id = a.account_id and h.id < v_first_kept and h.ended_at is not null and h.expires_at is not null
       order by h.id
       limit portion
       offset 0
@@ -213,6 +213,7 @@ declare
   v_rejected bigint;
 begin
   v_made := data.make_usage_partitions();
+  perform data.replay_ahead();
   select p.holds, p.events into v_holds, v_rejected from data.purge_ended() p;
   with invalidation as (
     delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' or data.is_foreign(c.xid) returning c.xid
@@ -242,6 +243,7 @@ $$;
 comment on function api.maintain() is
 'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
 drop_usage_partitions raised, ended holds and resolved rejected_usage: up to 100000 a call.
+It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer.
 Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 

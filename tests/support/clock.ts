@@ -1,9 +1,10 @@
 // A clock that a test moves: what is to expire in a month does so at once, and nothing is back-dated.
 import type { Sql } from './database.ts'
+import { idsAhead } from './ledger.ts'
 
 /**
  * From now on all functions and views of this database read a clock of the test's own; the function it gives moves that
- * clock forward. `sql` is the owner of the database.
+ * clock forward, and that of `newId`. `sql` is the owner of the database.
  */
 export async function movableClock(sql: Sql): Promise<(seconds: number) => Promise<void>> {
   await sql(`
@@ -38,6 +39,7 @@ export async function movableClock(sql: Sql): Promise<(seconds: number) => Promi
       end loop;
     end $$`)
   return async (seconds) => {
-    await sql('update clock.ahead set seconds = seconds + $1', [seconds])
+    const [row] = await sql('update clock.ahead set seconds = seconds + $1 returning seconds', [seconds])
+    idsAhead(Math.floor(row!.seconds * 1000))
   }
 }

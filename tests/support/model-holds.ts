@@ -3,7 +3,7 @@ import { fromSteps } from '../../scripts/money.ts'
 import type { Row } from './database.ts'
 import { newId } from './ledger.ts'
 import * as model from './model.ts'
-import { Refused, type World } from './model.ts'
+import { msOf, Refused, type World } from './model.ts'
 import * as rules from './model-rules.ts'
 import {
   availableNow,
@@ -19,6 +19,7 @@ import {
   single,
   someAccount,
 } from './model-steps.ts'
+import { idAt } from './payer.ts'
 
 export const holds: Kinds = {
   freeze_funds(dice, world) {
@@ -74,7 +75,7 @@ export const holds: Kinds = {
       const known = dice(6) ? undefined : one(dice, [...account.holds.keys()])
       const [amount, priced] = [nearAll(dice, world, account), dice(3) === 0]
       return {
-        id: known ?? newId(),
+        id: known ?? idAt(new Date(world.began + world.now * hour * 1000 - 60_000)),
         account_id: account.id,
         virtual_key_id: user.keyId,
         expires_in: ([0, 1, 2, 5, 20][dice(5)]! + 0.5) * hour,
@@ -93,8 +94,10 @@ export const holds: Kinds = {
         mismatch && 'mismatch',
         status === 'held' && available,
       ],
-      (world) => {
-        const codes = requests.map(({ account_id, virtual_key_id }) => {
+      (world, requests) => {
+        const codes = requests.map(({ id, account_id, virtual_key_id }) => {
+          // made a minute before the hour, it is too old once an hour has passed
+          if (msOf(id) < world.began + (world.now - 1) * hour * 1000) return 'id_not_of_now'
           const user = rules.userOf(world, virtual_key_id)
           if (user.suspended) return 'user_suspended'
           return (user.tenantId ?? user.id) === account_id ? undefined : 'invalid_account'
@@ -140,7 +143,7 @@ function endOrExtend(dice: Dice, world: World, name: 'release_holds' | 'extend_h
     name,
     requests,
     ({ status, code, available }) => [status, code, !code && available],
-    (world) => {
+    (world, requests) => {
       locked(
         world,
         requests.map(({ account_id }) => account_id),

@@ -1,6 +1,6 @@
 // What the money rules come to, written a second time and plainly.
 import type { Account, Budget, Entry, Grant, Hold, User, World } from './model.ts'
-import { amountOf, freeCredit, holdNow, max, min, open, Refused, sum } from './model.ts'
+import { amountOf, available, freeCredit, holdNow, max, min, open, Refused, sum } from './model.ts'
 
 /** What every operation does first with the accounts it touches: what the clock has ended, ends. */
 export function settle(world: World, id: string): Account {
@@ -8,14 +8,33 @@ export function settle(world: World, id: string): Account {
   if (!account) throw new Refused('account_not_found')
   for (const hold of account.holds.values()) hold.status = holdNow(hold, world.now) as Hold['status']
   const due = account.grants.filter(({ end, remaining }) => end <= world.now && remaining > 0n)
-  for (const grant of due.sort((a, b) => a.end - b.end || a.seq - b.seq))
+  if (due.length) {
+    const expired = sum(due.map(({ remaining }) => remaining))
     post(account, 'credit_expiry', {
       change: () => {
-        grant.remaining = 0n
+        for (const grant of due) grant.remaining = 0n
       },
     })
+    let missing = min(-available(account, world.now), expired)
+    const parked = [...account.holds.values()].filter(({ status }) => status === 'parked')
+    for (const hold of parked.sort((a, b) => (a.id < b.id ? 1 : -1))) {
+      const part = max(min(hold.amount - hold.captured, missing), 0n)
+      hold.amount -= part
+      missing -= part
+    }
+  }
   return account
 }
+
+/** A parked hold ends with the last parked event that names it. */
+export function endParked(world: World, account: Account, holdId: string | undefined): void {
+  const hold = account.holds.get(holdId ?? '')
+  if (hold?.status === 'parked' && !waits(world, account, hold)) hold.status = 'released'
+}
+export const waits = (world: World, account: Account, { id }: Hold) =>
+  world.parked.some(
+    ({ event, holdId, resolution }) => !resolution && holdId === id && event.account_id === account.id,
+  )
 
 const inOrder = (a: Grant, b: Grant) =>
   a.priority - b.priority || (a.end === b.end ? 0 : a.end - b.end) || a.seq - b.seq

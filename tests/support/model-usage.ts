@@ -4,6 +4,7 @@ import type { Row } from './database.ts'
 import { newId } from './ledger.ts'
 import type { Event, World } from './model.ts'
 import * as model from './model.ts'
+import { msOf } from './model.ts'
 import * as rules from './model-rules.ts'
 import { amounts, availableNow, hour, type Kinds, locked, many, one } from './model-steps.ts'
 import { idAt } from './payer.ts'
@@ -35,7 +36,7 @@ export const usage: Kinds = {
     })
     if (events.length > 1 && dice(6) === 0)
       events[1] = { ...events[0]!, ...(dice(2) ? {} : { final: false }) }
-    return many('record_usage', events, sayCharge, (world) => record(world, events))
+    return many('record_usage', events, sayCharge, (world, events) => record(world, events))
   },
 
   replay_rejected_usage(dice, world) {
@@ -51,12 +52,15 @@ export const usage: Kinds = {
       expect(world) {
         const again = find(world, parked)
         if (!again || again.resolution === 'charged') return []
+        locked(world, [again.event.account_id])
         const { hold_id: _, ...event } = again.event
         const { code } = again
         const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
         // a wrong hold stays one, whatever else is wrong; and what was dismissed stays so
-        if (answer![0] !== 'parked') again.resolution = 'charged'
-        else if (code !== 'invalid_hold') again.code = answer![1] as string
+        if (answer![0] !== 'parked') {
+          again.resolution = 'charged'
+          rules.endParked(world, world.accounts.get(again.event.account_id)!, again.holdId)
+        } else if (code !== 'invalid_hold') again.code = answer![1] as string
         return [answer!.filter(Boolean).join(' ')]
       },
     }
@@ -75,7 +79,12 @@ export const usage: Kinds = {
       expect(world) {
         const again = find(world, parked)
         if (!again) return []
-        again.resolution ??= 'dismissed'
+        if (!again.resolution) {
+          locked(world, [again.event.account_id])
+          again.resolution = 'dismissed'
+          const account = world.accounts.get(again.event.account_id)
+          if (account) rules.endParked(world, account, again.holdId)
+        }
         return [again.resolution]
       },
     }
@@ -109,77 +118,103 @@ const naming = (parked?: model.Parked) => [parked?.event.id ?? newId(), JSON.str
 const find = (world: World, parked?: model.Parked) =>
   world.parked.find(({ event }) => event.id === parked?.event.id && same(event, parked.event))
 
-const sayCharge = ({ status, code, cost, seq, mismatch, available }: Row) => [
+const sayCharge = ({ status, code, cost, seq, mismatch, available, hold }: Row) => [
   status,
   code,
   cost,
   seq && `${seq}`,
   mismatch && 'mismatch',
   available,
+  hold,
 ]
 const same = (a: object, b: object) => JSON.stringify(a) === JSON.stringify(b)
 
 function record(world: World, events: Event[], parks = true): (string | false | undefined)[][] {
-  const codes = events.map(({ account_id, hold_id, meters }) => {
-    const account = world.accounts.get(account_id)
-    if (!account) return 'account_not_found'
-    if (hold_id && (account.holds.get(hold_id)?.end ?? Infinity) === Infinity) return 'invalid_hold'
-    return 'unpriced' in meters ? 'price_not_found' : undefined
+  const holdOf = ({ account_id, hold_id }: Event) => world.accounts.get(account_id)?.holds.get(hold_id ?? '')
+  const codes = events.map((event) => {
+    if (!world.accounts.has(event.account_id)) return 'account_not_found'
+    if (holdOf(event)?.end === Infinity) return 'invalid_hold'
+    return 'unpriced' in event.meters ? 'price_not_found' : undefined
   })
   const chargeable = events.filter((_, i) => !codes[i])
   locked(
     world,
-    chargeable.map(({ account_id }) => account_id),
+    events.filter((event, i) => !codes[i] || holdOf(event)).map(({ account_id }) => account_id),
   )
   const charged = new Set<Event>()
   for (const id of new Set(chargeable.map(({ account_id }) => account_id))) {
     const account = world.accounts.get(id)!
+    const its = chargeable.filter(({ account_id }) => account_id === id)
+    const mended = world.parked.filter(
+      ({ event, resolution }) =>
+        !resolution && event.account_id === id && its.some((it) => it.id === event.id),
+    )
+    for (const parked of mended) parked.resolution = 'charged'
     const fresh: Event[] = []
-    for (const event of chargeable.filter(({ account_id }) => account_id === id)) {
+    for (const event of its) {
       if (account.usage.has(event.id)) continue
       const cost = model.costOf(event.meters)
+      const moment = Math.max(...[event.id, holdOf(event)?.id ?? event.id].map(msOf))
       account.usage.set(event.id, {
-        content: contentOf(event),
+        content: contentOf(world, event),
         cost,
         seq: account.entries.length + 1,
         keyId: event.virtual_key_id,
-        hour: Math.floor(
-          (Number.parseInt(event.id.replace('-', '').slice(0, 12), 16) - world.began) / 3_600_000,
-        ),
+        hour: Math.floor((moment - world.began) / 3_600_000),
       })
       fresh.push(event)
       charged.add(event)
     }
-    if (!fresh.length) continue
-    const cost = (some: Event[]) => some.reduce((sum, { id }) => sum + account.usage.get(id)!.cost, 0n)
-    for (const holdId of new Set(fresh.map(({ hold_id }) => hold_id))) {
-      const hold = account.holds.get(holdId ?? '')
-      if (hold?.status !== 'open') continue
-      const drawing = fresh.filter(({ hold_id }) => hold_id === holdId)
-      hold.captured += model.min(cost(drawing), hold.amount - hold.captured)
-      if (drawing.some(({ final }) => final !== false)) hold.status = 'captured'
-    }
-    rules.post(account, 'usage', { outstanding: cost(fresh) })
+    if (fresh.length) charge(world, account, fresh)
+    for (const { holdId } of mended) rules.endParked(world, account, holdId)
   }
   return events.map((event, i) => {
+    const unknown = event.hold_id && !holdOf(event) && world.accounts.has(event.account_id) && 'unknown'
     if (codes[i] && !world.accounts.get(event.account_id)?.usage.has(event.id)) {
-      if (parks && !world.parked.some((parked) => same(parked.event, event)))
-        world.parked.push({ event, code: codes[i] })
-      return ['parked', codes[i]]
+      if (parks) park(world, event, codes[i])
+      return ['parked', codes[i], event.hold_id && !holdOf(event) && 'unknown']
     }
     const account = world.accounts.get(event.account_id)!
     const { content, cost, seq } = account.usage.get(event.id)!
     // one that could not be charged either differs from what was
-    const mismatch = !charged.has(event) && (codes[i] || content !== contentOf(event)) && 'mismatch'
+    const mismatch = !charged.has(event) && (codes[i] || content !== contentOf(world, event)) && 'mismatch'
     return [
       charged.has(event) ? 'charged' : 'duplicate',
       fromSteps(cost),
       `${seq}`,
       mismatch,
       availableNow(world, account),
+      unknown,
     ]
   })
 }
 
-const contentOf = ({ virtual_key_id, config_node_id, meters, hold_id, final = true }: Event) =>
-  JSON.stringify([virtual_key_id, config_node_id, meters, hold_id, final])
+function charge(world: World, account: model.Account, fresh: Event[]) {
+  const cost = (some: Event[]) => model.sum(some.map(({ id }) => account.usage.get(id)!.cost))
+  for (const holdId of new Set(fresh.map(({ hold_id }) => hold_id))) {
+    const hold = account.holds.get(holdId ?? '')
+    if (hold?.status !== 'open' && hold?.status !== 'parked') continue
+    const drawing = fresh.filter(({ hold_id }) => hold_id === holdId)
+    hold.captured += model.min(cost(drawing), hold.amount - hold.captured)
+    if (drawing.some(({ final }) => final !== false) && !rules.waits(world, account, hold))
+      hold.status = 'captured'
+  }
+  rules.post(account, 'usage', { outstanding: cost(fresh) })
+}
+
+function park(world: World, event: Event, code: string) {
+  const account = world.accounts.get(event.account_id)
+  const hold = account?.holds.get(event.hold_id ?? '')
+  const setsAside =
+    hold && hold.end < Infinity && (hold.status === 'open' || hold.status === 'parked') ? hold : undefined
+  if (!world.parked.some((parked) => same(parked.event, event)))
+    world.parked.push({ event, code, holdId: setsAside?.id })
+  if (setsAside && rules.waits(world, account!, setsAside)) setsAside.status = 'parked'
+}
+
+// a hold that the account doesn't have is left out
+const contentOf = (world: World, event: Event) => {
+  const { account_id, virtual_key_id, config_node_id, meters, hold_id, final = true } = event
+  const known = world.accounts.get(account_id)!.holds.has(hold_id ?? '') ? hold_id : undefined
+  return JSON.stringify([virtual_key_id, config_node_id, meters, known, final])
+}

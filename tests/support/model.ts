@@ -13,7 +13,7 @@ export interface Hold {
   id: string
   amount: bigint
   captured: bigint
-  status: 'open' | 'captured' | 'released' | 'expired'
+  status: 'open' | 'parked' | 'captured' | 'released' | 'expired'
   end: number
   /** What makes a repeated request the same; null for a freeze. */
   content: string | null
@@ -47,7 +47,7 @@ export interface Usage {
   cost: bigint
   seq: number
   keyId: string
-  /** The hour of its id. */
+  /** The hour it counts at: of its id or its hold's, whichever is later. */
   hour: number
 }
 export interface Account {
@@ -89,6 +89,8 @@ export interface World {
 export interface Parked {
   event: Event
   code: string
+  /** The hold that stays set aside. */
+  holdId?: string | undefined
   resolution?: 'charged' | 'dismissed'
 }
 export interface Event {
@@ -116,6 +118,9 @@ export const openAccount = (id: string): Account => ({
   sealed: [],
 })
 
+/** The moment of a UUIDv7, in ms. */
+export const msOf = (id: string) => Number.parseInt(id.replace('-', '').slice(0, 12), 16)
+
 export const steps = (text: string | undefined): bigint => toSteps(text!)!
 
 /** What meters cost at 1 for `usd` and 1 for 3 of `third`: one rounding, half up. */
@@ -136,7 +141,16 @@ export const amountOf = (entry: Entry) => entry.balance + entry.free - entry.out
 export const freeCredit = (account: Account, now = -1) =>
   sum(account.grants.filter(({ end }) => end > now).map(({ remaining }) => remaining))
 export const open = (account: Account, now: number) =>
-  [...account.holds.values()].filter(({ status, end }) => status === 'open' && end > now)
+  [...account.holds.values()].filter(
+    ({ status, end }) => status === 'parked' || (status === 'open' && end > now),
+  )
+/** What is set aside for events that are parked shrinks by the credit that expired under it. */
+export const parkedUnspent = (account: Account) =>
+  sum(
+    [...account.holds.values()]
+      .filter(({ status }) => status === 'parked')
+      .map(({ amount, captured }) => amount - captured),
+  )
 export const frozen = (account: Account, now: number) =>
   sum(open(account, now).map(({ amount, captured }) => amount - captured))
 /** At a moment: what has ended by then is gone, and what is spent by then nobody knows. */
@@ -146,7 +160,14 @@ const availableAt = (account: Account, moment: number) =>
   account.outstanding +
   freeCredit(account, moment) -
   frozen(account, moment)
-export const available = availableAt
+const shrunk = (account: Account, now: number) => {
+  const due = sum(
+    account.grants.filter(({ end }) => end > -1 && end <= now).map(({ remaining }) => remaining),
+  )
+  const lacks = -availableAt(account, now)
+  return due > 0n && lacks > 0n ? min(lacks, due, parkedUnspent(account)) : 0n
+}
+export const available = (account: Account, now: number) => availableAt(account, now) + shrunk(account, now)
 
 /**
  * At a moment when grants expire: what is there past it if all holds that end by then are captured. Lasting credit that goes before those
@@ -156,7 +177,7 @@ export function past(account: Account, moment: number): { left: bigint; lasting:
   const live = account.grants.filter(({ remaining }) => remaining > 0n)
   const last = Math.max(...live.filter(({ end }) => end <= moment).map(({ priority }) => priority))
   const before = live.filter(({ end, priority }) => end > moment && priority < last)
-  const ending = open(account, -1).filter(({ end }) => end <= moment)
+  const ending = open(account, -1).filter(({ status, end }) => status === 'open' && end <= moment)
   const [spent, lasting] = [
     sum(ending.map(({ amount, captured }) => amount - captured)),
     sum(before.map(({ remaining }) => remaining)),
@@ -199,11 +220,11 @@ export function shown(world: World, account: Account) {
     account.balance,
     freeCredit(account, now),
     account.limit,
-    frozen(account, now),
+    frozen(account, now) - shrunk(account, now),
     account.outstanding,
   ]
   return {
-    figures: [...money, availableAt(account, now)].map(fromSteps),
+    figures: [...money, available(account, now)].map(fromSteps),
     grants: account.grants
       .filter(({ remaining, end }) => remaining > 0n && end > now)
       .map(({ seq, remaining }) => `${seq}: ${fromSteps(remaining)}`),
