@@ -131,7 +131,7 @@ begin
 end
 $$;
 
--- An element whose fields with absurd numbers are false: no field takes false, so each is refused by its own rule.
+-- An element whose fields with absurd numbers are []: no field takes that, so each is refused by its own rule.
 create or replace function data.bounded_element(element jsonb)
 returns jsonb
 language sql
@@ -140,8 +140,8 @@ as $$
   select case
     when not data.has_absurd_numbers(element) then element
     when jsonb_typeof(element) = 'object' then (
-      select jsonb_object_agg(f.key, case when data.has_absurd_numbers(f.value) then 'false' else f.value end) from jsonb_each(element) f)
-    else 'false'
+      select jsonb_object_agg(f.key, case when data.has_absurd_numbers(f.value) then '[]' else f.value end) from jsonb_each(element) f)
+    else '[]'
   end
 $$;
 

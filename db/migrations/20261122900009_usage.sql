@@ -4,7 +4,7 @@
 set local role keyledger_owner;
 
 -- Labels: what an event may carry for its reader. One that is unfit is left out, and the event is charged. Sizes are looked at before any
--- text is made; absurd numbers are false by then (data.read_array). Null is none.
+-- text is made; fields with absurd numbers are [] by then (data.read_array). Null is none.
 create or replace function data.is_request_id(value jsonb)
 returns boolean
 language sql
