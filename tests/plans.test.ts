@@ -135,7 +135,7 @@ async function account(): Promise<Payer> {
   const made = await payer(db, { funds: '1000', limit: '10' })
   const { accountId, userId, keyId } = made
   await made.grant('10', { expires_at: new Date(Date.now() + 3_600_000) })
-  await made.grant('10', { expires_at: new Date(Date.now() + 60_000) })
+  await made.grant('10', { expires_at: new Date(Date.now() + 600_000) })
   for (const [scope, id, period] of [
     ['virtual_key', keyId, 'day'],
     ['user', userId, 'month'],
