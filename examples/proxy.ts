@@ -127,7 +127,8 @@ async function attempt(
   const charged = await settle()
   if (charged?.cost) headers['x-usage-cost'] = charged.cost
   if (!isGood) {
-    const answer = refusal(response.ok ? statusIn(said) : response.status, said, text, headers)
+    const status = response.ok ? statusIn(said) : response.status
+    const answer = refusal(status, response.ok, said, text, headers)
     return { answer, mayPass: response.ok || isPassing(answer.status) }
   }
   // as it came, not as we read it
@@ -160,11 +161,13 @@ async function* relay(
   parts: AsyncIterable<Part>,
   { meter, shown, settle, signal }: Relay,
 ): AsyncGenerator<Uint8Array> {
-  let isDone = false
+  let last = ''
   try {
     for await (const part of parts) {
-      isDone = part.data === '[DONE]'
-      if (isDone) break
+      if (part.data === '[DONE]') {
+        last = part.data
+        break
+      }
       if (part.tooLarge) meter.skip('event_too_large')
       const chunk: Completion | undefined = part.data === undefined ? undefined : parse(part.data)
       if (chunk) meter.add(chunk)
@@ -172,14 +175,12 @@ async function* relay(
       const text = data === undefined ? part.text : eventOf(data)
       if (text) yield Buffer.from(text)
     }
-    await settle()
-    if (isDone) yield Buffer.from(eventOf('[DONE]'))
   } catch {
-    await settle()
-    if (signal.aborted) return
     const broken = failure(502, 'upstream_broke_off', 'the upstream broke off; what came is charged')
-    yield Buffer.from(eventOf(await broken.text()))
+    last ||= await broken.text()
   }
+  await settle()
+  if (last && !signal.aborted) yield Buffer.from(eventOf(last))
 }
 
 // usage that only we asked for is not the caller's to see

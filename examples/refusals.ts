@@ -15,13 +15,18 @@ export const isAnswer = ({ error, choices }: Completion, counted: boolean) =>
 /** The status that fits an error in a 200: the one it names, or 502. */
 export function statusIn(refused: Refused | undefined): number {
   const error = isObject(refused?.error) ? refused.error : {}
+  if (/api_key|authentication|permission/.test(`${error.code} ${error.type}`)) return 401
   const named = [error.code, error.status, refused?.code, refused?.status].map(Number)
   return named.find((status) => Number.isInteger(status) && status >= 400 && status < 600) ?? 502
 }
 
-/** The answer to the caller; `text` is what came, as it came, and `refused` what it says if it is JSON. */
+/**
+ * The answer to the caller, of an upstream that refused: `text` is the body as it came, `refused` its JSON. `wasOk` if it
+ * said 200 to it: then a body in another shape than the API's errors is no answer to pass on.
+ */
 export function refusal(
   status: number,
+  wasOk: boolean,
   refused: Refused | undefined,
   text: string,
   headers: Record<string, string>,
@@ -29,7 +34,7 @@ export function refusal(
   // 401 and 403 are about our credentials, not the caller's
   if (!refused || status === 401 || status === 403)
     return failure(isPassing(status) ? status : 502, 'upstream_failed', 'the upstream failed')
-  if (isObject(refused.error))
+  if (!wasOk || isObject(refused.error))
     return new Response(text, { status, headers: { ...headers, 'content-type': 'application/json' } })
   const said = [refused.error, refused.message, refused.detail].find((said) => typeof said === 'string')
   return failure(status, 'upstream_failed', (said as string) || 'the upstream gave no answer')

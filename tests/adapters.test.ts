@@ -126,10 +126,12 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
     assert.equal(await unfunded.events(), [])
   })
 
-  test(`${name}: the older header of a gateway will do`, async () => {
+  test(`${name}: the older header of a gateway will do, and that of Azure's client`, async () => {
     const { key } = await caller(gateway.url)
-    const response = await fetch(`${gateway.url}/v1/models`, { headers: { 'x-virtualkey': key } })
-    assert.is(response.status, 200)
+    for (const header of ['x-virtualkey', 'api-key']) {
+      const response = await fetch(`${gateway.url}/v1/models`, { headers: { [header]: key } })
+      assert.is(response.status, 200, header)
+    }
   })
 
   test(`${name}: a caller who leaves mid-stream pays for what came, and no hold is left`, async () => {

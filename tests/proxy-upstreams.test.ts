@@ -128,7 +128,6 @@ async function charged(who: Caller, expected: [input: number, output: number][])
     [who.accountId],
   )
   assert.equal([units(account!.balance), account!.frozen_balance], [units('100') - sum, '0.0000000000'])
-  await holdsTrue(db.sql)
   return events
 }
 
@@ -189,6 +188,7 @@ const cut = (text: string, size: number) => {
 test.before.each(() => {
   calls.length = 0
 })
+test.after.each(() => holdsTrue(db.sql))
 
 // --- large events
 
@@ -460,6 +460,35 @@ for (const [name, body, status, code, message] of nothings)
       await charged(alone, [])
     }
   })
+
+test("an error about our credentials in words is not the caller's to read, either", async () => {
+  for (const error of [
+    { message: 'Incorrect API key: sk-secret', code: 'invalid_api_key' },
+    { message: 'sk-secret may not', type: 'permission_error', code: null },
+  ])
+    for (const [answer, ask] of [
+      [json({ error }), asked],
+      [stream(event({ error })), streaming],
+    ] as const) {
+      const who = await caller(proxy.url, answer)
+      const thrown = await failure(who.openai.chat.completions.create(ask))
+      assert.equal([thrown.status, thrown.code], [502, 'upstream_failed'])
+      assert.not.match(JSON.stringify(thrown.error), 'secret')
+      await charged(who, [])
+    }
+})
+
+test('a refusal that says so by its status is passed on as it came', async () => {
+  const text = '{ "detail": [{"loc": ["body", "messages"], "msg": "Field required"}] }'
+  const who = await caller(proxy.url, (res) =>
+    res.writeHead(422, { 'content-type': 'application/json' }).end(text),
+  )
+  for (const ask of [asked, streaming]) {
+    const answer = await who.post(ask)
+    assert.equal([answer.status, await answer.text()], [422, text])
+  }
+  await charged(who, [])
+})
 
 test('a stream that ends before anything came is no answer either', async () => {
   for (const text of ['', event('[DONE]'), ': working\n\n']) {
