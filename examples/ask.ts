@@ -1,4 +1,4 @@
-// Asks one node, and finds out what it gives: one document or a stream of events, whatever it calls it.
+// Asks one node. Finds out whether it gives a document or a stream of events, by any name.
 import type { ConfigNode } from 'keyledger'
 import { type Part, serverSentEvents } from './events.ts'
 
@@ -18,7 +18,7 @@ export type Given = { text: string; events?: undefined } | { text?: undefined; e
 // the nodes that refused `stream_options`, for the life of this process
 const refusing = new Set<string>()
 
-/** Posts the request. A stream is asked for its usage; `addsUsage` if the caller didn't want it. */
+/** Posts the request. A stream is asked for its usage; `addsUsage` if the caller didn't ask. */
 export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
   const post = (body: object) =>
     fetch(`${node.endpoint!.replace(/\/+$/, '')}/chat/completions`, {
@@ -30,7 +30,7 @@ export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
   if (!asked.stream) return { response: await post(asked), addsUsage: false }
 
   const { stream_options, ...plain } = asked
-  // options of another kind may be what is refused, and are the caller's own: nothing is learned from them
+  // other options are the caller's own: their refusal says nothing about the node
   const ours = asked.stream === true && isOurs(stream_options)
   const place = `${node.id} ${node.endpoint}`
   if (ours && refusing.has(place)) return { response: await post(plain), addsUsage: false }
@@ -73,7 +73,7 @@ export async function read(response: Response, alive: () => void): Promise<Given
 // the fields that begin a line of a stream; the first is a comment
 const FIELDS = [':', 'data:', 'event:', 'id:', 'retry:']
 
-// By its first letters, since not every upstream has the type right; undefined if more of them must come.
+// By its first letters: not every upstream has the type right. Undefined if more must come.
 function looksLikeStream(start: string, named: boolean): boolean | undefined {
   if (named) return !/^[{[]/.test(start)
   if (FIELDS.some((field) => start.startsWith(field))) return true

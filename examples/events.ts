@@ -1,14 +1,17 @@
-// Server-sent events, read as they come: the work grows with their bytes, however they are cut into packets.
+// Reads server-sent events as they come. The work grows with the bytes, in packets of any size.
 
-/** An event's data; or text to pass on unread: a keep-alive, or a piece of an event that is too large to keep. */
+/** An event's data; or text to pass on unread: a keep-alive, or a piece of too large an event. */
 export type Part =
   | { data: string; text?: undefined; tooLarge?: undefined }
   | { data?: undefined; text: string; tooLarge: boolean }
 
-/** Characters of an event that are kept. A larger event is passed on in pieces, as it comes, and never read. */
+/** Characters of an event that are kept. A larger one is passed on in pieces, and never read. */
 const MAX_EVENT = 32_000_000
 
-/** All that a stream says, in its order. No packet is looked at twice: an event's pieces are joined when it ends. */
+/**
+ * All that a stream says, in its order. No packet is looked at twice: an event's pieces are joined
+ * when it ends.
+ */
 export async function* serverSentEvents(
   body: AsyncIterable<Uint8Array>,
   most = MAX_EVENT,

@@ -5,10 +5,13 @@ import { billing } from './billing.ts'
 // s that a hold outlives this process; while an answer lasts, it is extended
 const HOLD_SECONDS = Number(process.env.HOLD_SECONDS ?? 900)
 
-/** What was used, and its labels. */
+/** The usage, and its labels. */
 export type Used = Pick<UsageEvent, 'meters' | 'request_id' | 'metadata'>
 
-/** Sets aside the most that the try may cost. `end` counts once: it charges what was used, or gives all of it back. */
+/**
+ * Sets aside the most that the try may cost. `end` counts once: it charges the usage, or gives
+ * everything back.
+ */
 export async function openHold(context: UserContext, { id: config_node_id }: ConfigNode, meters: Meters) {
   const hold = await billing.hold(context, { config_node_id, meters, expires_in: HOLD_SECONDS })
   // three times in the life of the hold

@@ -44,11 +44,11 @@ export async function answering(answer: () => Promise<Response>): Promise<Respon
   }
 }
 
-// Pages of these origins may call us: `*` is every page, and safe, since there are no cookies: without a key nobody may
-// do anything. A list (`https://a.example,https://b.example`) narrows it, and an empty one allows none.
+// Pages of these origins may call us. `*` is every page. It is safe, since there are no cookies:
+// a page can do nothing without a key. A list with commas narrows it, and an empty one allows none.
 const ORIGINS = (process.env.CORS_ORIGIN ?? '*').split(',').map((origin) => origin.trim())
 
-/** Lets pages of the allowed origins ask and read. The middleware answers the question itself: OPTIONS without a key. */
+/** Lets pages of these origins ask and read. The middleware answers OPTIONS without a key. */
 export function allowPages({ method, headers }: IncomingMessage, res: ServerResponse): void {
   const anybody = ORIGINS.includes('*')
   const { origin = '' } = headers

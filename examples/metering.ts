@@ -44,7 +44,7 @@ export function createMeter(asked: number) {
   }
 
   return {
-    /** Never throws: an answer that we can't read is the caller's all the same, and what else came is charged. */
+    /** Never throws: an answer that we can't read is still the caller's, and the rest is charged. */
     add(answer: Completion) {
       try {
         // Azure's first chunk has an empty one

@@ -13,9 +13,9 @@ import { isAnswer, isPassing, refusal, statusIn } from './refusals.ts'
 
 // ms of an upstream's silence until it is given up; keep-alives break it
 const PATIENCE = Number(process.env.UPSTREAM_TIMEOUT ?? 120_000)
-// ms that keep-alives wait for the first event: once anything is passed on, no other node may answer
+// ms that keep-alives wait for the first event: once one is passed on, no other node may answer
 const KEPT_BACK = Math.min(10_000, PATIENCE / 4)
-// ms for the rest of a whole answer whose caller has left: the upstream is at it, and bills it
+// ms for the rest of an answer whose caller has left: the upstream bills it all the same
 const LAST_WAIT = Math.min(5_000, PATIENCE)
 
 /** GET /v1/models: those that the nodes mounted on the key serve. */
@@ -29,7 +29,7 @@ export const models = (context: UserContext) =>
     return Response.json({ object: 'list', data: [...data.values()] })
   })
 
-/** POST /v1/chat/completions. `signal` aborts when the caller is gone; what is owed then is still charged. */
+/** POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged. */
 export const complete = (context: UserContext, body: string, signal: AbortSignal) =>
   seenThrough(answering(() => tryNodes(context, body, signal)))
 
@@ -86,7 +86,7 @@ async function attempt(
   signal.addEventListener('abort', leave)
   if (signal.aborted) leave()
 
-  // only what fails with the upstream or the network; an error of our own is no reason to ask another node
+  // only the network may fail in here: our own error is no reason to ask another node
   async function receive() {
     const { response, addsUsage } = await ask(node, asked, call.signal)
     if (response.ok) state = 'accepted'
@@ -136,7 +136,7 @@ async function attempt(
   return { answer: new Response(text, { status: response.status, headers }), mayPass: false }
 }
 
-// Reads up to the first event; keep-alives before it wait, but not for ever. Nothing, if the stream ends without one.
+// Reads up to the first event. Keep-alives before it wait, but not for ever. Empty if none comes.
 async function beginning(events: AsyncGenerator<Part>): Promise<Part[]> {
   const begun: Part[] = []
   const end = Date.now() + KEPT_BACK

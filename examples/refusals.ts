@@ -1,4 +1,4 @@
-// Whether an upstream answered or refused, whatever its status says; and the words in which a refusal goes to the caller.
+// Tells an answer from a refusal, whatever its status says, and words the refusal for the caller.
 import { failure } from './http.ts'
 import type { Completion } from './metering.ts'
 
@@ -21,8 +21,8 @@ export function statusIn(refused: Refused | undefined): number {
 }
 
 /**
- * The answer to the caller, of an upstream that refused: `text` is the body as it came, `refused` its JSON. `wasOk` if it
- * said 200 to it: then a body in another shape than the API's errors is no answer to pass on.
+ * The answer to the caller of a node that refused. `text` is the body as it came, `refused` its JSON.
+ * If it `wasOk` by its status, only an error in the API's shape is passed on as it came.
  */
 export function refusal(
   status: number,

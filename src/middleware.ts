@@ -8,8 +8,8 @@ export type WithUserContext<Request> = Request & { userContext?: UserContext }
 
 /**
  * For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error.
- * An OPTIONS request without a key, as browsers ask before a page's call, ends here with 204: no handler sees it, and
- * `access-control-*` headers that were set on `res` before go with it, as they go with each refusal.
+ * OPTIONS without a key ends here with 204, and no handler sees it: browsers ask so before a page's
+ * call. Headers that were set on `res` before go with it, as they go with each refusal.
  */
 export type Middleware = (
   req: WithUserContext<IncomingMessage>,
@@ -35,9 +35,10 @@ export type Authentication =
 const RETRY_SECONDS = 1
 
 /**
- * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and `api-key`, which
- * Azure's clients send. The headers are left as they are: take them out before you forward the request, or the upstream
- * sees the key. A refusal is in the shape OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
+ * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and
+ * `api-key`, which Azure's clients send. The headers are left as they are: take them out before you
+ * forward the request, or the upstream sees the key. A refusal is in the shape OpenAI's clients show,
+ * `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
  * an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
  */
 export function createAuthenticate(validate: (virtualKey: string) => Promise<UserContext>) {
@@ -60,7 +61,7 @@ export function createAuthenticate(validate: (virtualKey: string) => Promise<Use
 export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
   const authenticate = createAuthenticate(validate)
   return async (req, res, next) => {
-    // a browser's question before the call never carries the key, and must not reach a handler without one
+    // a browser's question never carries the key, and no handler may be reached without one
     if (req.method === 'OPTIONS' && keyOf(req.headers) === undefined) {
       res.writeHead(204)
       res.end()

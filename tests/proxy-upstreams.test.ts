@@ -1,4 +1,4 @@
-// The example gateway before upstreams as they are: how each one answers, what the caller gets, and that it is charged once.
+// The example gateway before upstreams as they are: what the caller gets, and that it is charged once.
 import { createServer, type ServerResponse } from 'node:http'
 import { text as textOf } from 'node:stream/consumers'
 import OpenAI, { AzureOpenAI } from 'openai'
