@@ -44,6 +44,24 @@ export async function answering(answer: () => Promise<Response>): Promise<Respon
   }
 }
 
+// Pages of these origins may call us. `*` is every page. It is safe, since there are no cookies:
+// a page can do nothing without a key. A list with commas narrows it, and an empty one allows none.
+const ORIGINS = (process.env.CORS_ORIGIN ?? '*').split(',').map((origin) => origin.trim())
+
+/** Lets pages of these origins ask and read. The middleware answers OPTIONS without a key. */
+export function allowPages({ method, headers }: IncomingMessage, res: ServerResponse): void {
+  const anybody = ORIGINS.includes('*')
+  const { origin = '' } = headers
+  if (!anybody) res.setHeader('vary', 'origin')
+  if (!anybody && !(origin && ORIGINS.includes(origin))) return
+  res.setHeader('access-control-allow-origin', anybody ? '*' : origin)
+  res.setHeader('access-control-expose-headers', 'x-usage-id, x-usage-cost, retry-after')
+  if (method !== 'OPTIONS') return
+  res.setHeader('access-control-allow-methods', 'GET, POST')
+  res.setHeader('access-control-allow-headers', headers['access-control-request-headers'] ?? '*')
+  res.setHeader('access-control-max-age', '600')
+}
+
 /** Aborts when the caller is gone, of node:http and what is built on it. */
 export function gone(res: ServerResponse): AbortSignal {
   const controller = new AbortController()

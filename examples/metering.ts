@@ -1,7 +1,7 @@
 // What an answer of the OpenAI API used: by the upstream's own figures, or by what was passed on where it gave none.
 import type { Meters } from 'keyledger'
 
-/** What we read of a completion, or of a chunk of one. */
+/** What we read of a completion, or of a chunk of one. An upstream may send anything else. */
 export interface Completion {
   id?: string
   choices?: { message?: Said; delta?: Said }[]
@@ -13,7 +13,7 @@ interface Said {
   content?: string | null
   refusal?: string | null
   reasoning_content?: string | null
-  tool_calls?: { function?: { name?: string; arguments?: string } }[]
+  tool_calls?: { function?: { name?: string; arguments?: string } }[] | null
 }
 
 interface Usage {
@@ -24,29 +24,52 @@ interface Usage {
 
 // of text, for want of better; of JSON it is more than enough
 const BYTES_PER_TOKEN = 4
+// of an event's `request_id`: a longer one would keep its charge waiting
+const MAX_ID = 512
+
+/** Why a part of an answer was passed on, and not metered. It still counts as something said. */
+export type Unread = 'event_too_large' | 'unreadable'
 
 /** Adds up an answer: a whole one, or chunk by chunk. `asked` is the size of the request in bytes. */
 export function createMeter(asked: number) {
   let usage: Usage | undefined
   let id: string | undefined
+  let unread: Unread | undefined
   let pieces = 0
   let bytes = 0
 
+  function skip(code: Unread) {
+    if (!unread) pieces++
+    unread ??= code
+  }
+
   return {
+    /** Never throws: an answer that we can't read is still the caller's, and the rest is charged. */
     add(answer: Completion) {
-      id ??= answer.id
-      if (isUsage(answer.usage)) usage = answer.usage
-      for (const { message, delta } of answer.choices ?? []) {
-        const length = Buffer.byteLength(textOf(message ?? delta ?? {}))
-        if (length) pieces++
-        bytes += length
+      try {
+        // Azure's first chunk has an empty one
+        if (answer.id && typeof answer.id === 'string') id ??= answer.id.slice(0, MAX_ID)
+        if (isUsage(answer.usage)) usage = answer.usage
+        for (const { message, delta } of answer.choices ?? []) {
+          const length = Buffer.byteLength(textOf(message ?? delta ?? {}))
+          if (length) pieces++
+          bytes += length
+        }
+      } catch (error) {
+        if (!unread) console.error('an answer is passed on, and not metered as a whole', error)
+        skip('unreadable')
       }
     },
+    /** A part is passed on without being read. */
+    skip,
     /** Something was said, or counted. */
     started: () => usage !== undefined || pieces > 0,
+    /** More than zeros was counted. */
+    counted: () => usage !== undefined && usage.prompt_tokens + usage.completion_tokens > 0,
     /** The answer's id. */
     id: () => id,
     estimated: () => usage === undefined,
+    unread: () => unread,
     meters(): Meters {
       if (!usage) {
         const output_tokens = Math.max(pieces, Math.ceil(bytes / BYTES_PER_TOKEN))
@@ -66,24 +89,10 @@ const isUsage = (usage: Usage | null | undefined): usage is Usage =>
   isCount(usage?.completion_tokens) &&
   isCount(usage?.prompt_tokens_details?.cached_tokens ?? 0)
 
-const textOf = ({ content, refusal, reasoning_content, tool_calls = [] }: Said) =>
+const textOf = ({ content, refusal, reasoning_content, tool_calls }: Said) =>
   [
     content,
     refusal,
     reasoning_content,
-    ...tool_calls.flatMap(({ function: f }) => [f?.name, f?.arguments]),
+    ...(tool_calls ?? []).flatMap(({ function: f }) => [f?.name, f?.arguments]),
   ].join('')
-
-/** The data of each server-sent event. */
-export async function* serverSentEvents(body: AsyncIterable<Uint8Array>): AsyncGenerator<string> {
-  const decoder = new TextDecoder()
-  let rest = ''
-  for await (const bytes of body) {
-    const events = (rest + decoder.decode(bytes, { stream: true })).replaceAll('\r\n', '\n').split('\n\n')
-    rest = events.pop()!
-    for (const event of events) {
-      const data = [...event.matchAll(/^data: ?(.*)$/gm)].map((line) => line[1]).join('\n')
-      if (data) yield data
-    }
-  }
-}

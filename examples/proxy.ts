@@ -2,27 +2,21 @@
 //   OPENAI_API_KEY=… node --import tsx examples/proxy.ts, and the environment that billing.ts wants
 import { createServer, type IncomingMessage } from 'node:http'
 import { fileURLToPath } from 'node:url'
-import type { ConfigNode, UsageAnswer, UserContext, WithUserContext } from 'keyledger'
-import { billing, run } from './billing.ts'
-import { answering, bodyOf, failure, gone, parse, send } from './http.ts'
-import { type Completion, createMeter, serverSentEvents } from './metering.ts'
+import type { ConfigNode, UserContext, WithUserContext } from 'keyledger'
+import { type Asked, ask, following, limitOf, read } from './ask.ts'
+import { billing, run, seenThrough } from './billing.ts'
+import { eventOf, type Part } from './events.ts'
+import { openHold } from './hold.ts'
+import { allowPages, answering, bodyOf, failure, gone, parse, send } from './http.ts'
+import { type Completion, createMeter } from './metering.ts'
+import { isAnswer, isPassing, refusal, statusIn } from './refusals.ts'
 
-// ms of an upstream's silence until it is given up
+// ms of an upstream's silence until it is given up; keep-alives break it
 const PATIENCE = Number(process.env.UPSTREAM_TIMEOUT ?? 120_000)
-// s that a hold outlives this process; while an answer lasts, it is extended
-const HOLD_SECONDS = Number(process.env.HOLD_SECONDS ?? 900)
-// held for the answer to a request that sets no limit; a longer one is charged all the same
-const MAX_TOKENS = 4096
-
-/** A chat completion request, as far as we look at it. */
-interface Asked {
-  model?: unknown
-  max_tokens?: unknown
-  max_completion_tokens?: unknown
-  n?: unknown
-  stream?: unknown
-  stream_options?: { include_usage?: boolean } | null
-}
+// ms that keep-alives wait for the first event: once one is passed on, no other node may answer
+const KEPT_BACK = Math.min(10_000, PATIENCE / 4)
+// ms for the rest of an answer whose caller has left: the upstream bills it all the same
+const LAST_WAIT = Math.min(5_000, PATIENCE)
 
 /** GET /v1/models: those that the nodes mounted on the key serve. */
 export const models = (context: UserContext) =>
@@ -35,20 +29,28 @@ export const models = (context: UserContext) =>
     return Response.json({ object: 'list', data: [...data.values()] })
   })
 
-/** POST /v1/chat/completions. `signal` aborts when the caller is gone. */
+/** POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged. */
 export const complete = (context: UserContext, body: string, signal: AbortSignal) =>
-  answering(async () => {
-    const asked: Asked | undefined = parse(body)
-    if (!asked) return failure(400, 'invalid_json', 'the body is no JSON object')
-    const nodes = (await billing.nodes(context)).filter((node) => node.endpoint && node.model === asked.model)
-    let answer = failure(404, 'model_not_found', `no node of this key serves the model ${asked.model}`)
-    for (const node of nodes) {
-      answer = await attempt(context, node, asked, Buffer.byteLength(body), signal)
-      // another node may be less busy, or well
-      if (signal.aborted || !isPassing(answer.status)) break
-    }
-    return answer
-  })
+  seenThrough(answering(() => tryNodes(context, body, signal)))
+
+async function tryNodes(context: UserContext, body: string, signal: AbortSignal) {
+  const asked: Asked | undefined = parse(body)
+  if (!asked) return failure(400, 'invalid_json', 'the body is no JSON object')
+  const nodes = (await billing.nodes(context)).filter((node) => node.endpoint && node.model === asked.model)
+  let answer = failure(404, 'model_not_found', `no node of this key serves the model ${asked.model}`)
+  for (const node of nodes) {
+    const tried = await attempt(context, node, asked, Buffer.byteLength(body), signal)
+    answer = tried.answer
+    // another node may be less busy, or well
+    if (signal.aborted || !tried.mayPass) break
+  }
+  return answer
+}
+
+interface Tried {
+  answer: Response
+  mayPass: boolean
+}
 
 /** One try at one node: with a hold of its own and, if it used anything, an event of its own. */
 async function attempt(
@@ -57,136 +59,148 @@ async function attempt(
   asked: Asked,
   size: number,
   signal: AbortSignal,
-) {
+): Promise<Tried> {
   // no token is shorter than a byte
-  const most = { input_tokens: size, output_tokens: limitOf(asked) }
-  const hold = await billing.hold(context, {
-    config_node_id: node.id,
-    meters: most,
-    expires_in: HOLD_SECONDS,
-  })
+  const hold = await openHold(context, node, { input_tokens: size, output_tokens: limitOf(asked) })
   const headers: Record<string, string> = { 'x-usage-id': hold.id }
   const meter = createMeter(size)
   const call = new AbortController()
   const silence = setTimeout(() => call.abort(), PATIENCE).unref()
-  // three times in the life of the hold
-  const extending = setInterval(() => billing.extend(hold, HOLD_SECONDS).catch(() => {}), HOLD_SECONDS * 333)
-  let settled: Promise<UsageAnswer | undefined> | undefined
+  let state: 'asked' | 'accepted' | 'relayed' | 'refused' = 'asked'
 
-  // the one way out, taken once: what was used is charged, and the hold ends
+  // the one way out: what was used is charged, and the hold ends
   function settle() {
     clearTimeout(silence)
-    clearInterval(extending)
-    settled ??= meter.started() ? charge() : release()
+    signal.removeEventListener('abort', leave)
     call.abort()
-    return settled
+    // once the upstream has said 200 the prompt is owed, though nobody waits any more
+    const left = signal.aborted && state !== 'asked'
+    const owes = state === 'refused' ? meter.counted() : meter.started() || left
+    const metadata = { model: asked.model, estimated: meter.estimated(), unread: meter.unread() }
+    return hold.end(owes ? { meters: meter.meters(), request_id: meter.id(), metadata } : undefined)
   }
-  async function charge() {
-    // one event a hold, so that the hold's id will do
-    const { virtual_key_id, account_id } = context
-    const of = { id: hold.id, hold_id: hold.id, account_id, virtual_key_id, config_node_id: node.id }
-    const metadata = { model: asked.model, estimated: meter.estimated() }
-    const event = { ...of, meters: meter.meters(), request_id: meter.id(), metadata }
-    try {
-      return await billing.recordUsage(event)
-    } catch (error) {
-      console.error(`nobody knows if this is recorded; repeat it as it is: ${JSON.stringify(event)}`, error)
-    }
+  function leave() {
+    if (state === 'accepted') setTimeout(() => call.abort(), LAST_WAIT).unref()
+    else settle()
   }
-  async function release() {
-    // should it fail, the hold expires
-    await billing.release(hold).catch(() => {})
-    return undefined
-  }
+  signal.addEventListener('abort', leave)
+  if (signal.aborted) leave()
 
-  try {
-    const response = await fetch(`${node.endpoint!.replace(/\/+$/, '')}/chat/completions`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json', authorization: `Bearer ${credential(node)}` },
-      body: JSON.stringify(asked.stream ? withUsage(asked) : asked),
-      signal: AbortSignal.any([signal, call.signal]),
-    })
-    if (response.ok && response.headers.get('content-type')?.startsWith('text/event-stream')) {
-      const events = serverSentEvents(response.body!)
-      // until something came, another node may do it
-      const { value: first } = await events.next()
-      if (!first || parse(first)?.error) throw new Error('nothing came')
-      // also when nobody reads it any more
-      signal.throwIfAborted()
-      signal.addEventListener('abort', settle)
-      const body = ReadableStream.from(relay(first, events))
-      return new Response(body, { headers: { ...headers, 'content-type': 'text/event-stream' } })
-    }
-
-    const answer: Completion | undefined = parse(await response.text())
-    if (answer) meter.add(answer)
-    const charged = await settle()
-    if (charged?.cost) headers['x-usage-cost'] = charged.cost
-    // 401 and 403 are about our credentials, not the caller's
-    if (!answer || response.status === 401 || response.status === 403)
-      return failure(
-        isPassing(response.status) ? response.status : 502,
-        'upstream_failed',
-        'the upstream failed',
-      )
-    const retryAfter = response.headers.get('retry-after')
-    if (retryAfter) headers['retry-after'] = retryAfter
-    return Response.json(answer, { status: response.status, headers })
-  } catch {
+  // only the network may fail in here: our own error is no reason to ask another node
+  async function receive() {
+    const { response, addsUsage } = await ask(node, asked, call.signal)
+    if (response.ok) state = 'accepted'
+    const { text, events } = await read(response, () => silence.refresh())
+    return { response, addsUsage, text, events, begun: events ? await beginning(events) : [] }
+  }
+  const received = await receive().catch(() => undefined)
+  if (!received) {
     const late = call.signal.aborted
-    settle()
-    if (late) return failure(504, 'upstream_timeout', 'the upstream did not answer in time')
-    return failure(502, 'upstream_unreachable', 'the upstream could not be reached, or broke off')
+    await settle()
+    const answer = late
+      ? failure(504, 'upstream_timeout', 'the upstream did not answer in time')
+      : failure(502, 'upstream_unreachable', 'the upstream could not be reached, or broke off')
+    return { answer, mayPass: true }
   }
 
-  // Passes the stream on, and the usage to whoever asked for it. What was used is charged before the last event.
-  async function* relay(first: string, events: AsyncGenerator<string>) {
-    const wanted = asked.stream_options?.include_usage === true
-    let data: string | undefined = first
-    try {
-      for (; data && data !== '[DONE]'; data = (await events.next()).value) {
-        silence.refresh()
-        const chunk: Completion | undefined = parse(data)
-        if (chunk) meter.add(chunk)
-        if (wanted || chunk?.usage === undefined) yield event(data)
-        else if (!chunk.usage || chunk.choices?.length)
-          yield event(JSON.stringify({ ...chunk, usage: undefined }))
-      }
-      await settle()
-      if (data) yield event(data)
-    } catch {
-      await settle()
-      if (signal.aborted) return
-      yield event(
-        await failure(502, 'upstream_broke_off', 'the upstream broke off; what came is charged').text(),
-      )
-    }
+  const { response, addsUsage, events, begun } = received
+  // of a stream, its first event: an error there is the whole answer
+  const text = received.text ?? begun.at(-1)?.data ?? ''
+  const said: Completion | undefined = parse(text)
+  if (said && (!events || said.error)) meter.add(said)
+  const isGood = events
+    ? begun.length > 0 && text !== '[DONE]' && !said?.error
+    : response.ok && said !== undefined && isAnswer(said, meter.counted())
+  const retryAfter = response.headers.get('retry-after')
+  if (retryAfter) headers['retry-after'] = retryAfter
+
+  if (isGood && events) {
+    state = 'relayed'
+    // also when nobody reads it any more
+    if (signal.aborted) settle()
+    const shown = (data: string, chunk?: Completion) => (addsUsage ? withoutUsage(data, chunk) : data)
+    const body = ReadableStream.from(relay(following(begun, events), { meter, shown, settle, signal }))
+    headers['content-type'] = 'text/event-stream'
+    return { answer: new Response(body, { headers }), mayPass: false }
+  }
+  if (!isGood) state = 'refused'
+  const charged = await settle()
+  if (charged?.cost) headers['x-usage-cost'] = charged.cost
+  if (!isGood) {
+    const status = response.ok ? statusIn(said) : response.status
+    const answer = refusal(status, response.ok, said, text, headers)
+    return { answer, mayPass: response.ok || isPassing(answer.status) }
+  }
+  // as it came, not as we read it
+  headers['content-type'] = 'application/json'
+  return { answer: new Response(text, { status: response.status, headers }), mayPass: false }
+}
+
+// Reads up to the first event. Keep-alives before it wait, but not for ever. Empty if none comes.
+async function beginning(events: AsyncGenerator<Part>): Promise<Part[]> {
+  const begun: Part[] = []
+  const end = Date.now() + KEPT_BACK
+  for (;;) {
+    const { value: part, done } = await events.next()
+    if (done) return []
+    begun.push(part)
+    if (part.data !== undefined || part.tooLarge || Date.now() > end) return begun
   }
 }
+
+interface Relay {
+  meter: ReturnType<typeof createMeter>
+  /** What the caller sees of an event's data; undefined for nothing. */
+  shown(data: string, chunk?: Completion): string | undefined
+  settle(): Promise<unknown>
+  signal: AbortSignal
+}
+
+// Passes a stream on. What was used is charged before its last event.
+async function* relay(
+  parts: AsyncIterable<Part>,
+  { meter, shown, settle, signal }: Relay,
+): AsyncGenerator<Uint8Array> {
+  let last = ''
+  try {
+    for await (const part of parts) {
+      if (part.data === '[DONE]') {
+        last = part.data
+        break
+      }
+      if (part.tooLarge) meter.skip('event_too_large')
+      const chunk: Completion | undefined = part.data === undefined ? undefined : parse(part.data)
+      if (chunk) meter.add(chunk)
+      const data = part.data === undefined ? undefined : shown(part.data, chunk)
+      const text = data === undefined ? part.text : eventOf(data)
+      if (text) yield Buffer.from(text)
+    }
+  } catch {
+    const broken = failure(502, 'upstream_broke_off', 'the upstream broke off; what came is charged')
+    last ||= await broken.text()
+  }
+  await settle()
+  if (last && !signal.aborted) yield Buffer.from(eventOf(last))
+}
+
+// usage that only we asked for is not the caller's to see
+function withoutUsage(data: string, chunk: Completion | undefined): string | undefined {
+  if (chunk?.usage === undefined) return data
+  if (chunk.usage && !chunk.choices?.length) return undefined
+  try {
+    return JSON.stringify({ ...chunk, usage: undefined })
+  } catch {
+    // nested too deep for us
+    return data
+  }
+}
+
+// OpenAI's paths, and those of Azure's client, which repeats the model as a deployment
+const ROUTE = /^\/(?:v1|openai|openai\/v1)(?:\/deployments\/[^/]+)?(\/models|\/chat\/completions)$/
 
 // what is no URL is no path of ours
 const pathOf = (url: string) => (URL.canParse(url, BASE) ? new URL(url, BASE).pathname : url)
 const BASE = 'http://gateway'
-
-const event = (data: string) => Buffer.from(`data: ${data}\n\n`)
-
-// may go away, here or at another node
-const isPassing = (status: number) => status === 429 || status >= 500
-
-function limitOf({ max_completion_tokens, max_tokens, n }: Asked): number {
-  const count = (value: unknown, otherwise: number) =>
-    Number.isInteger(value) && (value as number) > 0 ? (value as number) : otherwise
-  return count(max_completion_tokens ?? max_tokens, MAX_TOKENS) * count(n, 1)
-}
-
-const withUsage = (asked: Asked) => ({
-  ...asked,
-  stream_options: { ...asked.stream_options, include_usage: true },
-})
-
-// a node's provider names the variable: openai's is OPENAI_API_KEY
-const credential = ({ provider }: ConfigNode) =>
-  process.env[`${(provider ?? 'upstream').toUpperCase().replace(/\W/g, '_')}_API_KEY`] ?? ''
 
 // run, not imported
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
@@ -197,13 +211,14 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
       const health = billing.health()
       return send(res, Response.json(health, { status: health.http_status }))
     }
+    allowPages(req, res)
     authenticate(req, res, async () => {
       const [context, signal] = [req.userContext!, gone(res)]
-      const route = `${req.method} ${pathname}`
-      if (route === 'GET /v1/models') send(res, await models(context))
-      else if (route === 'POST /v1/chat/completions')
+      const route = `${req.method} ${ROUTE.exec(pathname)?.[1]}`
+      if (route === 'GET /models') send(res, await models(context))
+      else if (route === 'POST /chat/completions')
         send(res, await answering(async () => complete(context, await bodyOf(req), signal)))
-      else send(res, failure(404, 'not_found', `there is no ${route}`))
+      else send(res, failure(404, 'not_found', `there is no ${req.method} ${pathname}`))
     })
   })
   await run(server)

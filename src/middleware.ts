@@ -6,7 +6,11 @@ import type { UserContext } from './types.ts'
 /** A request that went through the middleware. */
 export type WithUserContext<Request> = Request & { userContext?: UserContext }
 
-/** For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error. */
+/**
+ * For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error.
+ * OPTIONS without a key ends here with 204, and no handler sees it: browsers ask so before a page's
+ * call. Headers that were set on `res` before go with it, as they go with each refusal.
+ */
 export type Middleware = (
   req: WithUserContext<IncomingMessage>,
   res: ServerResponse,
@@ -31,9 +35,10 @@ export type Authentication =
 const RETRY_SECONDS = 1
 
 /**
- * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, and `x-api-key`. The headers are
- * left as they are: whoever forwards the request takes them out first, or the upstream sees the key. A refusal is in
- * the shape OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
+ * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and
+ * `api-key`, which Azure's clients send. The headers are left as they are: take them out before you
+ * forward the request, or the upstream sees the key. A refusal is in the shape OpenAI's clients show,
+ * `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
  * an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
  */
 export function createAuthenticate(validate: (virtualKey: string) => Promise<UserContext>) {
@@ -42,7 +47,7 @@ export function createAuthenticate(validate: (virtualKey: string) => Promise<Use
       const virtualKey = keyOf(headers)
       if (virtualKey === undefined) {
         throw new KeyledgerError('virtual_key_missing', 401, {
-          hint: 'send it as `authorization: Bearer …`, `x-virtualkey` or `x-api-key`',
+          hint: 'send it as `authorization: Bearer …`, `x-virtualkey`, `x-api-key` or `api-key`',
         })
       }
       return { userContext: await validate(virtualKey) }
@@ -52,10 +57,16 @@ export function createAuthenticate(validate: (virtualKey: string) => Promise<Use
   }
 }
 
-/** `createAuthenticate` for whoever takes Connect-style middleware. */
+/** `createAuthenticate` as Connect-style middleware. */
 export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
   const authenticate = createAuthenticate(validate)
   return async (req, res, next) => {
+    // a browser's question never carries the key, and no handler may be reached without one
+    if (req.method === 'OPTIONS' && keyOf(req.headers) === undefined) {
+      res.writeHead(204)
+      res.end()
+      return
+    }
     const { userContext, refusal } = await authenticate(req.headers)
     if (refusal) {
       res.writeHead(refusal.status, refusal.headers)
@@ -69,7 +80,12 @@ export function createMiddleware(validate: (virtualKey: string) => Promise<UserC
 
 function keyOf(headers: RequestHeaders): string | undefined {
   const bearer = /^bearer +(.*)$/is.exec(one(headers.authorization) ?? '')
-  return one(headers['x-virtualkey']) || bearer?.[1]?.trim() || one(headers['x-api-key'])
+  return (
+    one(headers['x-virtualkey']) ||
+    bearer?.[1]?.trim() ||
+    one(headers['x-api-key']) ||
+    one(headers['api-key'])
+  )
 }
 
 // Node joins a header that comes twice, and a framework may list it: neither is any key

@@ -59,11 +59,12 @@ export interface BillingModule extends Charging {
    */
   validate(virtualKey: string): Promise<UserContext>
   /**
-   * `validate` for a request: the key is the first found of `x-virtualkey`, a bearer token and `x-api-key`. What is refused
-   * has its whole answer, 401, 403 or 503, in the shape of OpenAI's errors. Never rejects.
+   * `validate` for a request: the key is the first found of `x-virtualkey`, a bearer token, `x-api-key` and `api-key`. A
+   * refusal is the whole answer, 401, 403 or 503, in the shape of OpenAI's errors. Never rejects. It sees no method: answer
+   * a browser's OPTIONS before you ask.
    */
   authenticate(headers: RequestHeaders): Promise<Authentication>
-  /** `authenticate`, Connect-style: sets `req.userContext`, or answers by itself. */
+  /** `authenticate`, Connect-style: sets `req.userContext`, or answers by itself; OPTIONS without a key is 204. */
   middleware(): Middleware
   /**
    * The active nodes mounted on the key, by name: what a gateway calls. Not a read each time: a change of a node is seen

@@ -14,12 +14,14 @@ import { seed } from './support/seed.ts'
 const test = suite('adapters')
 const db = await database(test)
 const postgrest = await db.postgrest()
+let called = 0
 let left = 0
-const upstream = createUpstream().on('request', (_req, res) =>
+const upstream = createUpstream().on('request', (_req, res) => {
+  called++
   res.on('close', () => {
     if (!res.writableFinished) left++
-  }),
-)
+  })
+})
 await new Promise<void>((resolve) => upstream.listen(0, '127.0.0.1', resolve))
 db.onClose(() => {
   upstream.closeAllConnections()
@@ -27,7 +29,7 @@ db.onClose(() => {
 })
 const { port } = upstream.address() as { port: number }
 
-// a key for model `demo`, and for `stall`, which says three words and no more
+// a key for model `demo`, for `stall`, which says three words and no more, and for `hang`, which never answers
 async function caller(url: string, options = {}) {
   const world = await seed(db.operator, options)
   const { nodeId, keyId, key, accountId } = world
@@ -35,19 +37,21 @@ async function caller(url: string, options = {}) {
     nodeId,
     `http://127.0.0.1:${port}/v1`,
   ])
-  const [{ id: stall }] = (await db.operator(
-    `insert into api.config_nodes (name, model, endpoint) values ($1, 'stall', $2) returning id`,
-    [`stall ${nodeId}`, `http://127.0.0.1:${port}/stall/v1`],
-  )) as [{ id: string }]
-  await db.operator(
-    'insert into api.virtual_key_config_nodes (virtual_key_id, config_node_id) values ($1, $2)',
-    [keyId, stall],
-  )
-  await db.operator(
-    `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from)
-     select $1, meter, 1, 1000000, '2020-01-01' from unnest(array['input_tokens', 'output_tokens']) as meter`,
-    [stall],
-  )
+  for (const model of ['stall', 'hang']) {
+    const [{ id }] = (await db.operator(
+      `insert into api.config_nodes (name, model, endpoint) values ($1, $2, $3) returning id`,
+      [`${model} ${nodeId}`, model, `http://127.0.0.1:${port}/${model}/v1`],
+    )) as [{ id: string }]
+    await db.operator(
+      'insert into api.virtual_key_config_nodes (virtual_key_id, config_node_id) values ($1, $2)',
+      [keyId, id],
+    )
+    await db.operator(
+      `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from)
+       select $1, meter, 1, 1000000, '2020-01-01' from unnest(array['input_tokens', 'output_tokens']) as meter`,
+      [id],
+    )
+  }
   return {
     ...world,
     openai: new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 0 }),
@@ -98,7 +102,7 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
     )
     assert.is(response.headers.get('x-usage-id'), charged[0]!.id)
     assert.is(response.headers.get('x-usage-cost'), '0.0000575000')
-    assert.equal((await openai.models.list()).data.map(({ id }) => id).sort(), ['demo', 'stall'])
+    assert.equal((await openai.models.list()).data.map(({ id }) => id).sort(), ['demo', 'hang', 'stall'])
     assert.is(await open(), 0)
     await holdsTrue(db.sql)
   })
@@ -122,10 +126,12 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
     assert.equal(await unfunded.events(), [])
   })
 
-  test(`${name}: the older header of a gateway will do`, async () => {
+  test(`${name}: the older header of a gateway will do, and that of Azure's client`, async () => {
     const { key } = await caller(gateway.url)
-    const response = await fetch(`${gateway.url}/v1/models`, { headers: { 'x-virtualkey': key } })
-    assert.is(response.status, 200)
+    for (const header of ['x-virtualkey', 'api-key']) {
+      const response = await fetch(`${gateway.url}/v1/models`, { headers: { [header]: key } })
+      assert.is(response.status, 200, header)
+    }
   })
 
   test(`${name}: a caller who leaves mid-stream pays for what came, and no hold is left`, async () => {
@@ -143,10 +149,11 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
 
   test(`${name}: a caller who leaves before anything came pays nothing, and no hold is left`, async () => {
     const { openai, events, open } = await caller(gateway.url)
-    const before = left
+    const [before, calls] = [left, called]
     const leave = new AbortController()
-    const asked = openai.chat.completions.create({ model: 'stall', messages }, { signal: leave.signal })
-    await until(async () => await open(), 'the hold')
+    const asked = openai.chat.completions.create({ model: 'hang', messages }, { signal: leave.signal })
+    await until(() => called > calls, 'the call')
+    assert.is(await open(), 1)
     leave.abort()
     await failure(asked)
     await until(async () => !(await open()), 'the hold to end')

@@ -42,7 +42,7 @@ test.after.each(() => {
   }
 })
 
-test('x-virtualkey counts before the bearer token, and that before x-api-key', async () => {
+test('x-virtualkey counts before the bearer token, that before x-api-key, and that before api-key', async () => {
   const seen: string[] = []
   const ask = await serve(
     createMiddleware(async (virtualKey) => {
@@ -54,6 +54,12 @@ test('x-virtualkey counts before the bearer token, and that before x-api-key', a
     [{ 'x-virtualkey': 'a', authorization: 'Bearer b', 'x-api-key': 'c' }, 'a'],
     [{ authorization: 'Bearer b', 'x-api-key': 'c' }, 'b'],
     [{ 'x-api-key': 'c' }, 'c'],
+    [{ 'x-virtualkey': 'a', 'api-key': 'd' }, 'a'],
+    [{ authorization: 'Bearer b', 'api-key': 'd' }, 'b'],
+    [{ 'x-api-key': 'c', 'api-key': 'd' }, 'c'],
+    [{ 'api-key': 'd' }, 'd'],
+    [{ authorization: 'Bearer ', 'x-api-key': ' ', 'api-key': ' d ' }, 'd'],
+    [{ 'api-key': ['d', 'd2'] }, 'd, d2'],
     [{ authorization: 'bearer b' }, 'b'],
     [{ authorization: 'BEARER   b  ' }, 'b'],
     [{ authorization: 'Bearer b b' }, 'b b'],
@@ -117,6 +123,45 @@ test('each refusal has its status, its headers and a body that says why', async 
       [status, ''],
     )
   }
+})
+
+test('OPTIONS without a key ends in 204: no handler sees it, and headers set before go with it', async () => {
+  const validated: string[] = []
+  const handled: string[] = []
+  const middleware = createMiddleware(async (virtualKey) => {
+    validated.push(virtualKey)
+    if (virtualKey === 'a') return { user_id: 'a' } as UserContext
+    throw new KeyledgerError('virtual_key_unknown', 401)
+  })
+  const preflight = {
+    origin: 'https://page.example',
+    'access-control-request-method': 'POST',
+    'access-control-request-headers': 'authorization',
+  }
+  const ask = await serve((req, res, next) => {
+    res.setHeader('access-control-allow-origin', 'https://page.example')
+    return middleware(req, res, () => {
+      handled.push(`${req.method} ${req.userContext?.user_id}`)
+      next()
+    })
+  })
+  for (const headers of [preflight, {}, { ...preflight, authorization: 'Basic Yjpi' }]) {
+    const { status, body, ...answer } = await ask(headers, 'OPTIONS')
+    assert.equal([status, body], [204, ''])
+    assert.is(answer.headers['access-control-allow-origin'], 'https://page.example')
+  }
+  assert.equal([validated, handled], [[], []])
+
+  // the same headers open no other method, and a key is looked at whatever the method is
+  for (const method of ['POST', 'GET', 'HEAD']) {
+    const { status, headers } = await ask(preflight, method)
+    assert.is(status, 401, method)
+    assert.is(headers['access-control-allow-origin'], 'https://page.example')
+  }
+  assert.is((await ask({ ...preflight, 'x-virtualkey': 'b' }, 'OPTIONS')).status, 401)
+  assert.equal(handled, [])
+  assert.is((await ask({ ...preflight, 'api-key': 'a' }, 'OPTIONS')).status, 200)
+  assert.equal([validated, handled], [['b', 'a'], ['OPTIONS a']])
 })
 
 test('what fails after the middleware is not answered as a refused key', async () => {

@@ -571,23 +571,4 @@ test('GET /healthz says how it is, to anybody', async () => {
   await until(async () => (await ask()) === '200 ok', 'health')
 })
 
-test('events without content, in any packets, of any line ends, are read', async () => {
-  const { serverSentEvents } = await import('../examples/metering.ts')
-  const text = ': comment\n\ndata: {"a":\r\ndata:"ü"}\r\n\r\nevent: x\ndata:b\n\nid: 1\n\ndata: cut'
-  const bytes = Buffer.from(text)
-  for (const size of [1, 2, 7, bytes.length]) {
-    const packets = Array.from({ length: Math.ceil(bytes.length / size) }, (_, n) =>
-      bytes.subarray(n * size, (n + 1) * size),
-    )
-    const read: string[] = []
-    for await (const data of serverSentEvents(
-      (async function* () {
-        yield* packets
-      })(),
-    ))
-      read.push(data)
-    assert.equal(read, ['{"a":\n"ü"}', 'b'])
-  }
-})
-
 test.run()

@@ -1,0 +1,45 @@
+// The money of one try at a node: a hold before it, kept up while it lasts, and one way out.
+import type { ConfigNode, Meters, UsageAnswer, UsageEvent, UserContext } from 'keyledger'
+import { billing } from './billing.ts'
+
+// s that a hold outlives this process; while an answer lasts, it is extended
+const HOLD_SECONDS = Number(process.env.HOLD_SECONDS ?? 900)
+
+/** The usage, and its labels. */
+export type Used = Pick<UsageEvent, 'meters' | 'request_id' | 'metadata'>
+
+/**
+ * Sets aside the most that the try may cost. `end` counts once: it charges the usage, or gives
+ * everything back.
+ */
+export async function openHold(context: UserContext, { id: config_node_id }: ConfigNode, meters: Meters) {
+  const hold = await billing.hold(context, { config_node_id, meters, expires_in: HOLD_SECONDS })
+  // three times in the life of the hold
+  const extending = setInterval(() => billing.extend(hold, HOLD_SECONDS).catch(() => {}), HOLD_SECONDS * 333)
+  let ended: Promise<UsageAnswer | undefined> | undefined
+
+  async function charge(used: Used) {
+    // one event a hold, so that the hold's id will do
+    const { virtual_key_id, account_id } = context
+    const event = { id: hold.id, hold_id: hold.id, account_id, virtual_key_id, config_node_id, ...used }
+    try {
+      return await billing.recordUsage(event)
+    } catch (error) {
+      console.error(`nobody knows if this is recorded; repeat it as it is: ${JSON.stringify(event)}`, error)
+    }
+  }
+  async function release() {
+    // should it fail, the hold expires
+    await billing.release(hold).catch(() => {})
+    return undefined
+  }
+
+  return {
+    id: hold.id,
+    end(used?: Used) {
+      clearInterval(extending)
+      ended ??= used ? charge(used) : release()
+      return ended
+    },
+  }
+}
