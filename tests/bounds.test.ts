@@ -196,6 +196,10 @@ test('an account dated ahead goes on at that date, and is reported', async () =>
   await one.use('1')
   const problems = await db.operator('select problem from api.verify_balances($1)', [one.accountId])
   assert.equal(problems, [{ problem: 'head_at is in the future' }])
+  const close = db
+    .operator('select * from api.close_period(clock.now())')
+    .catch(({ code, message }) => [code, message])
+  assert.equal(await close, ['PT409', 'account_is_ahead'])
   await move(3600)
   assert.equal(await db.operator('select problem from api.verify_balances($1)', [one.accountId]), [])
 })

@@ -241,6 +241,10 @@ begin
       return;
     end if;
     perform data.await_postings(account_id);
+    if (select a.head_at from data.account_balance a where a.account_id = seal.account_id) > clock_timestamp() + interval '1 minute' then
+      perform data.refuse(409, 'account_is_ahead', 'account ' || account_id || ' has entries of a time to come: the server''s clock was ahead',
+        'close the other accounts by `after`; close this one when that time has come');
+    end if;
 
     -- names as they are now: a statement is not to change with them
     select a.account_id, coalesce(v_previous.period_end, a.created_at), a.currency, coalesce(t.name, u.display_name)
@@ -375,7 +379,7 @@ comment on function api.close_period(timestamptz, uuid, integer) is
 'Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening.
 A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit` how many (100); an empty page is the
 end. Repeated, it answers the same rows and changes nothing. Entries belong to the period they were posted in; charges go on meanwhile.
-409 period_is_sealed (before the last one sealed), usage_is_incomplete; 422 invalid_period_end (in the future, for one), invalid_limit.';
+409 period_is_sealed (before the last one sealed), usage_is_incomplete, account_is_ahead (dated by a clock that was ahead); 422 invalid_period_end (in the future, for one), invalid_limit.';
 grant execute on function api.close_period(timestamptz, uuid, integer) to keyledger_operator;
 
 create or replace function api.statement(
