@@ -28,7 +28,7 @@ async function send(path: string, rows: Row[], prefer: string[] = [], method = '
     },
     body: JSON.stringify(method === 'PATCH' ? rows[0] : rows),
   })
-  return { status: response.status, answer: await response.json() }
+  return { status: response.status, answer: (await response.json()) as Row }
 }
 const withDefaults = ['missing=default']
 const merging = ['resolution=merge-duplicates']
@@ -237,7 +237,7 @@ test('views are embedded in each other where docs/api.md says so, and nowhere el
   for (const a of views)
     for (const b of views) {
       const response = await fetch(`${url}/${a}?select=*,${b}(*)&limit=0`, { headers: { authorization } })
-      const { code } = response.ok ? { code: null } : await response.json()
+      const { code } = response.ok ? { code: null } : ((await response.json()) as Row)
       assert.ok([null, 'PGRST200'].includes(code), `${a} ${b}: ${code}`)
       if (!code) embedded.push(`${a} ${b}`)
     }

@@ -147,4 +147,8 @@ create domain data.entry_kind as text constraint kind_is_known check (value in (
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -175,4 +175,8 @@ comment on table data.accounting_snapshot is 'Sealed statements, one per account
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

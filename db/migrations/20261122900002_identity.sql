@@ -259,4 +259,8 @@ create or replace trigger open_account after insert on data.user_profile
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -366,4 +366,8 @@ alter view api.prices alter column effective_from set default now();
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

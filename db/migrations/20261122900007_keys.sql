@@ -523,4 +523,8 @@ grant execute on function api.set_status(text, uuid, text, text) to keyledger_op
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;
