@@ -467,7 +467,8 @@ export interface Functions {
   /** Resolves a virtual key to who pays, and what they have. */
   resolve_billing_account: {
     args: {
-      vk: string
+      vk?: string | null
+      key_hash?: string | null
     }
     result: {
       virtual_key_id: string | null

@@ -44,6 +44,10 @@ const unavailable: Meaning = [
 ]
 const invalidToken: Meaning = ['invalid_token', 401, 'give postgrestRpc a `token` that PostgREST accepts']
 
+// each role has a right on schema api, from `dbmate up`: a dump without privileges brings none
+const notInstalled =
+  'take a role of keyledger; if it is one, the database was loaded from a dump without privileges: install by `dbmate up`, then restore data alone'
+
 // by SQLSTATE or PostgREST code; else by class (PGRST and a digit, or the first two characters)
 const meanings: Record<string, Meaning> = {
   '08': unavailable,
@@ -100,7 +104,8 @@ export function fromServer({ code, message, ...more }: ServerError): KeyledgerEr
   const said = [code.startsWith('22') ? message.replace(/".*"/s, '"…"') : message]
   if (detail && !code.startsWith('22')) said.push(detail)
   if (!known) said.unshift(code)
-  return new KeyledgerError(name, status, { detail: said.join(': '), hint: more.hint || hint })
+  const missing = code === '42501' && /for schema api$/.test(message) ? notInstalled : undefined
+  return new KeyledgerError(name, status, { detail: said.join(': '), hint: more.hint || missing || hint })
 }
 
 /** Nobody answered: `timeout` (504) if that was the reason, else `unavailable` (503). */

@@ -14,6 +14,7 @@ import {
   type Rpc,
   toJson,
   toText,
+  withoutRawKey,
 } from './rpc.ts'
 
 export interface PgRpcOptions {
@@ -114,7 +115,8 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 
   return {
-    async call<T>(fn: string, args: Record<string, unknown> = {}, { select }: CallOptions = {}) {
+    async call<T>(fn: string, given: Record<string, unknown> = {}, { select }: CallOptions = {}) {
+      const args = withoutRawKey(fn, given)
       const names = Object.keys(args).filter((name) => args[name] !== undefined)
       const list = select && columnList(select, 'c.')
       const shape = await shapeOf(identifier(fn), names)

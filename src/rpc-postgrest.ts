@@ -1,6 +1,15 @@
 // The transport over HTTP: PostgREST's /rpc and views, by fetch.
 import { fromHttp, fromNetwork, fromServer, functionNotFound, KeyledgerError } from './errors.ts'
-import { argumentsJson, columns, count, identifier, ordering, type Rpc, toText } from './rpc.ts'
+import {
+  argumentsJson,
+  columns,
+  count,
+  identifier,
+  ordering,
+  type Rpc,
+  toText,
+  withoutRawKey,
+} from './rpc.ts'
 
 export interface PostgrestRpcOptions {
   /** The root of PostgREST, `http://127.0.0.1:3000`. */
@@ -63,7 +72,7 @@ export function postgrestRpc({
     ) {
       const query = select ? `?select=${selected(select)}` : ''
       try {
-        return (await request(`/rpc/${identifier(fn)}${query}`, argumentsJson(args))) as T
+        return (await request(`/rpc/${identifier(fn)}${query}`, argumentsJson(withoutRawKey(fn, args)))) as T
       } catch (error) {
         if (!(error instanceof KeyledgerError) || error.code !== 'function_not_found') throw error
         throw functionNotFound(fn, Object.keys(args))

@@ -1,4 +1,5 @@
 // The one interface to schema `api`, and what its two transports share: checking names, and making JSON.
+import { createHash } from 'node:crypto'
 import type { Functions, Views } from './catalog.ts'
 import { invalidInput } from './errors.ts'
 
@@ -87,6 +88,13 @@ export interface Transport {
   call<T>(fn: string, args?: Record<string, unknown>, options?: CallOptions): Promise<T>
   rows<T>(view: string, query: RowsQuery): Promise<T[]>
   close(): Promise<void>
+}
+
+/** The arguments with the sha-256 of a raw key in its place: the server's log may show a statement, and what it was given. */
+export function withoutRawKey(fn: string, args: Record<string, unknown>): Record<string, unknown> {
+  const { vk, ...rest } = args
+  if (fn !== 'resolve_billing_account' || typeof vk !== 'string') return args
+  return { ...rest, key_hash: createHash('sha256').update(toText(vk)).digest('hex') }
 }
 
 // PostgREST reads these in a query string as its own

@@ -292,7 +292,7 @@ test('pauses between tries grow, and end at the deadline with the last error', a
   )
   const codes = await outcomes([add(1), add(2)])
   assert.equal(codes, Array(2).fill(moments.length % 2 ? 'deadlock' : 'unavailable'))
-  assert.ok(performance.now() - start < 1500)
+  assert.ok(performance.now() - start < 5000)
   const pauses = moments.slice(1).map((moment, i) => moment - moments[i]!)
   assert.ok(pauses.length >= 2 && pauses.length <= 6, `${pauses}`)
   pauses.forEach((pause, i) => {

@@ -82,7 +82,7 @@ test('credit that ran out, and a hold that is drawn, by a session of another Dat
   const account = await payer(db, { funds: '10' })
   const { accountId } = account
   const held = await account.hold('1')
-  const expires = new Date(Date.now() + 1000)
+  const expires = new Date(Date.now() + 2000) // later than the grant is made
   await account.grant('5', { expires_at: expires })
   await until(() => Date.now() > expires.getTime() + 100, 'the grant to run out')
   const session = await db.session()

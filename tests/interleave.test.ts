@@ -226,8 +226,8 @@ for (const a of Object.keys(threeWay))
         await session.query(...threeWay[name]!(world))
         await session.query('commit')
       })
-      // whichever of them waits, waits for the first
-      await Promise.race([...rest, ...all.slice(1).map((session) => db.blocked(session))])
+      // each has ended or waits: for the first, or for the other that waits for the first
+      await Promise.all(rest.map((done, i) => db.blocked(all[i + 1]!, done)))
       await all[0]!.query('commit')
       await Promise.all(rest)
       assert.is((await resolve(world.keyHash)).code, 'tenant_suspended')

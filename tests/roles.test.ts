@@ -65,7 +65,7 @@ const views: Record<string, Record<string, string>> = {
   config_nodes: {
     [gateway]: read,
     [operator]:
-      'select, insert (endpoint, id, model, name, provider, status), update (endpoint, model, name, provider, status)',
+      'select, insert (endpoint, id, model, name, provider, status), update (endpoint, id, model, name, provider, status)',
   },
   holds: { [gateway]: read, [operator]: read, [member]: read },
   prices: {
@@ -77,18 +77,19 @@ const views: Record<string, Record<string, string>> = {
   status_changes: { [operator]: read, [member]: read },
   tenants: {
     [operator]:
-      'select, insert (currency, external_id, id, name, status), update (external_id, name, status)',
+      'select, insert (currency, external_id, id, name, status), update (currency, external_id, id, name, status)',
     [member]: read,
   },
   usage_logs: { [operator]: read, [member]: read },
   user_profiles: {
     [operator]:
-      'select, insert (currency, display_name, external_id, id, status, tenant_id, tenant_role), update (display_name, external_id, status, tenant_id, tenant_role)',
+      'select, insert (currency, display_name, external_id, id, status, tenant_id, tenant_role), update (currency, display_name, external_id, id, status, tenant_id, tenant_role)',
     [member]: read,
   },
   virtual_key_config_nodes: {
     [gateway]: read,
-    [operator]: 'select, insert (config_node_id, virtual_key_id), delete',
+    [operator]:
+      'select, insert (config_node_id, virtual_key_id), update (config_node_id, virtual_key_id), delete',
   },
   virtual_keys: { [operator]: read, [member]: read },
 }

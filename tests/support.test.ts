@@ -1,7 +1,8 @@
 // The helpers the other tests stand on.
+import { spawn } from 'node:child_process'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { database, once } from './support/database.ts'
+import { database, once, testServer } from './support/database.ts'
 import { failure } from './support/failure.ts'
 import { seed } from './support/seed.ts'
 
@@ -51,8 +52,57 @@ test('a session that waits for a lock is seen to wait', async () => {
   await db.blocked(second)
   await first.query('commit')
   await waiting
+  // one that did not wait is not waited for
+  await db.blocked(second, second.query('select 1'))
   await first.end()
   await second.end()
 })
+
+// a file that does `what`, and how it ended
+async function file(what: string) {
+  const at = (path: string) => JSON.stringify(new URL(path, import.meta.url).href)
+  const code = `
+    import { suite } from 'uvu'
+    import { database } from ${at('support/database.ts')}
+    const test = suite('leaks')
+    const db = await database(test)
+    test('one', async () => { ${what} })
+    test.run()`
+  const argv = [...process.execArgv, '--input-type=module', '-e', code]
+  const child = spawn(process.execPath, argv, { stdio: ['ignore', 'pipe', 'pipe'] })
+  let said = ''
+  for (const stream of [child.stdout, child.stderr]) stream.on('data', (text) => (said += text))
+  const start = performance.now()
+  const exit = await new Promise((resolve) => child.on('close', resolve))
+  return {
+    exit,
+    said,
+    seconds: (performance.now() - start) / 1000,
+    name: `${testServer().template}_${child.pid}`,
+  }
+}
+
+test('a client on its way back at the end of a file is waited for', async () => {
+  const { exit, said } = await file(`void db.sql('select pg_sleep(0.3)')`)
+  assert.is(exit, 0, said)
+})
+
+const leaks: Record<string, [what: string, says: RegExp]> = {
+  'a client of its pools': [
+    `await db.as('keyledger_gateway')('select 1'); void db.sql('select pg_sleep(60)').catch(() => {})`,
+    /a client was never released/,
+  ],
+  'a session': [`await db.session('keyledger_gateway')`, /connections left open/],
+  'what onClose throws': [`db.onClose(() => { throw new Error('could not close') })`, /could not close/],
+}
+for (const [name, [what, says]] of Object.entries(leaks))
+  test(`a file that leaves ${name} fails, says so after its results, and ends`, async () => {
+    const { exit, said, seconds, name } = await file(what)
+    assert.is(exit, 1, said)
+    assert.match(said, says)
+    assert.match(said, /Passed: +1/)
+    assert.ok(seconds < 30, `${seconds} s`)
+    assert.equal(await db.sql('select from pg_database where datname = $1', [name]), [])
+  })
 
 test.run()

@@ -20,40 +20,40 @@ begin
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
       'available_past_grants', 'await_postings', 'billing_transaction', 'bounded_element', 'broken_fact', 'budget',
       'budget_code', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller', 'charged_before', 'check_entry',
-      'codes_now', 'config_node', 'config_node_updated', 'count_spend', 'credit_grant', 'currency', 'end_due_grants',
-      'end_due_holds', 'end_or_extend_holds', 'end_parked_holds', 'entry_hash', 'entry_kind', 'epoch_time',
-      'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once',
-      'grant_draw', 'has_absurd_numbers', 'hash_context', 'hold', 'hold_open', 'hold_parked', 'invalidate',
-      'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account', 'keep_key_identity',
-      'keep_owner_identity', 'kept_event', 'key_context', 'key_hash', 'local_moment', 'lock_account',
-      'lock_accounts', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent', 'make_usage_partitions',
-      'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated', 'movements_of',
-      'new_entry', 'new_virtual_key', 'note_status', 'open_account', 'open_virtual_key_use', 'outbox_horizon',
-      'park', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended',
-      'read_array', 'read_cursor', 'read_hold_requests', 'read_key_imports', 'read_openings', 'read_usage_events',
-      'recount_budget', 'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_previous_hash',
-      'rejected_usage', 'rejected_usage_sets_aside', 'rejected_usage_unresolved', 'replay_parked',
-      'require_positive_amount', 'require_reason', 'resolve_parked', 'seal', 'seq_before', 'sha256', 'shown',
-      'shown_hold', 'shrink_parked', 'spend_time', 'status_change', 'tell_crossings', 'tell_exhausted_budgets',
-      'tenant', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
-      'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_faults', 'usage_line', 'usage_log', 'usage_of',
-      'usage_seal', 'usage_window', 'usage_window_now', 'user_profile', 'user_profile_updated', 'uuid_floor',
-      'uuid_time', 'uuidv7', 'verify_budgets', 'verify_entries', 'verify_figures', 'verify_grants',
-      'verify_statements', 'verify_usage', 'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted',
-      'virtual_key_inserted', 'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user',
-      'wake_for_news', 'window_start', 'without_keys'
+      'check_written', 'codes_now', 'config_node', 'config_node_updated', 'count_spend', 'credit_grant', 'currency',
+      'end_due_grants', 'end_due_holds', 'end_or_extend_holds', 'end_parked_holds', 'entry_hash', 'entry_kind',
+      'epoch_time', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
+      'freeze_reference_is_used_once', 'grant_draw', 'has_absurd_numbers', 'hash_context', 'hold', 'hold_open',
+      'hold_parked', 'invalidate', 'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account',
+      'keep_key_identity', 'keep_node_identity', 'keep_owner_identity', 'kept_event', 'key_context', 'key_hash',
+      'local_moment', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent',
+      'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated',
+      'movements_of', 'new_entry', 'new_virtual_key', 'note_status', 'open_account', 'open_virtual_key_use',
+      'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters',
+      'purge_ended', 'read_array', 'read_cursor', 'read_hold_requests', 'read_key_imports', 'read_openings',
+      'read_usage_events', 'recount_budget', 'reference_is_used_once', 'refuse', 'refuse_dropped_usage',
+      'refuse_previous_hash', 'rejected_usage', 'rejected_usage_sets_aside', 'rejected_usage_unresolved',
+      'replay_parked', 'require_positive_amount', 'require_reason', 'resolve_parked', 'seal', 'seq_before', 'sha256',
+      'shown', 'shown_hold', 'shrink_parked', 'spend_time', 'status_change', 'tell_crossings',
+      'tell_exhausted_budgets', 'tenant', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment',
+      'to_quantity', 'to_uuid', 'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_faults', 'usage_line',
+      'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now', 'user_profile',
+      'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets', 'verify_entries',
+      'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer', 'virtual_key',
+      'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
+      'virtual_key_use', 'visible_account', 'visible_user', 'wake_for_news', 'window_start', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
-      'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at',
-      'billing_accounts', 'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period',
-      'config_nodes', 'create_virtual_key', 'dismiss_rejected_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
-      'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
-      'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
-      'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',
-      'resolve_virtual_key', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
-      'set_credit_limit', 'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement',
-      'status_changes', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles',
-      'verify_balances', 'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
+      'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at', 'billing_accounts',
+      'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period', 'config_nodes',
+      'create_virtual_key', 'dismiss_rejected_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
+      'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain',
+      'new_id', 'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
+      'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account', 'resolve_virtual_key',
+      'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget', 'set_credit_limit',
+      'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement', 'status_changes', 'tenants',
+      'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles', 'verify_balances', 'verify_ledger',
+      'virtual_key_config_nodes', 'virtual_keys'
     ]);
   if v_clashes is not null then
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes
@@ -147,4 +147,8 @@ create domain data.entry_kind as text constraint kind_is_known check (value in (
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -139,4 +139,8 @@ comment on table data.price is 'Dated unit prices per node, meter and currency; 
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -68,6 +68,8 @@ create table data.billing_transaction (
 alter table data.billing_transaction alter column usage_list set storage external;
 -- the refunds of an entry
 create index on data.billing_transaction (account_id, refund_of_seq) where refund_of_seq is not null;
+-- payments of a debt, few among many charges: what is overdue is read of these alone
+create index on data.billing_transaction (account_id, seq) include (outstanding_delta) where outstanding_delta < 0;
 -- a payment id is used once per account
 create unique index reference_is_used_once on data.billing_transaction (account_id, reference) where reference is not null;
 
@@ -177,4 +179,8 @@ comment on table data.accounting_snapshot is 'Sealed statements, one per account
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

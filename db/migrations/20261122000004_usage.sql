@@ -72,4 +72,8 @@ comment on table data.rejected_usage is 'Events that could not be charged yet, k
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

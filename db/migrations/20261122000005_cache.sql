@@ -31,4 +31,8 @@ comment on table data.outbox_horizon is 'How far each outbox has been purged.';
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -315,4 +315,8 @@ grant execute on function api.id_at(timestamptz) to keyledger_gateway, keyledger
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

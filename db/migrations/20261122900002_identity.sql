@@ -64,6 +64,48 @@ $$;
 create or replace trigger lock_parents before insert or update on data.virtual_key_config_node
   for each row execute function data.lock_mount_parents();
 
+-- An operator's mistake is refused in words, before a constraint names a table that no role sees.
+-- The trigger's arguments are the columns that must not be null.
+create or replace function data.check_written()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row jsonb := to_jsonb(new);
+  v_missing text := (select min(a.name) from unnest(tg_argv) as a (name) where v_row ->> a.name is null);
+  v_currency text := v_row ->> 'currency';
+begin
+  if v_missing is not null then
+    perform data.refuse(422, 'value_required', format('%s: %s is null', tg_table_name, v_missing),
+      'give it in each row, or in none; for a default where a row has none, send "Prefer: missing=default" '
+      '(postgrest-js: defaultToNull: false)');
+  end if;
+  perform data.refuse(422, 'invalid_currency', tg_table_name || ': a currency is three capital letters of ISO 4217',
+    format('write "%s"', case when v_currency ~* '^[a-z]{3}$' then upper(v_currency) else 'USD' end));
+  return null;
+end
+$$;
+create or replace trigger check_written before insert or update on data.tenant
+  for each row when (num_nulls(new.id, new.name, new.currency, new.status) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('id', 'name', 'currency', 'status');
+create or replace trigger check_written before insert or update on data.user_profile
+  for each row
+  when (num_nulls(new.id, new.tenant_role, new.currency, new.status) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('id', 'tenant_role', 'currency', 'status');
+create or replace trigger check_written before insert or update on data.config_node
+  for each row when (num_nulls(new.id, new.name, new.status) > 0)
+  execute function data.check_written('id', 'name', 'status');
+create or replace trigger check_written before insert or update on data.virtual_key_config_node
+  for each row when (num_nulls(new.virtual_key_id, new.config_node_id) > 0)
+  execute function data.check_written('virtual_key_id', 'config_node_id');
+create or replace trigger check_written before insert on data.price
+  for each row when (
+    num_nulls(new.config_node_id, new.meter, new.unit_price, new.unit_size, new.currency, new.effective_from) > 0
+    or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('config_node_id', 'meter', 'unit_price', 'unit_size', 'currency', 'effective_from');
+
 -- what never changes
 create or replace function data.keep_owner_identity()
 returns trigger
@@ -88,6 +130,20 @@ create or replace trigger keep_identity before update on data.tenant
   for each row execute function data.keep_owner_identity();
 create or replace trigger keep_identity before update on data.user_profile
   for each row execute function data.keep_owner_identity();
+
+create or replace function data.keep_node_identity()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
+  return null;
+end
+$$;
+create or replace trigger keep_identity before update on data.config_node
+  for each row when (new.id <> old.id) execute function data.keep_node_identity();
 
 create or replace function data.keep_key_identity()
 returns trigger
@@ -203,4 +259,8 @@ create or replace trigger open_account after insert on data.user_profile
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

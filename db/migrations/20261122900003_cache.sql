@@ -279,4 +279,8 @@ grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

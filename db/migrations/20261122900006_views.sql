@@ -288,7 +288,9 @@ Fix the cause, then call replay_rejected_usage; or dismiss_rejected_usage, if it
 stays set aside until then.';
 grant select on api.rejected_usage to keyledger_operator;
 
--- writable by the operator; columns that follow from others are read-only by grant
+-- Writable by the operator; columns that follow from others are read-only by grant.
+-- Their defaults are the tables', named again: PostgREST knows those of a view only.
+-- A fixed column may be written as it is, since an upsert repeats it; a trigger refuses its change.
 
 create or replace view api.tenants with (security_barrier) as
 select t.id, t.name, t.external_id, t.currency, t.status, t.created_at
@@ -299,7 +301,11 @@ comment on view api.tenants is
 'Paying organisations.
 Inserting one opens its account; `currency` is fixed then. Suspend by status; `closed` is final.';
 grant select on api.tenants to keyledger_operator, keyledger_member;
-grant insert (id, name, external_id, currency, status), update (name, external_id, status) on api.tenants to keyledger_operator;
+grant insert (id, name, external_id, currency, status), update (id, name, external_id, currency, status)
+  on api.tenants to keyledger_operator;
+alter view api.tenants alter column id set default gen_random_uuid();
+alter view api.tenants alter column currency set default 'USD';
+alter view api.tenants alter column status set default 'active';
 
 create or replace view api.user_profiles with (security_barrier) as
 select u.id, u.tenant_id, u.tenant_role, u.external_id, u.display_name, u.currency, u.status, u.account_id, u.created_at
@@ -312,7 +318,12 @@ comment on view api.user_profiles is
 Inserting one opens its own account, unused while it has a tenant. Suspend by status; `closed` is final.';
 grant select on api.user_profiles to keyledger_operator, keyledger_member;
 grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
-  update (tenant_id, tenant_role, external_id, display_name, status) on api.user_profiles to keyledger_operator;
+  update (id, tenant_id, tenant_role, external_id, display_name, currency, status)
+  on api.user_profiles to keyledger_operator;
+alter view api.user_profiles alter column id set default gen_random_uuid();
+alter view api.user_profiles alter column tenant_role set default 'member';
+alter view api.user_profiles alter column currency set default 'USD';
+alter view api.user_profiles alter column status set default 'active';
 
 create or replace view api.status_changes with (security_barrier) as
 select c.id, c.entity, c.entity_id, c.old_status, c.new_status, c.actor, c.reason, c.created_at
@@ -337,14 +348,17 @@ create or replace view api.config_nodes as
 select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at from data.config_node n;
 comment on view api.config_nodes is 'Upstream instances (deployments, channels); prices belong to them.';
 grant select on api.config_nodes to keyledger_gateway, keyledger_operator;
-grant insert (id, name, provider, model, endpoint, status), update (name, provider, model, endpoint, status)
+grant insert (id, name, provider, model, endpoint, status), update (id, name, provider, model, endpoint, status)
   on api.config_nodes to keyledger_operator;
+alter view api.config_nodes alter column id set default gen_random_uuid();
+alter view api.config_nodes alter column status set default 'active';
 
 create or replace view api.virtual_key_config_nodes as
 select m.virtual_key_id, m.config_node_id, m.created_at from data.virtual_key_config_node m;
 comment on view api.virtual_key_config_nodes is 'Mounts: the nodes a key may hold funds for.';
 grant select on api.virtual_key_config_nodes to keyledger_gateway, keyledger_operator;
-grant insert (virtual_key_id, config_node_id), delete on api.virtual_key_config_nodes to keyledger_operator;
+grant insert (virtual_key_id, config_node_id), update (virtual_key_id, config_node_id), delete
+  on api.virtual_key_config_nodes to keyledger_operator;
 
 create or replace view api.prices as
 select p.id, p.config_node_id, p.meter, p.unit_price, p.unit_size, p.currency, p.effective_from, p.created_at from data.price p;
@@ -353,8 +367,15 @@ comment on view api.prices is
 Append-only: a new price is a new row. Usual meters: input_tokens, cached_input_tokens, output_tokens, requests.';
 grant select on api.prices to keyledger_gateway, keyledger_operator, keyledger_member;
 grant insert (config_node_id, meter, unit_price, unit_size, currency, effective_from) on api.prices to keyledger_operator;
+alter view api.prices alter column unit_size set default 1;
+alter view api.prices alter column currency set default 'USD';
+alter view api.prices alter column effective_from set default now();
 
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

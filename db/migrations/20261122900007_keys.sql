@@ -107,7 +107,8 @@ of one that was rotated. No money in it, so it may be cached. Unknown: 404 virtu
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
 
 create or replace function api.resolve_billing_account(
-  vk text,
+  vk text default null,
+  key_hash text default null,
   out virtual_key_id uuid,
   out user_id uuid,
   out tenant_id uuid,
@@ -144,9 +145,11 @@ begin
   into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
     user_status, tenant_status, code, valid_until, config_node_ids
   from data.hash_context c
-  where c.key_hash = sha256(convert_to(vk, 'UTF8'));
+  where c.key_hash = coalesce(sha256(convert_to(vk, 'UTF8')),
+    case when resolve_billing_account.key_hash ~ '^[0-9a-f]{64}$' then decode(resolve_billing_account.key_hash, 'hex') end);
   if virtual_key_id is null then
-    perform data.refuse(404, 'virtual_key_unknown', 'no such virtual key', 'send the key itself, not its hash');
+    perform data.refuse(404, 'virtual_key_unknown', 'no such virtual key',
+      'send the key as vk, or its sha-256 as key_hash: 64 lower-case hex digits');
   end if;
 
   select a.owner, a.currency, a.balance, a.free_credit, a.credit_limit, a.frozen_balance, a.outstanding_amount,
@@ -160,10 +163,10 @@ begin
   end if;
 end
 $$;
-comment on function api.resolve_billing_account(text) is
+comment on function api.resolve_billing_account(text, text) is
 'Resolves a virtual key to who pays, and what they have.
-`vk` is the key itself. Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
-grant execute on function api.resolve_billing_account(text) to keyledger_gateway;
+`vk` is the key itself; or `key_hash` its sha-256, which no log of the server can betray. Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
+grant execute on function api.resolve_billing_account(text, text) to keyledger_gateway;
 
 -- a new key's text, of 256 bits out of two random uuids of 122 bits each
 create or replace function data.new_virtual_key()
@@ -522,4 +525,8 @@ grant execute on function api.set_status(text, uuid, text, text) to keyledger_op
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -668,4 +668,8 @@ grant execute on function api.dismiss_rejected_usage(uuid[], text) to keyledger_
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

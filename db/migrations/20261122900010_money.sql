@@ -354,4 +354,8 @@ grant execute on function api.set_credit_limit(uuid, numeric, text) to keyledger
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

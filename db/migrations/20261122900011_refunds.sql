@@ -179,4 +179,8 @@ grant execute on function api.reverse_top_up(uuid, bigint, numeric, text, text, 
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -364,4 +364,8 @@ grant execute on function api.verify_balances(uuid) to keyledger_operator;
 reset role;
 
 -- migrate:down
--- none: a ledger is not rolled back
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -32,8 +32,8 @@ export interface Database {
   member(userId: string): Sql
   /** A connection of its own with the role set, for tests that interleave. The test must `end()` it. */
   session(role?: Role, claims?: Record<string, unknown>): Promise<pg.Client>
-  /** Waits until the session waits for a lock. */
-  blocked(session: pg.Client): Promise<void>
+  /** Waits until the session waits for a lock; or until `unless`, its statement, has ended. */
+  blocked(session: pg.Client, unless?: Promise<unknown>): Promise<void>
   /** PostgREST on this database, started at the first call. */
   postgrest(): Promise<Server & { token(claims: Claims): Promise<string> }>
   /** A Redis of the file's own, started at the first call. */
@@ -81,23 +81,29 @@ export async function database(suite: Test): Promise<Database> {
   }
 
   suite.after(async () => {
-    try {
-      for (const close of closes.reverse()) await close()
-      for (const server of started.values()) await (await server).stop()
-      // a pool with a client that was never released would never end
-      if (pools.some((each) => each.totalCount > each.idleCount))
-        throw new Error('a client was never released')
-      for (const each of pools) await each.end()
+    const faults: unknown[] = []
+    const step = async (what: () => unknown) => {
+      try {
+        await what()
+      } catch (error) {
+        faults.push(error)
+      }
+    }
+    for (const close of closes.reverse()) await step(close)
+    for (const server of started.values()) await step(async () => (await server).stop())
+    for (const each of pools) await step(() => endPool(each))
+    await step(async () => {
       const leaked = await openConnections(adminUrl, name)
       if (leaked.length) throw new Error(`connections left open: ${JSON.stringify(leaked, null, 2)}`)
-      await once(adminUrl, `drop database ${name}`)
-    } catch (error) {
-      // thrown, it would take the place of the results
-      console.error(error)
+    })
+    // by force: a connection that was left open would keep this process
+    await step(() => once(adminUrl, `drop database ${name} with (force)`))
+    // thrown, they would take the place of the results
+    for (const fault of faults) console.error(fault)
+    if (faults.length)
       process.on('exit', () => {
         process.exitCode = 1
       })
-    }
   })
 
   return {
@@ -116,11 +122,16 @@ export async function database(suite: Test): Promise<Database> {
       if (role) await become(client, role, claims, false)
       return client
     },
-    async blocked(session) {
+    async blocked(session, unless) {
       const { processID } = session as pg.Client & { processID: number }
       const waiting = `select from pg_stat_activity where pid = ${processID} and wait_event_type = 'Lock'`
+      let ended = false
+      const end = () => {
+        ended = true
+      }
+      unless?.then(end, end)
       await until(
-        async () => (await pools[0].query(waiting)).rowCount,
+        async () => ended || (await pools[0].query(waiting)).rowCount,
         `session ${processID} to wait for a lock`,
       )
     },
@@ -149,7 +160,22 @@ export async function once(url: string, text: string): Promise<Row[]> {
 }
 
 function pool(connectionString: string): pg.Pool {
-  return new pg.Pool({ connectionString, max: 20 }).on('error', () => {}) // an idle client that a test killed
+  return new pg.Pool({ connectionString, max: 20 })
+    .on('error', () => {}) // an idle client that a test killed
+    .on('connect', (client) => client.on('error', () => {})) // one in use: its query says so
+}
+
+// A client may still be on its way back; one that isn't there after 5 s was never released, and `end` would wait for it.
+async function endPool(pool: pg.Pool) {
+  const returned = until(() => pool.totalCount === pool.idleCount, 'each client to be released', 5)
+  const ended = returned.then(
+    () => pool.end(),
+    () => {
+      void pool.end() // those that are there
+      throw new Error('a client was never released')
+    },
+  )
+  await ended
 }
 
 async function become(client: pg.ClientBase, role: Role, claims: Record<string, unknown>, local: boolean) {
