@@ -158,7 +158,7 @@ begin
   if jsonb_typeof(elements) is distinct from 'array' then
     perform data.refuse(422, 'invalid_' || name, name || ' must be a JSON array', 'send an array, of one element for a single request');
   elsif jsonb_array_length(elements) > 10000 then
-    perform data.refuse(422, 'invalid_' || name, name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed',
+    perform data.refuse(422, 'too_many_elements', name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed',
       'send them in several calls');
   end if;
   if not data.has_absurd_numbers(elements) then
