@@ -189,8 +189,6 @@ const changes: Record<string, (world: World) => Promise<unknown>> = {
     operator('update api.user_profiles set tenant_id = null where id = $1', [userId]),
   'the tenant is suspended': ({ tenantId }) =>
     operator(`update api.tenants set status = 'suspended' where id = $1`, [tenantId]),
-  'its node is disabled': ({ nodeId }) =>
-    operator(`update api.config_nodes set status = 'disabled' where id = $1`, [nodeId]),
   'its node is unmounted': ({ keyId }) =>
     operator('delete from api.virtual_key_config_nodes where virtual_key_id = $1', [keyId]),
   'another node is mounted': async ({ keyId }) => {

@@ -20,7 +20,7 @@ begin
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
       'available_past_grants', 'await_postings', 'billing_transaction', 'broken_fact', 'budget', 'budget_code',
       'budget_spend', 'budgets_left', 'cache_invalidation', 'caller', 'charged_before', 'check_entry', 'config_node',
-      'config_node_updated', 'count_spend', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
+      'count_spend', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
       'entry_kind', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
       'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold', 'hold_open', 'invalidate',
       'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash',
@@ -48,7 +48,7 @@ begin
       'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
       'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',
-      'resolve_virtual_key', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
+      'resolve_virtual_key', 'resolve_virtual_keys', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
       'set_credit_limit', 'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement',
       'status_changes', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles',
       'verify_balances', 'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
