@@ -54,7 +54,10 @@ select
   end as code,
   v.valid_until,
   -- a duration, so that the reader's clock doesn't matter; nobody keeps an answer for longer than a day
-  floor(extract(epoch from least(v.valid_until, clock_timestamp() + interval '1 day') - clock_timestamp()) * 1000)::bigint as valid_for_ms,
+  case
+    when v.valid_until is not null
+    then floor(extract(epoch from least(v.valid_until - clock_timestamp(), interval '1 day')) * 1000)::bigint
+  end as valid_for_ms,
   -- whatever their status: it is read when a node is used, so that a change of a node evicts no key
   array(
     select m.config_node_id

@@ -103,6 +103,7 @@ export async function forkClient(options: ClientOptions) {
   })
   return {
     name: `${options.by}${options.redisUrl ? '' : ', without Redis'}`,
+    pid: child.pid!,
     validate: (hash: string) =>
       new Promise<Seen>((resolve, reject) => {
         waiting.set(++last, { resolve, reject })
