@@ -8,7 +8,6 @@ import { freePort, secret } from '../scripts/servers.ts'
 import { type Supervised, supervise, until } from '../scripts/supervise.ts'
 import { type BillingModule, createBillingModule, pgRpc } from '../src/index.ts'
 import { database } from './support/database.ts'
-import { failure } from './support/failure.ts'
 import { seed, type World } from './support/seed.ts'
 
 interface Node {
@@ -117,8 +116,13 @@ async function gateway(listen: string | false): Promise<BillingModule> {
   return billing
 }
 const trusts = (billing: BillingModule) => until(() => billing.health().cache.redis, 'trust in Redis')
-const refused = async (billing: BillingModule, { key }: World) =>
-  (await failure(billing.validate(key))).code === 'virtual_key_disabled'
+const codeOf = (billing: BillingModule, { key }: World): Promise<string> =>
+  billing.validate(key).then(
+    () => 'accepted',
+    ({ code }) => code,
+  )
+const refused = async (billing: BillingModule, world: World) =>
+  (await codeOf(billing, world)) === 'virtual_key_disabled'
 
 test('a revoked key stays revoked when the replica of a shard, which had not heard of it, takes over', async () => {
   await startCluster()
