@@ -74,11 +74,12 @@ export function createListener({
   let looks: { beat: number; generation: string; sentAt: number }[] = []
   let identity: { cluster: string; askedAt: number } | undefined
   let asking: Promise<void> | undefined
+  let askedAt = -Infinity
 
   async function changesSince(since: Cursor | undefined): Promise<Changes> {
     const sentAt = performance.now()
-    // over a connection of its own: calls that wait for each other must not keep a change waiting
-    const reading = rpc.call<Changes>('cache_changes', { cursor: since ?? null }, { reserved: true })
+    // over a connection of its own: calls that wait for each other must not keep a change waiting; a follower reads none
+    const reading = rpc.call<Changes>('cache_changes', { cursor: since ?? null }, { reserved: !follow })
     const changes = await withinTime(reading, READ_MS)
     setServerTime(changes.now, sentAt, performance.now())
     return changes
@@ -163,7 +164,8 @@ export function createListener({
   // The heartbeat must be of our own database: after a failover, or by mistake, a listener of another may keep it.
   async function identify(cluster: string) {
     const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
-    if (performance.now() - (identity?.askedAt ?? -Infinity) >= IDENTIFY_MS) {
+    if (performance.now() - askedAt >= IDENTIFY_MS) {
+      askedAt = performance.now()
       asking ??= askIdentity().finally(() => {
         asking = undefined
       })
@@ -175,9 +177,9 @@ export function createListener({
   }
 
   async function askIdentity() {
-    const askedAt = performance.now()
+    const sentAt = performance.now()
     const changes = await changesSince(undefined).catch(() => undefined)
-    if (changes) identity = { cluster: changes.cursor.cluster, askedAt }
+    if (changes) identity = { cluster: changes.cursor.cluster, askedAt: sentAt }
   }
 
   function endTrust() {

@@ -19,7 +19,10 @@ import {
 export interface PgRpcOptions {
   /** Yours: to be closed by you, after listening to its `error` events. */
   pool?: pg.Pool
-  /** Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. */
+  /**
+   * Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. Beside either pool
+   * one connection more, of the same options, is kept for calls that are `reserved`: the reads of changes.
+   */
   connectionString?: string
   /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
   role?: string

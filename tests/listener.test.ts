@@ -138,10 +138,16 @@ test('a change of thousands of keys is evicted whole', async () => {
   await readAgain(one)
   await Promise.all(rows.map(({ hash }) => one.validate(hash)))
   await until(async () => (await admin.dbsize()) >= 1202, 'the entries')
+  await admin.config('RESETSTAT')
   await db.operator(`update api.tenants set status = 'suspended' where id = $1`, [world.tenantId])
   await refused(one, world)
   const seen = await Promise.all(rows.map(({ hash }) => one.validate(hash)))
   assert.is(seen.filter(({ code }) => code === 'tenant_suspended').length, 1201)
+  // by the thousand, rather than one command a key
+  const commands = await admin.info('commandstats')
+  const calls = (name: string) => Number(new RegExp(`cmdstat_${name}:calls=(\\d+)`).exec(commands)?.[1] ?? 0)
+  assert.ok(calls('unlink') > 0 && calls('unlink') < 100, `${calls('unlink')}`)
+  assert.is(calls('del'), 0)
 })
 
 test('a forged notification is a wake-up and nothing else', async () => {
