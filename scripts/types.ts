@@ -23,6 +23,7 @@ const shapes: Record<string, string> = {
   'record_usage.events': 'RecordedEvent[]',
   release_holds: 'ReleaseAnswer[]',
   'release_holds.requests': 'ReleaseRequest[]',
+  resolve_virtual_keys: '(KeyContext | UnknownKey)[]',
   replay_rejected_usage: '(UsageAnswer & { rejected_id: string })[]',
 }
 

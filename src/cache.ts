@@ -1,6 +1,7 @@
 // The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
 import type { Cluster, Redis } from 'ioredis'
 import { LRUCache } from 'lru-cache'
+import { serverNow } from './ids.ts'
 import { createRedisTier, type RedisTier } from './redis.ts'
 import { createTrust, type Trust } from './trust.ts'
 
@@ -9,12 +10,19 @@ export interface KeyCacheOptions<Context> {
   load: (hash: string) => Promise<Context | undefined>
   /** Shared tier, read from masters only; may be absent or down. Commands get 200 ms, whatever the client's own limits. */
   redis?: Redis | Cluster
+  /**
+   * Signs what is stored in Redis, by HMAC-SHA-256: who may write there, and doesn't know it, can't make a key valid. At least
+   * 16 characters, and the same for all processes of one Redis. Several, for rotation: the first signs, all verify. Default: unsigned.
+   */
+  redisSecret?: string | readonly string[]
   /** Known keys kept in memory, the least recently used go first; unknown ones are kept apart, a tenth of it. Default 100,000. */
   maxEntries?: number
   /** ms a tier answers by itself after the last complete read of the changes was sent. Default 5,000; keep it above 1,000. */
   maxStaleness?: number
   /** ms a known key is still answered, as `stale`, once nothing is trusted and Postgres can't be read. Default 300,000. */
   staleIfError?: number
+  /** Does this error of `load` say that Postgres is away? A busy pool is no reason for a stale answer. Default: any does. */
+  isAway?: (error: unknown) => boolean
 }
 
 /** From where an answer came; `stale` is one that may be out of date, given because Postgres could not be read. */
@@ -29,8 +37,11 @@ export interface Answer<Context> {
 export interface KeyCache<Context> {
   /** Rejects with what `load` threw if nothing better is known; a failure is never an unknown key. */
   get(hash: string): Promise<Answer<Context>>
-  /** Drops these keys (`vk:<hash>`) from memory, and the flights that might bring them back. Redis first, if there is one. */
-  forget(keys: string[]): void
+  /**
+   * Drops these keys (`vk:<hash>`) from memory, and the flights that might bring them back. Until `gone` is settled Redis may
+   * still have them, and isn't asked for them.
+   */
+  forget(keys: string[], gone?: Promise<unknown>): void
   forgetAll(): void
   /** Of the memory tier. */
   trust: Trust
@@ -43,8 +54,9 @@ export interface KeyCache<Context> {
 
 interface Entry<Context> {
   context?: Context
-  /** Wall clock: after it the entry is not even stale. */
+  /** After it, by either clock, the entry is not even stale: the monotonic one stands still with a suspended machine. */
   until: number
+  untilWall: number
   /** Monotonic clock. */
   storedAt: number
 }
@@ -64,30 +76,42 @@ const JOINABLE_MS = 1000
  * Nothing in it is trusted until a listener proves it. Then an entry is right because every change deletes it, and
  * because a reader stores only what no change has overtaken: in Redis by a lease, in memory by its flight.
  */
-export function createKeyCache<Context extends { valid_until: string | null }>({
+export function createKeyCache<Context extends { valid_until: string | null; valid_for_ms?: number | null }>({
   load,
   redis,
+  redisSecret = [],
   maxEntries = 100_000,
   maxStaleness = 5000,
   staleIfError = STALE_IF_ERROR_MS,
+  isAway = () => true,
 }: KeyCacheOptions<Context>): KeyCache<Context> {
   const trust = createTrust(maxStaleness)
-  const shared = redis && createRedisTier<Context>(redis, maxStaleness)
+  const secrets = typeof redisSecret === 'string' ? [redisSecret] : redisSecret
+  const shared = redis && createRedisTier<Context>(redis, { maxStaleness, secrets })
   const known = new LRUCache<string, Entry<Context>>({ max: maxEntries })
   // apart, so that a flood of made-up keys can't drive out real ones
   const unknown = new LRUCache<string, Entry<Context>>({ max: Math.ceil(maxEntries / 10) })
   const flights = new Map<string, Flight<Context>>()
+  // of which Redis is being rid
+  const leaving = new Set<Set<string>>()
   const given = { memory: 0, redis: 0, database: 0, stale: 0 }
 
-  // `valid_until` is Postgres's clock and this is ours: they are as far apart as the clocks are
+  // ms from now, by the server's clock; it may be a year that JavaScript can't read, 10000 and later
   function lifetime(context: Context | undefined): number {
     if (!context) return UNKNOWN_MS
-    return context.valid_until ? Math.min(KNOWN_MS, Date.parse(context.valid_until) - Date.now()) : KNOWN_MS
+    if (!context.valid_until) return KNOWN_MS
+    const left = Date.parse(context.valid_until) - serverNow()
+    return Number.isNaN(left) ? KNOWN_MS : Math.min(KNOWN_MS, left)
   }
 
   function remembered(key: string): Entry<Context> | undefined {
     const entry = known.get(key) ?? unknown.get(key)
-    return entry && Date.now() < entry.until ? entry : undefined
+    return entry && performance.now() < entry.until && Date.now() < entry.untilWall ? entry : undefined
+  }
+
+  const isLeaving = (key: string) => {
+    for (const keys of leaving) if (keys.has(key)) return true
+    return false
   }
 
   function forget(key: string) {
@@ -97,11 +121,12 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
   }
 
   // only while this flight is the key's: an eviction has taken the place of one it overtook
-  function remember(key: string, flight: Flight<Context>, context: Context | undefined) {
+  function remember(key: string, flight: Flight<Context>, context: Context | undefined, left: number) {
     if (flights.get(key) !== flight) return
     if (context) unknown.delete(key)
     else known.delete(key)
-    const entry = { context, until: Date.now() + lifetime(context), storedAt: performance.now() }
+    const storedAt = performance.now()
+    const entry = { context, until: storedAt + left, untilWall: Date.now() + left, storedAt }
     ;(context ? known : unknown).set(key, entry)
   }
 
@@ -114,12 +139,15 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
   // then() rather than await: a hit in Redis passes through here as often as not
   function resolve(key: string, hash: string, flight: Flight<Context>): Promise<Answer<Context>> {
     if (!shared?.trust.holds()) return fromPostgres(key, hash, flight)
+    // as if it were gone: who can take the lease of nothing comes after the delete
+    if (isLeaving(key)) return fromPostgres(key, hash, flight, null)
     return shared.get(key).then(
       (raw) => {
         // asked after the answer: ioredis may have sent the command again, to a Redis that came back older
-        const entry = shared.trust.holds() ? shared.open(raw) : undefined
-        if (!entry || lifetime(entry.context) <= 0) return fromPostgres(key, hash, flight, raw)
-        remember(key, flight, freeze(entry.context))
+        const entry = shared.trust.holds() ? shared.open(key, raw) : undefined
+        const left = entry ? lifetime(entry.context) : 0
+        if (!entry || left <= 0) return fromPostgres(key, hash, flight, raw)
+        remember(key, flight, freeze(entry.context), left)
         return land(key, flight, 'redis', entry.context)
       },
       () => fromPostgres(key, hash, flight),
@@ -130,18 +158,27 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
     try {
       // undefined: the tier is away, or another reader has the lease
       const lease = raw === undefined ? undefined : await shared!.lease(key, raw).catch(() => undefined)
+      const askedAt = performance.now()
       const reading = load(hash)
       let context: Context | undefined
       try {
         context = await withinTime(reading, maxStaleness)
-      } catch {
-        const stale = await lastKnown(key)
+      } catch (error) {
+        // Postgres is there if it has answered a read of the changes meanwhile
+        const away = trust.provenAt() < askedAt && (error instanceof NoAnswer || isAway(error))
+        const stale = away ? await lastKnown(key) : undefined
         if (stale) return land(key, flight, 'stale', stale)
         // failed, and says why; or slow, and nothing better is known
         context = await reading
       }
-      remember(key, flight, freeze(context))
-      const ttl = Math.floor(lifetime(context))
+      // a duration counts from when it was asked for: no clock but Postgres's has a say
+      const duration = context?.valid_for_ms
+      const left =
+        typeof duration === 'number'
+          ? Math.min(KNOWN_MS, duration - (performance.now() - askedAt))
+          : lifetime(context)
+      remember(key, flight, freeze(context), left)
+      const ttl = Math.floor(left)
       if (lease && ttl > 0) shared!.store(lease, context, ttl).catch(() => {})
       return land(key, flight, 'database', context)
     } catch (error) {
@@ -155,8 +192,9 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
     const since = performance.now() - staleIfError
     const entry = remembered(key)
     if (entry && Math.max(entry.storedAt, trust.provenAt()) >= since) return entry.context
-    if (!shared || shared.trust.provenAt() < since) return undefined
-    const found = await shared.get(key).then(shared.open, () => undefined)
+    if (!shared || shared.trust.provenAt() < since || isLeaving(key)) return undefined
+    const raw = await shared.get(key).catch(() => null)
+    const found = shared.open(key, raw)
     return found && lifetime(found.context) > 0 ? freeze(found.context) : undefined
   }
 
@@ -180,7 +218,14 @@ export function createKeyCache<Context extends { valid_until: string | null }>({
       return flight.answer
     },
 
-    forget: (keys) => keys.forEach(forget),
+    forget(keys, gone) {
+      keys.forEach(forget)
+      if (!gone || keys.length === 0) return
+      const these = new Set(keys)
+      leaving.add(these)
+      const done = () => leaving.delete(these)
+      gone.then(done, done)
+    },
 
     forgetAll() {
       known.clear()
@@ -200,10 +245,15 @@ function freeze<T extends object | undefined>(context: T): T {
   return Object.freeze(context)
 }
 
-/** Rejects if there is no answer within `ms`; the work itself goes on, unseen. */
+/** Nobody answered in time. */
+export class NoAnswer extends Error {
+  readonly code = 'timeout'
+}
+
+/** Rejects with `NoAnswer` if there is none within `ms`; the work itself goes on, unseen. */
 export function withinTime<T>(work: Promise<T>, ms: number): Promise<T> {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new Error(`no answer from Postgres within ${ms} ms`)), ms)
+    const timer = setTimeout(() => reject(new NoAnswer(`no answer from Postgres within ${ms} ms`)), ms)
     work.then(resolve, reject).finally(() => clearTimeout(timer))
   })
 }

@@ -4,6 +4,7 @@ import type {
   ExtendAnswer,
   ExtendRequest,
   HoldAnswer,
+  KeyContext,
   KeyImport,
   KeyImportAnswer,
   Opening,
@@ -12,6 +13,7 @@ import type {
   RecordedEvent,
   ReleaseAnswer,
   ReleaseRequest,
+  UnknownKey,
   UsageAnswer,
 } from './types.ts'
 
@@ -512,9 +514,17 @@ export interface Functions {
       tenant_status: string | null
       code: string | null
       valid_until: string | null
+      valid_for_ms: number | null
       config_node_ids: string[] | null
       currency: string | null
     }
+  }
+  /** Resolves many virtual keys at once, by their sha-256. */
+  resolve_virtual_keys: {
+    args: {
+      key_hashes: string[]
+    }
+    result: (KeyContext | UnknownKey)[]
   }
   /** Takes back a top-up that the bank took back (chargeback, payment refund): by `seq`, or by its payment's `top_up_reference`. */
   reverse_top_up: {

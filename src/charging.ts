@@ -1,10 +1,9 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
-import { randomFillSync } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { v7 } from 'uuid'
 import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
 import { KeyledgerError, statusOf } from './errors.ts'
+import { newId } from './ids.ts'
 import type { Metrics } from './metrics.ts'
 import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
 import type {
@@ -60,22 +59,6 @@ interface Element {
 // how long to wait for a hold that was given up to come: half a minute in all, longer than PostgREST waits for a connection
 const FIRST_PAUSE_MS = 500
 const LAST_PAUSE_MS = 16_000
-
-// bought in bulk: to ask for 16 bytes costs as much as for 4,096
-const chance = new Uint8Array(4096)
-let spent = chance.length
-
-function random(): Uint8Array {
-  if (spent === chance.length) {
-    randomFillSync(chance)
-    spent = 0
-  }
-  spent += 16
-  return chance.subarray(spent - 16, spent)
-}
-
-/** A UUIDv7 of now. Give it to an event or a hold that may be repeated. */
-export const newId = (): string => v7({ random: random() })
 
 export function createCharging(
   { rpc, holdDeadline = 5000, recordDeadline = 30_000 }: ChargingOptions,

@@ -37,6 +37,9 @@ export class KeyledgerError extends Error {
 
 type Meaning = [code: string, status: number, hint?: string]
 
+// of an `unavailable` that says nothing about the server
+const BUSY = 'all connections are in use: allow the pool more of them'
+
 const unavailable: Meaning = [
   'unavailable',
   503,
@@ -76,6 +79,7 @@ const meanings: Record<string, Meaning> = {
   '57': unavailable,
   '57014': ['timeout', 504],
   PGRST0: unavailable,
+  PGRST003: ['unavailable', 503, BUSY],
   PGRST1: ['invalid_input', 400],
   PGRST202: ['function_not_found', 404],
   PGRST203: ['function_not_found', 404],
@@ -147,6 +151,10 @@ export function functionNotFound(fn: string, names: string[]): KeyledgerError {
 /** 400 `invalid_input`: an argument this library can't pass on as it is. */
 export const invalidInput = (detail: string, hint?: string, cause?: unknown) =>
   new KeyledgerError('invalid_input', 400, { detail, hint, cause })
+
+/** Does the error say that the server could not be reached, rather than that all connections to it are in use? */
+export const isAway = (error: unknown): boolean =>
+  error instanceof KeyledgerError && ['unavailable', 'timeout'].includes(error.code) && error.hint !== BUSY
 
 const passing = ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout']
 

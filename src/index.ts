@@ -1,7 +1,7 @@
 // What the package exports.
 export type { Functions, Views } from './catalog.ts'
-export { newId } from './charging.ts'
 export { isRetryable, KeyledgerError } from './errors.ts'
+export { newId } from './ids.ts'
 export type {
   Authentication,
   Middleware,

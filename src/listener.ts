@@ -1,19 +1,23 @@
 // The listener: reads what has changed, evicts it from both tiers, and keeps or ends their trust.
 import { randomUUID } from 'node:crypto'
 import { type KeyCache, withinTime } from './cache.ts'
+import { setServerTime } from './ids.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
+import { BEAT_MS } from './trust.ts'
 import { createLoop, createSubscription, READ_MS } from './wake.ts'
 
 type Reader = Pick<Rpc, 'call'>
 
 export interface ListenerOptions {
   cache: KeyCache<unknown>
+  /** Reads the changes, of the primary. */
+  rpc: Reader
   /**
-   * Reads the changes, of the primary. Absent: this process follows the heartbeat that others keep in Redis, trusts
-   * the Redis tier by it, and has no memory tier.
+   * Reads none: this process follows the heartbeat that others keep in Redis, trusts the Redis tier by it as long as it is
+   * of the database that `rpc` reaches, and has no memory tier.
    */
-  rpc?: Reader
+  follow?: boolean
   /** Where to LISTEN, any login of the database, not through a transaction pooler. Absent: changes are seen by polling alone. */
   connectionString?: string
   /** Other channels to LISTEN on, over the same connection, and what to call then. */
@@ -40,41 +44,66 @@ interface Changes {
   cursor: Cursor
   keys: string[]
   reset: boolean
+  now: number
 }
 
-export function createListener({ cache, rpc, connectionString, channels }: ListenerOptions): Listener {
+// So often that what has committed is seen within a second, and that a proof which waits for two beats is younger.
+const POLL_MS = 300
+const LOOK_MS = 100
+/** ms for which a follower trusts a proof: who keeps the heartbeat may have died since. */
+export const FOLLOWER_MS = 1000
+// how often a follower asks which database is its own, and for how long an answer serves while it can't
+const IDENTIFY_MS = 1000
+const IDENTITY_MS = 5000
+// an eviction that takes longer breaks the promise of the tier
+const EVICT_MS = 1000
+
+export function createListener({
+  cache,
+  rpc,
+  follow,
+  connectionString,
+  channels,
+}: ListenerOptions): Listener {
   const { redis } = cache
-  if (!rpc && !redis) throw new TypeError('createListener: without `rpc` the cache needs `redis` to follow')
+  if (follow && !redis) throw new TypeError('createListener: `follow` needs a cache with `redis`')
+  if (follow) redis!.trust.shorten(FOLLOWER_MS)
   let cursor: Cursor | undefined
   let provenAt: number | undefined
   let readError: Error | undefined
   let looks: { beat: number; generation: string; sentAt: number }[] = []
+  let identity: { cluster: string; askedAt: number } | undefined
+  let asking: Promise<void> | undefined
+  let askedAt = -Infinity
 
-  const changesSince = (since: Cursor | undefined, { call }: Reader) =>
-    withinTime(call<Changes>('cache_changes', { cursor: since ?? null }), READ_MS)
+  async function changesSince(since: Cursor | undefined): Promise<Changes> {
+    const sentAt = performance.now()
+    // over a connection of its own: calls that wait for each other must not keep a change waiting; a follower reads none
+    const reading = rpc.call<Changes>('cache_changes', { cursor: since ?? null }, { reserved: !follow })
+    const changes = await withinTime(reading, READ_MS)
+    setServerTime(changes.now, sentAt, performance.now())
+    return changes
+  }
 
   // Redis's own cursor is read first: its next value must come from a read sent after this one was written.
-  async function read(source: Reader) {
+  async function read() {
     const sentAt = performance.now()
     const found = await redis?.covered().catch(() => undefined)
     const base = found?.coverage
     const shares = found && (!cursor || same(cursor, base?.cursor))
     const [theirs, mine] = await Promise.all([
-      found && changesSince(base?.cursor, source),
-      shares ? undefined : changesSince(cursor, source),
+      found && changesSince(base?.cursor),
+      shares ? undefined : changesSince(cursor),
     ])
     const own = (mine ?? theirs)!
     const keys = [...new Set([...own.keys, ...(theirs?.keys ?? [])])]
+    const generation = theirs?.reset || !base ? randomUUID() : base.generation
 
-    // Redis before memory, or memory could be filled again from what is about to go; memory even if Redis failed,
-    // since that ended trust in the Redis tier
-    const deleted =
-      found &&
-      (await redis!.del(keys).then(
-        () => true,
-        () => false,
-      ))
-    cache.forget(keys)
+    // Memory before Redis, which may take its time. Memory is not filled again from there with what is about to go: not
+    // from a generation that is over, nor with these keys until they are gone.
+    if (theirs) redis!.turn(generation)
+    const deleted = found && evict(keys)
+    cache.forget(keys, deleted)
     if (own.reset || !cursor) {
       cache.forgetAll()
       // not past what Redis has been rid of
@@ -86,8 +115,7 @@ export function createListener({ cache, rpc, connectionString, channels }: Liste
     provenAt = sentAt
     readError = undefined
 
-    if (!found || !theirs || !deleted) return
-    const generation = theirs.reset || !base ? randomUUID() : base.generation
+    if (!found || !theirs || !(await deleted)) return
     const now = await redis!
       .advance(found, { cursor: theirs.cursor, generation }, keys.length)
       .catch(() => null)
@@ -96,17 +124,29 @@ export function createListener({ cache, rpc, connectionString, channels }: Liste
     else if (now !== null) loop.wake()
   }
 
+  // begins when memory has forgotten; false if it failed, which has ended trust in the tier
+  async function evict(keys: string[]): Promise<boolean> {
+    await undefined
+    const late = setTimeout(() => redis!.trust.end(), EVICT_MS)
+    return redis!
+      .del(keys)
+      .then(
+        () => true,
+        () => false,
+      )
+      .finally(() => clearTimeout(late))
+  }
+
   // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
   // since a look of ours, all that was committed before that look is evicted, whatever anybody's clock says.
-  async function follow() {
+  async function look() {
     const sentAt = performance.now()
     const { coverage } = await redis!.covered()
     const last = looks.at(-1)
-    if (!coverage || (last && (last.generation !== coverage.generation || last.beat > coverage.beat))) {
-      redis!.trust.end()
-      looks = []
-    }
+    if (!coverage || (last && (last.generation !== coverage.generation || last.beat > coverage.beat)))
+      forgetLooks()
     if (!coverage) throw new Error('no listener keeps vk:cursor in Redis')
+    await identify(coverage.cursor.cluster)
     looks = [...looks.filter((look) => look.beat < coverage.beat), { ...coverage, sentAt }]
     const proof = looks.findLast((look) => look.beat <= coverage.beat - 2)
     if (!proof) return
@@ -116,17 +156,53 @@ export function createListener({ cache, rpc, connectionString, channels }: Liste
     looks = looks.slice(looks.indexOf(proof))
   }
 
+  function forgetLooks() {
+    redis!.trust.end()
+    looks = []
+  }
+
+  // The heartbeat must be of our own database: after a failover, or by mistake, a listener of another may keep it.
+  async function identify(cluster: string) {
+    const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
+    if (performance.now() - askedAt >= IDENTIFY_MS) {
+      askedAt = performance.now()
+      asking ??= askIdentity().finally(() => {
+        asking = undefined
+      })
+    }
+    if (!isOurs()) await asking
+    if (isOurs()) return
+    forgetLooks()
+    throw new Error('vk:cursor in Redis is kept by a listener of another database')
+  }
+
+  async function askIdentity() {
+    const sentAt = performance.now()
+    const changes = await changesSince(undefined).catch(() => undefined)
+    if (changes) identity = { cluster: changes.cursor.cluster, askedAt: sentAt }
+  }
+
   function endTrust() {
     cache.trust.end()
     redis?.trust.end()
   }
 
-  const loop = createLoop(() =>
-    (rpc ? read(rpc) : follow()).catch((reason) => {
-      readError = reason
-      endTrust()
-    }),
+  function beat() {
+    cache.trust.beat()
+    redis?.trust.beat()
+  }
+
+  const loop = createLoop(
+    () => {
+      beat()
+      return (follow ? look() : read()).catch((reason) => {
+        readError = reason
+        endTrust()
+      })
+    },
+    follow ? LOOK_MS : POLL_MS,
   )
+  let beating: NodeJS.Timeout | undefined
   const subscription =
     connectionString === undefined
       ? undefined
@@ -141,11 +217,13 @@ export function createListener({ cache, rpc, connectionString, channels }: Liste
 
   return {
     async start() {
+      beating = setInterval(beat, BEAT_MS).unref()
       subscription?.start()
       await loop.wake()
     },
     async stop() {
       await Promise.all([loop.stop(), subscription?.stop()])
+      clearInterval(beating)
       endTrust()
     },
     state() {

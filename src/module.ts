@@ -1,9 +1,10 @@
 // The billing module: the cache, its listener and the charging lanes put together into what a gateway calls.
 import { createHash } from 'node:crypto'
 import type { Cluster, Redis } from 'ioredis'
+import { createBatcher } from './batch.ts'
 import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS, type Tier } from './cache.ts'
 import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
-import { codeOf, KeyledgerError, keyStatus } from './errors.ts'
+import { codeOf, isAway, KeyledgerError, keyStatus } from './errors.ts'
 import { createListener } from './listener.ts'
 import { createMetrics } from './metrics.ts'
 import {
@@ -15,17 +16,22 @@ import {
 } from './middleware.ts'
 import { createNews, type NewsKind, type NewsListener } from './news.ts'
 import { createNodes } from './nodes.ts'
-import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UserContext } from './types.ts'
+import { refuseReplicas } from './redis.ts'
+import { jsonText } from './rpc.ts'
+import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UnknownKey, UserContext } from './types.ts'
 
 /** `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It stays yours to close. */
 export interface BillingModuleOptions
   extends ChargingOptions,
-    Pick<KeyCacheOptions<KeyContext>, 'maxEntries' | 'maxStaleness' | 'staleIfError'> {
-  /** Shared tier of the cache. Stays yours to close. Default: memory alone. */
+    Pick<KeyCacheOptions<KeyContext>, 'maxEntries' | 'maxStaleness' | 'staleIfError' | 'redisSecret'> {
+  /**
+   * Shared tier of the cache. Stays yours to close. Default: memory alone. From masters only: `scaleReads`, `readOnly` and
+   * the like are refused. A client whose Redis has answered nothing for 3 s is made to connect again.
+   */
   redis?: Redis | Cluster
   /**
    * Connection string to LISTEN by, of any login, not through a transaction pooler. Default: changes are seen by
-   * polling twice a second. `false`: neither; Redis is trusted as long as another process's listener keeps it up.
+   * polling three times a second. `false`: neither; Redis is trusted as long as another process's listener keeps it up.
    */
   listen?: string | false
 }
@@ -95,6 +101,9 @@ const HOUR_MS = 3600 * 1000
 const MAINTAIN_AGAIN_MS = 10_000
 // longer than any key
 const MAX_KEY = 4096
+// a look-up that failed is not worth waiting for: what is known may do
+const LOOK_UP_MS = 100
+const MAX_LOOK_UPS = 10_000
 const BALANCE = [
   ...['user_id', 'tenant_id', 'account_id', 'owner', 'currency', 'balance::text', 'free_credit::text'],
   ...['credit_limit::text', 'frozen_balance::text', 'outstanding_amount::text', 'overdue_amount::text'],
@@ -102,14 +111,26 @@ const BALANCE = [
 ]
 const BUDGET = ['allowed', 'code', 'available::text', 'remaining::text', 'account_id', 'currency']
 
-/** Throws TypeError for `listen: false` without `redis`. */
+/** Throws TypeError for `listen: false` without `redis`, a Redis client that reads from replicas, a short `redisSecret`. */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {
-  const { rpc, redis, listen, maxEntries, maxStaleness, staleIfError = STALE_IF_ERROR_MS } = options
+  const { rpc, redis, redisSecret, listen, maxEntries, maxStaleness } = options
+  const { staleIfError = STALE_IF_ERROR_MS } = options
   if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
-  const cache = createKeyCache<KeyContext>({ load: resolve, redis, maxEntries, maxStaleness, staleIfError })
-  const followed = listen === false ? {} : { rpc, connectionString: listen }
+  if (redis) refuseReplicas(redis)
+  const tiers = { redis, redisSecret, maxEntries, maxStaleness, staleIfError, isAway }
+  const cache = createKeyCache<KeyContext>({ load: resolve, ...tiers })
   const news = createNews(rpc)
-  const listener = createListener({ cache, ...followed, channels: { keyledger_account: news.wake } })
+  const followed = listen === false ? { follow: true } : { connectionString: listen }
+  const listener = createListener({ cache, rpc, ...followed, channels: { keyledger_account: news.wake } })
+  // Made-up keys cost few calls, and leave connections to the charges: their queue is short, and its lanes are two.
+  const lookUps = createBatcher<string, KeyContext | UnknownKey>({
+    send: (hashes) =>
+      rpc.call('resolve_virtual_keys', { key_hashes: jsonText(`[${hashes.join(',')}]`) as never }),
+    account: (hash) => hash,
+    deadline: LOOK_UP_MS,
+    lanes: 2,
+    maxQueue: MAX_LOOK_UPS,
+  })
   const metrics = createMetrics()
   const { stats, stop: drain, ...charging } = createCharging(options, metrics)
   let unwatch = () => {}
@@ -118,13 +139,9 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   let servedStale = false
   let state: 'new' | 'started' | 'stopped' = 'new'
 
-  async function resolve(key_hash: string): Promise<KeyContext | undefined> {
-    try {
-      return await rpc.call<KeyContext>('resolve_virtual_key', { key_hash })
-    } catch (error) {
-      if (codeOf(error) === 'virtual_key_unknown') return undefined
-      throw error
-    }
+  async function resolve(hash: string): Promise<KeyContext | undefined> {
+    const answer = await lookUps.add(hash)
+    return answer.virtual_key_id === null ? undefined : answer
   }
 
   async function lookUp(virtualKey: string): Promise<Partial<Answer<KeyContext>> & { code: string | null }> {

@@ -3,18 +3,20 @@ import type { Rpc } from './rpc.ts'
 import type { ConfigNode, UserContext } from './types.ts'
 
 const MAX_AGE_MS = 5000
-const COLUMNS = ['id', 'name', 'provider', 'model', 'endpoint', 'created_at']
+const COLUMNS = ['id', 'name', 'provider', 'model', 'endpoint', 'created_at', 'status']
 
 /** Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a new node at once. */
 export function createNodes(rpc: Pick<Rpc, 'rows'>) {
-  let known = new Map<string, ConfigNode>()
+  type Row = ConfigNode & { status: string }
+  // disabled ones too: keys have them mounted, and are no reason to read again
+  let known = new Map<string, Row>()
   let readAt = Number.NEGATIVE_INFINITY
   let reading: Promise<void> | undefined
 
   async function read() {
     const began = performance.now()
-    const query = { select: COLUMNS, where: { status: 'active' }, order: 'name' }
-    known = new Map((await rpc.rows<ConfigNode>('config_nodes', query)).map((node) => [node.id, node]))
+    const rows = await rpc.rows<Row>('config_nodes', { select: COLUMNS, order: 'name' })
+    known = new Map(rows.map((node) => [node.id, node]))
     readAt = began
   }
 
@@ -36,6 +38,8 @@ export function createNodes(rpc: Pick<Rpc, 'rows'>) {
       // one that was under way may not have seen it
       if (joined && !complete()) await refresh()
     }
-    return [...known.values()].filter(({ id }) => ids.includes(id))
+    return [...known.values()]
+      .filter(({ id, status }) => status === 'active' && ids.includes(id))
+      .map(({ status, ...node }) => node)
   }
 }

@@ -1,6 +1,7 @@
 // The Redis tier: entries behind leases and, beside them, the cursor that says which changes they have been rid of.
 import { randomUUID } from 'node:crypto'
 import type { Cluster, Redis } from 'ioredis'
+import { createSeal } from './seal.ts'
 import { createTrust, type Trust } from './trust.ts'
 
 /** A snapshot of one cluster, as `api.cache_changes` gives and takes it. Only SQL looks inside. */
@@ -37,15 +38,17 @@ export interface RedisTier<Context> {
   trust: Trust
   /** What the key holds, for `open` or `lease`. */
   get(key: string): Promise<string | null>
-  /** The entry, if it is one of the generation that was last proven. Ask whether `trust` holds after `get`, not before. */
-  open(raw: string | null): { context?: Context } | undefined
+  /** The entry, if it is this key's and of the present generation. Ask whether `trust` holds after `get`, not before. */
+  open(key: string, raw: string | null): { context?: Context } | undefined
   /** Takes the place of `raw`; undefined if somebody else was first. Take it before reading Postgres. */
   lease(key: string, raw: string | null): Promise<Lease | undefined>
   /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. `undefined` is an unknown key. */
   store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
-  /** Deletes entries and leases, one key a command. */
+  /** Deletes entries and leases, a thousand a command. */
   del(keys: string[]): Promise<void>
   covered(): Promise<Found>
+  /** From now on only entries of this generation are any, and what is stored belongs to it. */
+  turn(generation: string): void
   /** Moves `vk:cursor` from `found` to `to`, unless it has changed meanwhile; answers what it holds afterwards. */
   advance(found: Found, to: Omit<Coverage, 'beat'>, deleted: number): Promise<Coverage | undefined>
   /** Trusts entries of this generation, complete as of `sentAt`. */
@@ -59,10 +62,36 @@ interface Get {
   reject(error: Error): void
 }
 
+export interface RedisTierOptions {
+  /** As in `createTrust`. */
+  maxStaleness: number
+  /** Signs entries and the cursor: the first signs, all verify. Default: unsigned. */
+  secrets?: readonly string[]
+}
+
 const CURSOR = 'vk:cursor'
 const LEASE = 'lease:'
 const LEASE_MS = 30_000
 const ANSWER_MS = 200
+// an answer to nothing for so long: the socket is dead, and nobody has told us
+const SILENT_MS = 3000
+
+/** Throws TypeError where a client may read from replicas: they lag, and know revoked keys. */
+export function refuseReplicas(redis: Redis | Cluster): void {
+  const { scaleReads, redisOptions, readOnly, role } = redis.options as Record<string, unknown> & {
+    redisOptions?: Record<string, unknown>
+  }
+  const found = [
+    scaleReads !== undefined && scaleReads !== 'master' && 'scaleReads',
+    (readOnly || redisOptions?.readOnly) && 'readOnly',
+    (role === 'slave' || redisOptions?.role === 'slave') && "role: 'slave'",
+  ].find(Boolean)
+  if (!found) return
+  const why = 'a replica lags behind, and would bring revoked keys back'
+  throw new TypeError(
+    `createBillingModule: \`redis\` reads from replicas (\`${found}\`). Leave that out: ${why}`,
+  )
+}
 
 // compare and set: null if done, else what the key holds ('' if nothing)
 const replace = (set: string) => `
@@ -77,43 +106,76 @@ const REPLACE = replace('')
  * Every command fails fast: at once where the connection is down, after 200 ms where it doesn't answer. A failure
  * ends trust in the tier, so that readers don't each wait for the next one; a read of the changes restores it.
  */
-export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: number): RedisTier<Context> {
+export function createRedisTier<Context>(
+  redis: Redis | Cluster,
+  { maxStaleness, secrets = [] }: RedisTierOptions,
+): RedisTier<Context> {
   const trust = createTrust(maxStaleness)
+  const seal = createSeal(secrets)
   let generation = ''
   let connection = 0
   let inDoubt = false
+  let silentSince: number | undefined
+
+  // In a Cluster all in one slot: a shard that fails over takes the cursor along with the entries it speaks for.
+  const at = redis.isCluster ? (key: string) => `{vk}:${key}` : (key: string) => key
+  const cursorAt = at(CURSOR)
 
   const lost = () => {
     connection++
+    silentSince = undefined
     trust.end()
   }
   redis.on('close', lost)
   redis.on('node error', lost) // of a Cluster
   if (redis.status === 'wait') redis.connect().catch(() => {})
 
+  // A socket may be dead without a word, and ioredis waits for it for ever. Only of a client that connects again by itself.
+  function hangUpIfSilent() {
+    silentSince ??= performance.now()
+    const { retryStrategy, clusterRetryStrategy } = redis.options as Record<string, unknown>
+    if (performance.now() - silentSince < SILENT_MS || !(retryStrategy || clusterRetryStrategy)) return
+    silentSince = undefined
+    redis.disconnect(true)
+  }
+
   function ask<T>(command: () => Promise<T>): Promise<T> {
     return new Promise<T>((resolve, reject) => {
       let waiting = true
       const settle = (act: () => void) => {
+        silentSince = undefined
         if (!waiting) return
         waiting = false
         clearTimeout(timer)
         act()
       }
-      const fail = (error: Error) =>
-        settle(() => {
-          trust.end()
-          reject(error)
-        })
+      const fail = (error: Error) => {
+        trust.end()
+        reject(error)
+      }
+      const giveUp = () => {
+        if (!waiting) return
+        waiting = false
+        hangUpIfSilent()
+        fail(new Error('redis: no answer'))
+      }
       // in an immediate: after a pause of this process, an answer that is here already is read before it
-      const timer = setTimeout(() => setImmediate(fail, new Error('redis: no answer')), ANSWER_MS)
-      if (redis.status !== 'ready') return fail(new Error(`redis: not connected (${redis.status})`))
-      command().then((answer) => settle(() => resolve(answer)), fail)
+      const timer = setTimeout(() => setImmediate(giveUp), ANSWER_MS)
+      if (redis.status !== 'ready') {
+        clearTimeout(timer)
+        // it has a socket, which has not said that it is ready
+        if (redis.status === 'connect') hangUpIfSilent()
+        return fail(new Error(`redis: not connected (${redis.status})`))
+      }
+      silentSince ??= performance.now()
+      command().then(
+        (answer) => settle(() => resolve(answer)),
+        (error) => settle(() => fail(error)),
+      )
     })
   }
 
   // What one turn of the event loop asks for leaves as one command: each by itself costs more than all the rest of a hit.
-  // Not in a Cluster, whose keys are not all in one place.
   let gets: Get[] = []
 
   function getTogether(key: string): Promise<string | null> {
@@ -124,7 +186,7 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
   function sendGets() {
     const sent = gets
     gets = []
-    ask(() => redis.mget(sent.map(({ key }) => key))).then(
+    ask(() => redis.mget(sent.map(({ key }) => at(key)))).then(
       (values) => {
         for (let i = 0; i < sent.length; i++) sent[i]!.resolve(values[i]!)
       },
@@ -134,13 +196,15 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
     )
   }
 
+  const read = (raw: string) => parse<Coverage>(seal.open(cursorAt, raw))
+
   return {
     trust,
-    get: (key) => (redis.isCluster ? ask(() => redis.get(key)) : getTogether(key)),
+    get: getTogether,
 
-    open(raw) {
+    open(key, raw) {
       if (!raw || raw.startsWith(LEASE)) return undefined
-      const entry = parse<{ generation: string; context: Context | null }>(raw)
+      const entry = parse<{ generation: string; context: Context | null }>(seal.open(at(key), raw))
       return entry?.generation === generation ? { context: entry.context ?? undefined } : undefined
     },
 
@@ -148,24 +212,30 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
       if (raw?.startsWith(LEASE)) return undefined
       // the generation of now: what is read from here on belongs to it, and to no later one
       const lease = { key, token: LEASE + randomUUID(), generation }
-      const held = await ask(() => redis.eval(REPLACE_FOR, 1, key, raw ?? '', lease.token, LEASE_MS))
+      const held = await ask(() => redis.eval(REPLACE_FOR, 1, at(key), raw ?? '', lease.token, LEASE_MS))
       return held === null ? lease : undefined
     },
 
     async store({ key, token, generation }, context, ttl) {
-      const entry = JSON.stringify({ generation, context: context ?? null })
-      await ask(() => redis.eval(REPLACE_FOR, 1, key, token, entry, ttl))
+      const entry = seal.close(at(key), JSON.stringify({ generation, context: context ?? null }))
+      await ask(() => redis.eval(REPLACE_FOR, 1, at(key), token, entry, ttl))
     },
 
     async del(keys) {
-      for (let i = 0; i < keys.length; i += 1000) {
-        await Promise.all(keys.slice(i, i + 1000).map((key) => ask(() => redis.del(key))))
-      }
+      const names = keys.map(at)
+      const parts = Array.from({ length: Math.ceil(names.length / 1000) }, (_, i) =>
+        names.slice(i * 1000, (i + 1) * 1000),
+      )
+      await Promise.all(parts.map((part) => ask(() => redis.unlink(part))))
     },
 
     async covered() {
-      const raw = (await ask(() => redis.get(CURSOR))) ?? ''
-      return { raw, coverage: inDoubt ? undefined : parse<Coverage>(raw), connection }
+      const raw = (await ask(() => redis.get(cursorAt))) ?? ''
+      return { raw, coverage: inDoubt ? undefined : read(raw), connection }
+    },
+
+    turn(next) {
+      generation = next
     },
 
     // Compare-and-set keeps the promise of `Coverage` in every interleaving of writers: what each deleted, it deleted
@@ -174,12 +244,13 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
     // with `found` (a replica, a dump): then replay, and if the command may have reached it, start a new generation.
     async advance(found, to, deleted) {
       if (connection !== found.connection) throw new Error('redis: connection lost')
-      const coverage = { ...to, beat: (parse<Coverage>(found.raw)?.beat ?? 0) + 1 }
+      const coverage = { ...to, beat: (read(found.raw)?.beat ?? 0) + 1 }
+      const next = seal.close(cursorAt, JSON.stringify(coverage))
       try {
-        const held = await ask(() => redis.eval(REPLACE, 1, CURSOR, found.raw, JSON.stringify(coverage)))
+        const held = await ask(() => redis.eval(REPLACE, 1, cursorAt, found.raw, next))
         if (connection !== found.connection) throw new Error('redis: connection lost')
         inDoubt = false
-        return held === null ? coverage : parse<Coverage>(String(held))
+        return held === null ? coverage : read(String(held))
       } catch (error) {
         inDoubt ||= deleted > 0
         throw error
@@ -198,9 +269,10 @@ export function createRedisTier<Context>(redis: Redis | Cluster, maxStaleness: n
   }
 }
 
-function parse<T>(raw: string): T | undefined {
+function parse<T>(json: string | undefined): T | undefined {
+  if (json === undefined) return undefined
   try {
-    return JSON.parse(raw)
+    return JSON.parse(json)
   } catch {
     return undefined
   }

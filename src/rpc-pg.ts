@@ -20,7 +20,10 @@ import {
 export interface PgRpcOptions {
   /** Yours: to be closed by you, after listening to its `error` events. */
   pool?: pg.Pool
-  /** Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. */
+  /**
+   * Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. Beside either pool
+   * one connection more, of the same options, is kept for calls that are `reserved`: the reads of changes.
+   */
   connectionString?: string
   /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
   role?: string
@@ -38,9 +41,18 @@ interface Shape {
   nothing: boolean
 }
 
+/** Where a call gets its connection, and for how long. */
+interface Lane {
+  pool: () => pg.Pool
+  timeout: number
+  preamble: string
+}
+
 // gone from the catalog, or changed under us
 const stale = ['function_not_found', 'column_not_found', 'internal_error']
 const GRACE_MS = 1000
+// of a call that is reserved a connection
+const RESERVED_MS = 5000
 
 /**
  * An `Rpc` over a connection of its own to Postgres. Role, claims and time limit hold for one call: each is one
@@ -54,17 +66,35 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   if (!options.pool) pool.on('error', () => {})
   const shapes = new Map<string, Promise<Shape[]>>()
 
-  const settings = {
-    role,
-    'request.jwt.claims': toJson({ role, ...claims }),
-    statement_timeout: String(timeout),
+  const preambleOf = (statementTimeout: number) => {
+    const settings = {
+      role,
+      'request.jwt.claims': toJson({ role, ...claims }),
+      statement_timeout: String(statementTimeout),
+    }
+    const set = Object.entries(settings).map(
+      ([name, value]) => `set_config(${literal(name)}, ${literal(value)}, true)`,
+    )
+    return `select ${set.join(', ')}; `
   }
-  const preamble = `select ${Object.entries(settings)
-    .map(([name, value]) => `set_config(${literal(name)}, ${literal(value)}, true)`)
-    .join(', ')}; `
+  const shared: Lane = { pool: () => pool, timeout, preamble: preambleOf(timeout) }
+  // One connection beside the pool, as the pool makes them, for what must not wait for the pool's; opened when first asked for.
+  let own: pg.Pool | undefined
+  const reservedTimeout = Math.min(timeout, RESERVED_MS)
+  const reserved: Lane = {
+    pool: () => {
+      // its password is no enumerable property
+      const { options } = pool
+      const limits = { min: 0, max: 1, connectionTimeoutMillis: reservedTimeout, allowExitOnIdle: true }
+      own ??= new pg.Pool({ ...options, password: options.password, ...limits }).on('error', () => {})
+      return own
+    },
+    timeout: reservedTimeout,
+    preamble: preambleOf(reservedTimeout),
+  }
 
-  async function connect(): Promise<pg.PoolClient> {
-    const connecting = pool.connect()
+  async function connect({ pool, timeout }: Lane): Promise<pg.PoolClient> {
+    const connecting = pool().connect()
     try {
       return await within(timeout, connecting, noConnection)
     } catch (error) {
@@ -77,8 +107,9 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 
   // Several statements in one simple query are one transaction: it ends with the answer, whatever that is.
-  async function run<T>(statement: string): Promise<T> {
-    const client = await connect()
+  async function run<T>(statement: string, lane = shared): Promise<T> {
+    const { timeout, preamble } = lane
+    const client = await connect(lane)
     const ignore = () => {}
     client.on('error', ignore) // the query rejects as well
     let broken = false
@@ -96,7 +127,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 
   // asked once per function, and again when the arguments don't fit what was answered then
-  async function shapeOf(fn: string, names: string[]): Promise<Shape> {
+  async function shapeOf(fn: string, names: string[], lane: Lane): Promise<Shape> {
     const fitting = (candidates: Shape[]) =>
       candidates.find(
         ({ params }) =>
@@ -106,7 +137,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     const known = shapes.get(fn)
     const shape = known && fitting(await known)
     if (shape) return shape
-    const asked = run<Shape[]>(lookup(fn))
+    const asked = run<Shape[]>(lookup(fn), lane)
     shapes.set(fn, asked)
     asked.catch(() => shapes.delete(fn))
     const fresh = fitting(await asked)
@@ -115,13 +146,15 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 
   return {
-    async call<T>(fn: string, given: Record<string, unknown> = {}, { select }: CallOptions = {}) {
+    async call<T>(fn: string, given: Record<string, unknown> = {}, options: CallOptions = {}) {
+      const { select } = options
       const args = withoutRawKey(fn, given)
+      const lane = options.reserved ? reserved : shared
       const names = Object.keys(args).filter((name) => args[name] !== undefined)
       const list = select && columnList(select, 'c.')
-      const shape = await shapeOf(identifier(fn), names)
+      const shape = await shapeOf(identifier(fn), names, lane)
       try {
-        return await run<T>(calling(fn, shape, args, list))
+        return await run<T>(calling(fn, shape, args, list), lane)
       } catch (error) {
         if (error instanceof KeyledgerError && stale.includes(error.code)) shapes.delete(fn)
         throw error
@@ -141,6 +174,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     },
 
     async close() {
+      if (own && !own.ended) await own.end()
       if (!options.pool && !pool.ended) await pool.end()
     },
   }

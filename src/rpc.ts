@@ -35,6 +35,8 @@ type Argless = {
 export interface CallOptions<Column extends string = string> {
   /** Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money: `available::text`. */
   select?: readonly Column[]
+  /** Over a connection that other calls can't use up, within 5 s: `pgRpc` keeps one; PostgREST has one pool for all. */
+  reserved?: boolean
 }
 
 export interface RowsQuery<Column extends string = string> {

@@ -12,7 +12,7 @@ export interface KeyContext {
   name: string | null
   /** The beginning of the key, for display. */
   key_prefix: string
-  /** The nodes mounted on the key: those it may hold funds for. */
+  /** The nodes mounted on the key, also those that are disabled now: it may hold funds for those that are active. */
   config_node_ids: readonly string[]
   virtual_key_status: string
   user_status: string
@@ -21,12 +21,20 @@ export interface KeyContext {
   code: string | null
   /** When this changes by the clock alone. */
   valid_until: string | null
+  /** ms from the answer until then, a day at most. */
+  valid_for_ms: number | null
+}
+
+/** What `api.resolve_virtual_keys` answers for a hash that no key has. */
+export interface UnknownKey {
+  code: 'virtual_key_unknown'
+  virtual_key_id: null
 }
 
 /** Who makes a request, and who pays for it: what `validate` gives. Neither the key nor its hash. */
 export type UserContext = Omit<
   KeyContext,
-  'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until'
+  'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until' | 'valid_for_ms'
 >
 
 /** An upstream instance, as the operator set it up. */

@@ -1,4 +1,4 @@
-// Wake-ups: loops that read on each wake-up and twice a second anyway, and the one LISTEN connection that wakes them.
+// Wake-ups: loops that read on each wake-up and now and then anyway, and the one LISTEN connection that wakes them.
 import pgListen from 'pg-listen'
 
 export interface Loop {
@@ -8,32 +8,49 @@ export interface Loop {
   stop(): Promise<void>
 }
 
-// half of the second within which a change is promised to be seen, wake-up or not
 const POLL_MS = 500
+// anybody may notify, as often as they like
+const LEAST_MS = 20
 /** ms that one read of Postgres may take. */
 export const READ_MS = 5000
 const RECONNECT_MS = 500
 
-/** Begins with the first wake-up. `read` must not reject. */
-export function createLoop(read: () => Promise<void>): Loop {
+/** Begins with the first wake-up, and reads every `poll` ms at least, every 20 ms at most. `read` must not reject. */
+export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
   let stopped = false
   let wakened = false
   let reading: Promise<void> | undefined
   let timer: NodeJS.Timeout | undefined
+  let sentAt = -Infinity
+  let endPause = () => {}
+
+  function pause(ms: number) {
+    return new Promise<void>((resolve) => {
+      endPause = resolve
+      timer = setTimeout(resolve, ms)
+    })
+  }
 
   // one read at a time; a wake-up during it means another one, since the change may be newer than its snapshot
+  async function readAll() {
+    while (wakened && !stopped) {
+      const early = sentAt + LEAST_MS - performance.now()
+      if (early > 0) await pause(early)
+      if (stopped) break
+      wakened = false
+      sentAt = performance.now()
+      await read()
+    }
+    reading = undefined
+    if (!stopped) timer = setTimeout(wake, Math.max(0, sentAt + poll - performance.now()))
+  }
+
   function wake() {
-    clearTimeout(timer)
     wakened = true
-    reading ??= (async () => {
-      const startedAt = performance.now()
-      while (wakened && !stopped) {
-        wakened = false
-        await read()
-      }
-      reading = undefined
-      if (!stopped) timer = setTimeout(wake, Math.max(0, startedAt + POLL_MS - performance.now()))
-    })()
+    if (reading === undefined) {
+      clearTimeout(timer)
+      reading = readAll()
+    }
     return reading
   }
 
@@ -42,6 +59,7 @@ export function createLoop(read: () => Promise<void>): Loop {
     async stop() {
       stopped = true
       clearTimeout(timer)
+      endPause()
       await reading
     },
   }

@@ -87,7 +87,11 @@ async function warm(client: Client): Promise<World> {
 /** Waits until the listener has evicted all that has changed by now. */
 async function readAgain({ cache, listener }: Client) {
   const since = performance.now()
-  await until(() => (listener.state().age ?? Infinity) < performance.now() - since, 'a read')
+  const { trust } = cache.redis ?? cache
+  await until(
+    () => trust.provenAt() >= since && (listener.state().age ?? Infinity) < performance.now() - since,
+    'a read',
+  )
   await trusted({ cache })
 }
 
@@ -134,10 +138,16 @@ test('a change of thousands of keys is evicted whole', async () => {
   await readAgain(one)
   await Promise.all(rows.map(({ hash }) => one.validate(hash)))
   await until(async () => (await admin.dbsize()) >= 1202, 'the entries')
+  await admin.config('RESETSTAT')
   await db.operator(`update api.tenants set status = 'suspended' where id = $1`, [world.tenantId])
   await refused(one, world)
   const seen = await Promise.all(rows.map(({ hash }) => one.validate(hash)))
   assert.is(seen.filter(({ code }) => code === 'tenant_suspended').length, 1201)
+  // by the thousand, rather than one command a key
+  const commands = await admin.info('commandstats')
+  const calls = (name: string) => Number(new RegExp(`cmdstat_${name}:calls=(\\d+)`).exec(commands)?.[1] ?? 0)
+  assert.ok(calls('unlink') > 0 && calls('unlink') < 100, `${calls('unlink')}`)
+  assert.is(calls('del'), 0)
 })
 
 test('a forged notification is a wake-up and nothing else', async () => {
@@ -360,23 +370,76 @@ test('memory is dropped when its own cursor says nothing any more', async () => 
   await refused(one, world)
 })
 
-test('memory is evicted after Redis, or it would be filled again from there', async () => {
+test('memory is evicted before Redis, and is not filled again from there meanwhile', async () => {
   const one = await client('poll')
   const world = await warm(one)
-  const { del } = one.redis
+  const { unlink } = one.redis
   let sendDelete: (() => void) | undefined
-  one.redis.del = async (...keys: unknown[]) => {
-    one.redis.del = del
+  one.redis.unlink = (async (...keys: unknown[]) => {
+    one.redis.unlink = unlink
     await new Promise<void>((resolve) => {
       sendDelete = resolve
     })
-    return del.call(one.redis, keys as string[])
-  }
+    return unlink.call(one.redis, keys as string[])
+  }) as typeof unlink
   await revoke(world)
   await until(() => sendDelete, 'the delete')
-  await one.validate(world.keyHash)
+  // Redis has the entry, and is trusted
+  assert.ok((await entry(world))!.includes('"code":null'))
+  assert.ok(one.cache.redis!.trust.holds())
+  assert.equal(await one.validate(world.keyHash), {
+    accepted: false,
+    code: 'virtual_key_disabled',
+    tier: 'database',
+  })
   sendDelete!()
   await readAgain(one)
+  assert.not((await one.validate(world.keyHash)).accepted)
+})
+
+test('an eviction of Redis that takes long ends trust in it', async () => {
+  const one = await client('poll')
+  const world = await warm(one)
+  const { unlink } = one.redis
+  one.redis.unlink = (() => new Promise(() => {})) as typeof unlink
+  await revoke(world)
+  await until(() => !one.cache.redis!.trust.holds(), 'trust to end')
+  assert.not((await one.validate(world.keyHash)).accepted)
+  one.redis.unlink = unlink
+  await trusted(one)
+  one.cache.forget([`vk:${world.keyHash}`])
+  assert.not((await one.validate(world.keyHash)).accepted)
+})
+
+test('a change of all keys: memory is not filled again from the generation that is over', async () => {
+  const one = await client('poll')
+  const world = await warm(one)
+  const { generation } = (await covered())!
+  const { eval: run } = one.redis
+  // the cursor of a new generation can't be written meanwhile
+  let stopped = false
+  one.redis.eval = ((...args: unknown[]) => {
+    if (args[2] !== 'vk:cursor' || String(args[4]).includes(generation))
+      return run.apply(one.redis, args as never)
+    stopped = true
+    return new Promise(() => {})
+  }) as typeof run
+  const session = await db.session()
+  started.push({ stop: () => session.end() })
+  await session.query('begin')
+  await session.query(`update data.virtual_key set status = 'revoked', revoked_at = now() where id = $1`, [
+    world.keyId,
+  ])
+  await session.query('update data.cache_invalidation set keys = null where xid = pg_current_xact_id()')
+  await session.query('commit')
+  await until(() => stopped, 'the cursor to be on its way')
+  assert.ok((await entry(world))!.includes('"code":null'), 'Redis is as it was')
+  assert.ok(one.cache.redis!.trust.holds())
+  const { code, tier } = await one.validate(world.keyHash)
+  assert.equal([code, tier], ['virtual_key_disabled', 'database'])
+  one.redis.eval = run
+  await until(async () => (await covered())!.generation !== generation, 'a new generation')
+  await trusted(one)
   assert.not((await one.validate(world.keyHash)).accepted)
 })
 
@@ -450,10 +513,10 @@ test('a delete that fails ends trust in Redis until it is replayed', async () =>
   const one = await client('poll')
   const world = await warm(one)
   // as in a Cluster, where the shard of the key may be away, and that of the cursor not
-  const { del } = one.redis
+  const { unlink } = one.redis
   let failed = false
-  one.redis.del = () => {
-    one.redis.del = del
+  one.redis.unlink = () => {
+    one.redis.unlink = unlink
     failed = true
     return Promise.reject(new Error('away'))
   }
@@ -468,7 +531,7 @@ test('a delete that fails ends trust in Redis until it is replayed', async () =>
 test('a cursor that may have been written to an older Redis starts a new generation', async () => {
   const away = await proxy(redis.url)
   const connection = new Redis(away.url, { retryStrategy: () => 50 }).on('error', () => {})
-  const tier = createRedisTier(connection, 5000)
+  const tier = createRedisTier(connection, { maxStaleness: 5000 })
   started.push({
     async stop() {
       tier.close()
@@ -517,8 +580,9 @@ test('a process without a listener follows the heartbeat in Redis', async () => 
 })
 
 test('a follower trusts a beat only from before the one that preceded it', async () => {
+  const { cursor } = await fromGateway<{ cursor: object }>('cache_changes')
   const write = (beat: number, generation = 'g') =>
-    admin.set('vk:cursor', JSON.stringify({ cursor: { cluster: 'c', snapshot: 's' }, generation, beat }))
+    admin.set('vk:cursor', JSON.stringify({ cursor, generation, beat }))
   const looks = async () => Number(/cmdstat_get:calls=(\d+)/.exec(await admin.info('commandstats'))?.[1] ?? 0)
   const looked = async () => {
     const before = await looks()
@@ -544,8 +608,9 @@ test('a follower trusts a beat only from before the one that preceded it', async
   assert.instance(follower.listener.state().error, Error)
 })
 
-test('without rpc and without Redis there is nothing to listen to', () => {
-  assert.throws(() => createListener({ cache: createKeyCache({ load: async () => undefined }) }), /rpc/)
+test('without Redis there is nothing to follow', () => {
+  const cache = createKeyCache({ load: async () => undefined })
+  assert.throws(() => createListener({ cache, rpc: { call: fromGateway }, follow: true }), /redis/)
 })
 
 /** The outbox as the gateway reads it, beside any client's own connections. */

@@ -278,7 +278,7 @@ test('calls that fail, by code; nobody has to handle the rejection of what is re
     const rpc = {
       ...made,
       async call<T>(fn: string): Promise<T> {
-        throw new KeyledgerError(fn === 'resolve_virtual_key' ? 'timeout' : 'permission_denied', 503)
+        throw new KeyledgerError(fn === 'resolve_virtual_keys' ? 'timeout' : 'permission_denied', 503)
       },
     }
     const unhandled: unknown[] = []

@@ -396,7 +396,7 @@ test('a started module answers from memory, follows changes, and says how it is'
     assert.is(rpc.of('maintain').length, 1)
     const context = await billing.validate(world.key)
     await billing.validate(world.key)
-    assert.is(rpc.of('resolve_virtual_key').length, 1)
+    assert.is(rpc.of('resolve_virtual_keys').length, 1)
 
     // what a caller does to its context is its own business
     context.account_id = newId()
@@ -450,10 +450,8 @@ test('the Redis tier serves the next process, which only polls', async () => {
         await second.start()
         await until(() => second.health().cache.redis, 'trust in Redis')
         assert.is((await second.validate(world.key)).account_id, world.accountId)
-        assert.equal(
-          rpc.calls.map(({ fn }) => fn),
-          ['maintain'],
-        )
+        // the upkeep, and which database it is
+        assert.equal([...new Set(rpc.calls.map(({ fn }) => fn))].sort(), ['cache_changes', 'maintain'])
         assert.is(second.health().status, 'ok')
       })
       assert.is(redis.status, 'ready') // its owner's to close
@@ -478,7 +476,7 @@ test('a failure is never an unknown key', async () => {
     new TypeError('a bug'),
   ]
   for (const cause of causes) {
-    const rpc = counted(pgRpc(pgOptions), (fn) => fn === 'resolve_virtual_key' && cause)
+    const rpc = counted(pgRpc(pgOptions), (fn) => fn === 'resolve_virtual_keys' && cause)
     await withModule({ rpc }, async (billing) => {
       const error = await refused(billing.validate(world.key), 'unavailable', 503)
       assert.is(error.cause, cause)
@@ -643,7 +641,8 @@ test('an id made here is a UUIDv7 of now, and no other', () => {
   for (const id of ids) {
     assert.match(id, /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/)
     const time = Number.parseInt(id.slice(0, 8) + id.slice(9, 13), 16)
-    assert.ok(time >= before && time <= Date.now())
+    // of the server's clock, as near as a round trip tells
+    assert.ok(time >= before - 2000 && time <= Date.now() + 2000)
   }
 })
 
@@ -733,7 +732,7 @@ test('the key is in no log of Postgres, with log_statement = all', async () => {
         await refused(billing.validate(key), 'virtual_key_unknown', 401)
       })
     const log = postgres.log()
-    assert.match(log, 'resolve_virtual_key')
+    assert.match(log, 'resolve_virtual_keys')
     assert.ok(!log.includes(key))
     assert.ok(!rest.log().includes(key))
     await rest.stop()

@@ -2,6 +2,7 @@
 import { mock } from 'node:test'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
+import { until } from '../scripts/supervise.ts'
 import { createBillingModule, pgRpc, postgrestRpc, type Rpc } from '../src/index.ts'
 import { createNodes } from '../src/nodes.ts'
 import { database } from './support/database.ts'
@@ -55,10 +56,11 @@ for (const [name, make] of Object.entries(rpcs))
       assert.equal(rest, { id: b, name: `${name} b`, provider: 'p', model: 'm', endpoint: 'http://e' })
       assert.ok(Date.parse(created_at))
       await db.operator(`update api.config_nodes set status = 'disabled' where id = $1`, [a])
-      assert.equal(
-        (await nodes()).map(({ name }) => name),
-        [seeded, `${name} b`],
-      )
+      const { config_node_ids } = await billing.validate(key)
+      assert.ok(config_node_ids.includes(a), 'the key is as it was')
+      const names = async () => (await nodes()).map(({ name }) => name)
+      await until(async () => (await names()).length === 2, 'the change to be seen')
+      assert.equal(await names(), [seeded, `${name} b`])
       // a node made a moment ago is known as soon as the key has it
       await mount(await node(`${name} c`))
       assert.equal(
@@ -79,7 +81,7 @@ test('one read serves all, until 5 s are over or a key has a node that it does n
   const nodes = createNodes({
     async rows<T>() {
       reads++
-      const rows = stored.map((id) => ({ id }))
+      const rows = stored.map((id) => ({ id, status: id === 'off' ? 'disabled' : 'active' }))
       await gate
       if (error) throw error
       return rows as T[]
@@ -93,6 +95,11 @@ test('one read serves all, until 5 s are over or a key has a node that it does n
     now += 1
     assert.equal([await ids('a'), reads], [['a'], 2])
 
+    // a disabled one is known, and no reason to read again
+    stored = ['a', 'b', 'off']
+    now += 5001
+    assert.equal([await ids('a', 'off'), await ids('a', 'off'), reads], [['a'], ['a'], 3])
+
     // made and mounted while a read that did not see it is under way
     let open = () => {}
     gate = new Promise<void>((resolve) => {
@@ -103,7 +110,7 @@ test('one read serves all, until 5 s are over or a key has a node that it does n
     stored = ['a', 'b', 'c']
     const late = ids('c')
     open()
-    assert.equal([await early, await late, reads], [['a'], ['c'], 4])
+    assert.equal([await early, await late, reads], [['a'], ['c'], 5])
 
     // away: what is known serves on, what is not is no refusal
     error = new Error('away')

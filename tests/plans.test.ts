@@ -53,6 +53,10 @@ function callsOf(
     extend_holds: batch('extend_holds', () => ({ id: hold, account_id: accountId })),
     release_holds: batch('release_holds', (i) => ({ id: spares[i] ?? newId(), account_id: accountId })),
     resolve_virtual_key: gateway(`select api.resolve_virtual_key(encode(sha256($1::bytea), 'hex'))`, key),
+    resolve_virtual_keys: gateway(
+      `select api.resolve_virtual_keys(array_fill(encode(sha256($1::bytea), 'hex'), array[${size}]))`,
+      key,
+    ),
     resolve_billing_account: gateway('select api.resolve_billing_account($1)', key),
     check_budget: gateway('select api.check_budget($1, 1, $2)', userId, keyId),
     cache_changes: gateway('select api.cache_changes($1)', cursor),

@@ -39,6 +39,7 @@ const functions: Record<string, string[]> = {
   replay_rejected_usage: [operator],
   resolve_billing_account: [gateway],
   resolve_virtual_key: [gateway],
+  resolve_virtual_keys: [gateway],
   reverse_top_up: [operator],
   revoke_virtual_key: [operator],
   rotate_virtual_key: [operator],

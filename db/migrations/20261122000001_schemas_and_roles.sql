@@ -20,13 +20,13 @@ begin
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
       'available_past_grants', 'await_postings', 'billing_transaction', 'bounded_element', 'broken_fact', 'budget',
       'budget_code', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller', 'charged_before', 'check_entry',
-      'check_written', 'codes_now', 'config_node', 'config_node_updated', 'count_spend', 'credit_grant', 'currency',
-      'end_due_grants', 'end_due_holds', 'end_or_extend_holds', 'end_parked_holds', 'entry_hash', 'entry_kind',
-      'epoch_time', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
-      'freeze_reference_is_used_once', 'grant_draw', 'has_absurd_numbers', 'hash_context', 'hold', 'hold_open',
-      'hold_parked', 'invalidate', 'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account',
-      'keep_key_identity', 'keep_node_identity', 'keep_owner_identity', 'kept_event', 'key_context', 'key_hash',
-      'local_moment', 'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent',
+      'check_written', 'codes_now', 'config_node', 'count_spend', 'credit_grant', 'currency', 'end_due_grants',
+      'end_due_holds', 'end_or_extend_holds', 'end_parked_holds', 'entry_hash', 'entry_kind', 'epoch_time',
+      'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once',
+      'grant_draw', 'has_absurd_numbers', 'hash_context', 'hold', 'hold_open', 'hold_parked', 'invalidate',
+      'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account', 'keep_key_identity',
+      'keep_node_identity', 'keep_owner_identity', 'kept_event', 'key_context', 'key_hash', 'local_moment',
+      'lock_account', 'lock_accounts', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent',
       'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated',
       'movements_of', 'new_entry', 'new_virtual_key', 'note_status', 'open_account', 'open_virtual_key_use',
       'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters',
@@ -50,10 +50,10 @@ begin
       'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain',
       'new_id', 'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account', 'resolve_virtual_key',
-      'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget', 'set_credit_limit',
-      'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement', 'status_changes', 'tenants',
-      'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles', 'verify_balances', 'verify_ledger',
-      'virtual_key_config_nodes', 'virtual_keys'
+      'resolve_virtual_keys', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
+      'set_credit_limit', 'set_low_balance_threshold', 'set_status', 'set_time_zone', 'spend', 'statement',
+      'status_changes', 'tenants', 'top_up', 'unfreeze_funds', 'usage_logs', 'user_profiles', 'verify_balances',
+      'verify_ledger', 'virtual_key_config_nodes', 'virtual_keys'
     ]);
   if v_clashes is not null then
     raise exception 'keyledger can''t be installed here: this database already has %', v_clashes

@@ -7,7 +7,10 @@ create table data.cache_invalidation (
   id bigint generated always as identity primary key,
   xid xid8 not null default pg_current_xact_id(),
   entity text not null,
-  keys text[] not null,
+  -- null: all of the entity
+  keys text[],
+  -- stored, so that changes are counted without reading their keys
+  key_count integer generated always as (cardinality(keys)) stored,
   created_at timestamptz not null default now(),
   constraint entity_is_known check (entity in ('vk', 'price')),
   constraint keys_are_named check (cardinality(keys) > 0)
@@ -25,7 +28,7 @@ insert into data.outbox_horizon (outbox, purged_xid) values ('cache', '0');
 alter table data.cache_invalidation enable row level security;
 alter table data.outbox_horizon enable row level security;
 
-comment on table data.cache_invalidation is 'Cache keys changed by each transaction; the truth behind the wake-up.';
+comment on table data.cache_invalidation is 'Cache keys changed by each transaction, null for all; the truth behind the wake-up.';
 comment on table data.outbox_horizon is 'How far each outbox has been purged.';
 
 reset role;

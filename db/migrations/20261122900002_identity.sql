@@ -21,7 +21,7 @@ begin
   select u.tenant_id into v_tenant_id from data.user_profile u where u.id = new.user_id for share;
   perform from data.tenant t where t.id = v_tenant_id for share;
   if tg_op = 'UPDATE' then
-    -- a new hash is as a new key that has mounts already: whoever unmounts or disables a node must see it too
+    -- a new hash is as a new key that has mounts already: who unmounts a node must see it too
     perform
     from data.virtual_key_config_node m
     join data.config_node n on n.id = m.config_node_id

@@ -11,7 +11,8 @@ select p.key_hash, p.virtual_key_id, p.valid_until from data.previous_key_hash p
 
 comment on view data.key_hash is 'Each known hash and its key; valid_until is the end of a grace.';
 
--- write the hashes of these keys to the outbox, and wake the listeners once
+-- Write the hashes of these keys to the outbox, and wake the listeners once. More than 5000 are written as all keys: a list of millions
+-- would keep every reader busy, and later revokes waiting. Callers give at most 5001, so that none is made either.
 create or replace function data.invalidate(
   entity text,
   keys text[]
@@ -28,10 +29,14 @@ begin
   if cardinality(keys) is null or cardinality(keys) = 0 then
     return;
   end if;
-  insert into data.cache_invalidation (entity, keys)
-  select invalidate.entity, array_agg(k.key order by k.n)
-  from unnest(keys) with ordinality as k (key, n)
-  group by (k.n - 1) / 1000;
+  if cardinality(keys) > 5000 then
+    insert into data.cache_invalidation (entity, keys) values (invalidate.entity, null);
+  else
+    insert into data.cache_invalidation (entity, keys)
+    select invalidate.entity, array_agg(k.key)
+    from (select d.key, row_number() over () as n from (select distinct u.key from unnest(keys) as u (key)) d) k
+    group by (k.n - 1) / 1000;
+  end if;
   -- only a wake-up: a full queue must never abort a revoke
   if pg_notification_queue_usage() < 0.5 then
     perform pg_notify('keyledger_cache', '');
@@ -46,7 +51,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from new_rows k));
+  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from new_rows k limit 5001));
   return null;
 end
 $$;
@@ -68,7 +73,8 @@ begin
       select o.key_hash union select k.key_hash from data.key_hash k where k.virtual_key_id = n.id
     ) h
     where (o.key_hash, o.key_prefix, o.name, o.status, o.expires_at)
-      is distinct from (n.key_hash, n.key_prefix, n.name, n.status, n.expires_at)));
+      is distinct from (n.key_hash, n.key_prefix, n.name, n.status, n.expires_at)
+    limit 5001));
   return null;
 end
 $$;
@@ -82,7 +88,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from old_rows k));
+  perform data.invalidate('vk', array(select encode(k.key_hash, 'hex') from old_rows k limit 5001));
   return null;
 end
 $$;
@@ -106,7 +112,8 @@ begin
     join new_rows n using (id)
     cross join lateral (select * from data.virtual_key b where b.user_id = n.id offset 0) k
     cross join lateral (select * from data.key_hash a where a.virtual_key_id = k.id offset 0) h
-    where (o.tenant_id, o.status) is distinct from (n.tenant_id, n.status)));
+    where (o.tenant_id, o.status) is distinct from (n.tenant_id, n.status)
+    limit 5001));
   return null;
 end
 $$;
@@ -128,33 +135,13 @@ begin
     cross join lateral (select * from data.user_profile c where c.tenant_id = n.id offset 0) u
     cross join lateral (select * from data.virtual_key b where b.user_id = u.id offset 0) k
     cross join lateral (select * from data.key_hash a where a.virtual_key_id = k.id offset 0) h
-    where o.status is distinct from n.status));
+    where o.status is distinct from n.status
+    limit 5001));
   return null;
 end
 $$;
 create or replace trigger invalidate_updated after update on data.tenant
   referencing old table as old_rows new table as new_rows for each statement execute function data.tenant_updated();
-
-create or replace function data.config_node_updated()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-as $$
-begin
-  perform data.invalidate('vk', array(
-    select distinct encode(h.key_hash, 'hex')
-    from old_rows o
-    join new_rows n using (id)
-    cross join lateral (select * from data.virtual_key_config_node b where b.config_node_id = n.id offset 0) m
-    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h
-    where (o.*) is distinct from (n.*)));
-  return null;
-end
-$$;
-create or replace trigger invalidate_updated after update on data.config_node
-  referencing old table as old_rows new table as new_rows for each statement execute function data.config_node_updated();
 
 create or replace function data.mount_inserted()
 returns trigger
@@ -165,9 +152,10 @@ set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(h.key_hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from new_rows m
-    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h
+    limit 5001));
   return null;
 end
 $$;
@@ -184,8 +172,9 @@ as $$
 begin
   perform data.invalidate('vk', array(
     select encode(h.key_hash, 'hex')
-    from (select o.virtual_key_id from old_rows o union select n.virtual_key_id from new_rows n) m
-    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
+    from (select o.virtual_key_id from old_rows o union all select n.virtual_key_id from new_rows n) m
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h
+    limit 5001));
   return null;
 end
 $$;
@@ -201,9 +190,10 @@ set enable_seqscan = off
 as $$
 begin
   perform data.invalidate('vk', array(
-    select distinct encode(h.key_hash, 'hex')
+    select encode(h.key_hash, 'hex')
     from old_rows m
-    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h));
+    cross join lateral (select * from data.key_hash a where a.virtual_key_id = m.virtual_key_id offset 0) h
+    limit 5001));
   return null;
 end
 $$;
@@ -217,7 +207,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.invalidate('price', array(select distinct p.config_node_id::text from new_rows p));
+  perform data.invalidate('price', array(select p.config_node_id::text from new_rows p limit 5001));
   return null;
 end
 $$;
@@ -254,26 +244,36 @@ as $$
 declare
   v_since pg_snapshot;
   v_next jsonb;
+  v_keys jsonb;
 begin
   select c.since, c.next into v_since, v_next from data.read_cursor('cache', cursor) c;
+  -- each row has a key at least: 10001 rows are too many, however few keys each has
+  with changed as materialized (
+    select c.entity, c.keys, c.key_count
+    from data.cache_invalidation c
+    where c.xid >= pg_snapshot_xmin(v_since)
+      and not pg_visible_in_snapshot(c.xid, v_since)
+      and not data.is_foreign(c.xid)
+    limit 10001
+  )
+  select case when coalesce(sum(coalesce(c.key_count, 10001)), 0) <= 10000 then coalesce((
+    select jsonb_agg(distinct d.entity || ':' || k.key) from changed d cross join lateral unnest(d.keys) as k (key)
+  ), '[]'::jsonb) end
+  into v_keys
+  from changed c;
   return jsonb_build_object(
     'cursor', v_next,
-    'reset', v_since is null,
-    'keys', coalesce((
-      select jsonb_agg(distinct c.entity || ':' || k.key)
-      from data.cache_invalidation c
-      cross join lateral unnest(c.keys) as k (key)
-      where c.xid >= pg_snapshot_xmin(v_since)
-        and not pg_visible_in_snapshot(c.xid, v_since)
-        and not data.is_foreign(c.xid)
-    ), '[]'::jsonb)
+    'reset', v_since is null or v_keys is null,
+    'keys', coalesce(v_keys, '[]'::jsonb),
+    'now', floor(extract(epoch from clock_timestamp()) * 1000)::bigint
   );
 end
 $$;
 comment on function api.cache_changes(jsonb) is
 'The cache keys changed since a cursor, and the next cursor.
-`keys` were changed by transactions the cursor had not seen. `reset` true: the cursor is missing, of another cluster or database, ahead of this
-one or too old: drop everything. Keep the cursor only after evicting.';
+`keys` were changed by transactions the cursor had not seen. `reset` true: drop everything. The cursor is missing, of another cluster or
+database, ahead of this one or too old, or more than 10000 keys have changed, or one change was of more than 5000. Keep the cursor only after
+evicting. `now` is the server''s clock, in ms since 1970.';
 grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
 
 reset role;

@@ -52,14 +52,28 @@ select
     when h.valid_until <= statement_timestamp() and c.virtual_key_status = 'active' then 'virtual_key_expired'
     else c.code
   end as code,
-  least(c.valid_until, case when h.valid_until > statement_timestamp() then h.valid_until end) as valid_until,
-  c.config_node_ids,
+  v.valid_until,
+  -- a duration, so that the reader's clock doesn't matter; nobody keeps an answer for longer than a day
+  case
+    when v.valid_until is not null
+    then floor(extract(epoch from least(v.valid_until - clock_timestamp(), interval '1 day')) * 1000)::bigint
+  end as valid_for_ms,
+  -- whatever their status: it is read when a node is used, so that a change of a node evicts no key
+  array(
+    select m.config_node_id
+    from data.virtual_key_config_node m
+    where m.virtual_key_id = h.virtual_key_id
+    order by m.config_node_id
+  ) as config_node_ids,
   c.currency
 from data.key_hash h
-cross join lateral (select * from data.key_context k where k.virtual_key_id = h.virtual_key_id offset 0) c;
+cross join lateral (select * from data.key_context k where k.virtual_key_id = h.virtual_key_id offset 0) c
+cross join lateral (
+  select least(c.valid_until, case when h.valid_until > statement_timestamp() then h.valid_until end) as valid_until
+) v;
 
-comment on view data.key_context is 'Key, user, payer, and whether the key may be used.';
-comment on view data.hash_context is 'The same by each hash of a key.';
+comment on view data.key_context is 'Key, user, payer, whether the key may be used, and the active nodes it may be used for.';
+comment on view data.hash_context is 'The same by each hash of a key, with all its nodes: what may be cached.';
 
 create or replace function api.resolve_virtual_key(
   key_hash text,
@@ -74,6 +88,7 @@ create or replace function api.resolve_virtual_key(
   out tenant_status text,
   out code text,
   out valid_until timestamptz,
+  out valid_for_ms bigint,
   out config_node_ids uuid[],
   out currency text
 )
@@ -87,9 +102,10 @@ as $$
 begin
   if key_hash ~ '^[0-9a-f]{64}$' then
     select c.virtual_key_id, c.user_id, c.tenant_id, c.account_id, c.name, c.key_prefix, c.virtual_key_status,
-      c.user_status, c.tenant_status, c.code, c.valid_until, c.config_node_ids, c.currency
+      c.user_status, c.tenant_status, c.code, c.valid_until, c.valid_for_ms, c.config_node_ids,
+      c.currency
     into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
-      user_status, tenant_status, code, valid_until, config_node_ids, currency
+      user_status, tenant_status, code, valid_until, valid_for_ms, config_node_ids, currency
     from data.hash_context c
     where c.key_hash = decode(resolve_virtual_key.key_hash, 'hex');
   end if;
@@ -103,8 +119,39 @@ comment on function api.resolve_virtual_key(text) is
 'Resolves the sha-256 of a virtual key to its user and payer.
 `key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever its status: `code` is null when it may
 be used now, else the reason. `valid_until` is the moment the answer changes by the clock alone: the key''s expiry, or the end of the grace
-of one that was rotated. No money in it, so it may be cached. Unknown: 404 virtual_key_unknown.';
+of one that was rotated; `valid_for_ms` is how far off that is, a day at most. `config_node_ids` are the nodes mounted on it, also those that
+are disabled now. No money in it, so it may be cached. Unknown: 404 virtual_key_unknown.';
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
+
+create or replace function api.resolve_virtual_keys(key_hashes text[])
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+begin
+  if cardinality(key_hashes) > 10000 then
+    perform data.refuse(422, 'too_many_elements', cardinality(key_hashes) || ' hashes, of 10000 allowed', 'send them in several calls');
+  end if;
+  return (
+    select coalesce(jsonb_agg(coalesce(c.context, '{"code": "virtual_key_unknown", "virtual_key_id": null}') order by h.n), '[]')
+    from unnest(key_hashes) with ordinality as h (hash, n)
+    left join lateral (
+      select to_jsonb(x) - 'key_hash' as context
+      from data.hash_context x
+      where x.key_hash = case when h.hash ~ '^[0-9a-f]{64}$' then decode(h.hash, 'hex') end
+      offset 0
+    ) c on true
+  );
+end
+$$;
+comment on function api.resolve_virtual_keys(text[]) is
+'Resolves many virtual keys at once, by their sha-256.
+Takes `key_hashes`, 10000 at most, and answers an array in the same order: for each what resolve_virtual_key answers, or {code:
+virtual_key_unknown, virtual_key_id: null}. 422 too_many_elements.';
+grant execute on function api.resolve_virtual_keys(text[]) to keyledger_gateway;
 
 create or replace function api.resolve_billing_account(
   vk text default null,

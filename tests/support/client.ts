@@ -40,8 +40,8 @@ export async function startClient(
 ) {
   const rpc = pgRpc({ connectionString: url, role: 'keyledger_gateway' })
   const source: Pick<Rpc, 'call'> = {
-    async call<T>(fn: string, args: Record<string, unknown> = {}) {
-      const answer = await rpc.call<T>(fn, args)
+    async call<T>(fn: string, args: Record<string, unknown> = {}, options = {}) {
+      const answer = await rpc.call<T>(fn, args, options)
       await between?.(fn, answer)
       return answer
     },
@@ -62,7 +62,8 @@ export async function startClient(
       ? undefined
       : createListener({
           cache,
-          rpc: by === 'follow' ? undefined : source,
+          rpc: source,
+          follow: by === 'follow',
           connectionString: by === 'listen' ? listenUrl : undefined,
         })
   await listener?.start()
@@ -102,6 +103,7 @@ export async function forkClient(options: ClientOptions) {
   })
   return {
     name: `${options.by}${options.redisUrl ? '' : ', without Redis'}`,
+    pid: child.pid!,
     validate: (hash: string) =>
       new Promise<Seen>((resolve, reject) => {
         waiting.set(++last, { resolve, reject })
