@@ -1,6 +1,7 @@
 // The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
 import type { Cluster, Redis } from 'ioredis'
 import { LRUCache } from 'lru-cache'
+import { KeyledgerError } from './errors.ts'
 import { createRedisTier, type RedisTier } from './redis.ts'
 import { createTrust, type Trust } from './trust.ts'
 
@@ -203,7 +204,9 @@ function freeze<T extends object | undefined>(context: T): T {
 /** Rejects if there is no answer within `ms`; the work itself goes on, unseen. */
 export function withinTime<T>(work: Promise<T>, ms: number): Promise<T> {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new Error(`no answer from Postgres within ${ms} ms`)), ms)
+    const late = () =>
+      new KeyledgerError('timeout', 504, { detail: `no answer from Postgres within ${ms} ms` })
+    const timer = setTimeout(() => reject(late()), ms)
     work.then(resolve, reject).finally(() => clearTimeout(timer))
   })
 }

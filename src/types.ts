@@ -74,9 +74,9 @@ export interface UsageEvent {
   hold_id?: string
   /** Whether it ends its hold. Default true. */
   final?: boolean
-  /** Yours, up to 512 characters. */
+  /** Yours, up to 512 characters. One that is longer or empty is left out, and the event charged without it. */
   request_id?: string
-  /** Yours, a small object. */
+  /** Yours, an object of up to 16,384 bytes of JSON. What is no such object is left out, and the event charged without it. */
   metadata?: Record<string, unknown>
 }
 
@@ -91,6 +91,10 @@ export interface UsageAnswer {
   seq?: number
   /** A duplicate whose content differs from what was charged. */
   mismatch?: true
+  /** Labels that can't be kept; the event was charged without them. */
+  left_out?: ('request_id' | 'metadata')[]
+  /** The account has no hold of this `hold_id`: the event was charged without one. */
+  hold?: 'unknown'
 }
 
 /** `closed`: it was not open any more; `refused`: an operator's freeze; `code` says why. */
