@@ -241,7 +241,8 @@ export function createBatcher<Element, Answer>({
       if (verdict === 'final') give(items, error)
       if (verdict === 'final' || items.length === 0) return follow(group)
       const rest = { ...group, items, at: failedAt + wait, pause }
-      if (verdict === 'split') return split(rest)
+      // others of it may have been late
+      if (verdict === 'split') return items.length > 1 ? split(rest) : putBack(rest)
       pause = Math.min(2 * pause, LONGEST_PAUSE_MS)
       if (verdict === 'back') return putBack({ ...rest, pause })
       await new Promise((resolve) => setTimeout(resolve, wait))
