@@ -152,7 +152,8 @@ export interface Balance {
 /** As `api.place_holds` answers one request. */
 export interface HoldAnswer {
   id: string
-  status: 'held' | 'duplicate' | 'refused'
+  /** `busy`: another session holds the account, and nothing was kept; only in calls that name several accounts. */
+  status: 'held' | 'duplicate' | 'refused' | 'busy'
   code?: string
   amount?: string
   available?: string
