@@ -1,6 +1,7 @@
 // The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
 import type { Cluster, Redis } from 'ioredis'
 import { LRUCache } from 'lru-cache'
+import { isAway, KeyledgerError } from './errors.ts'
 import { serverNow } from './ids.ts'
 import { createRedisTier, type RedisTier } from './redis.ts'
 import { createTrust, type Trust } from './trust.ts'
@@ -165,7 +166,7 @@ export function createKeyCache<Context extends { valid_until: string | null; val
         context = await withinTime(reading, maxStaleness)
       } catch (error) {
         // Postgres is there if it has answered a read of the changes meanwhile
-        const away = trust.provenAt() < askedAt && (error instanceof NoAnswer || isAway(error))
+        const away = trust.provenAt() < askedAt && isAway(error)
         const stale = away ? await lastKnown(key) : undefined
         if (stale) return land(key, flight, 'stale', stale)
         // failed, and says why; or slow, and nothing better is known
@@ -245,15 +246,12 @@ function freeze<T extends object | undefined>(context: T): T {
   return Object.freeze(context)
 }
 
-/** Nobody answered in time. */
-export class NoAnswer extends Error {
-  readonly code = 'timeout'
-}
-
-/** Rejects with `NoAnswer` if there is none within `ms`; the work itself goes on, unseen. */
+/** Rejects with 504 `timeout` if there is no answer within `ms`; the work itself goes on, unseen. */
 export function withinTime<T>(work: Promise<T>, ms: number): Promise<T> {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new NoAnswer(`no answer from Postgres within ${ms} ms`)), ms)
+    const late = () =>
+      new KeyledgerError('timeout', 504, { detail: `no answer from Postgres within ${ms} ms` })
+    const timer = setTimeout(() => reject(late()), ms)
     work.then(resolve, reject).finally(() => clearTimeout(timer))
   })
 }

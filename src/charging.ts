@@ -1,8 +1,8 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
-import { setTimeout as sleep } from 'node:timers/promises'
-import { type Batcher, type BatcherStats, createBatcher } from './batch.ts'
-import { KeyledgerError, statusOf } from './errors.ts'
+import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher, quiet } from './batch.ts'
+import { createDoubts } from './doubts.ts'
+import { codeOf, KeyledgerError, statusOf } from './errors.ts'
 import { newId } from './ids.ts'
 import type { Metrics } from './metrics.ts'
 import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
@@ -26,6 +26,8 @@ export interface ChargingOptions {
   holdDeadline?: number
   /** ms after which usage that could not be delivered is given up. Default 30,000. */
   recordDeadline?: number
+  /** Bytes of JSON that each of the four queues keeps at most; past it 503 `overloaded`. Default 64,000,000. */
+  maxQueueBytes?: number
 }
 
 export interface Charging {
@@ -43,7 +45,9 @@ export interface Charging {
   /**
    * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether
    * it is recorded: repeat it with the same `id`, so give one and keep the event until then. Characters that Postgres can't
-   * store (NUL, half a surrogate pair) are recorded as U+FFFD. A rejection that is not
+   * store (NUL, half a surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be kept is left
+   * out, which the answer says; the event is charged. Every error that names no event is repeated until `recordDeadline`,
+   * also a refused token or a missing function; `health()` shows its code meanwhile. A rejection that is not
    * handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
    */
   recordUsage(event: UsageEvent): Promise<UsageAnswer>
@@ -56,46 +60,67 @@ interface Element {
   [field: string]: unknown
 }
 
-// how long to wait for a hold that was given up to come: half a minute in all, longer than PostgREST waits for a connection
-const FIRST_PAUSE_MS = 500
-const LAST_PAUSE_MS = 16_000
+/** An event as it is sent; the JSON of its label is made once. */
+interface EventElement extends Element {
+  event: Record<string, unknown>
+  metadata?: string
+}
+
+// as SQL has them: what is longer is left out
+const MAX_REQUEST_ID = 512
+const MAX_METADATA_BYTES = 16_384
+// refusals that are the database's or its clock's, not the request's
+const databasesOwn = ['id_outside_window', 'id_not_of_now']
+// ms for which they are told in `health`, if none follows
+const TROUBLE_MS = 30_000
 
 export function createCharging(
-  { rpc, holdDeadline = 5000, recordDeadline = 30_000 }: ChargingOptions,
+  { rpc, holdDeadline = 5000, recordDeadline = 30_000, maxQueueBytes }: ChargingOptions,
   metrics: Metrics,
-): Charging & { stats(): Queues; stop(): Promise<void> } {
-  const batches = <Answer>(
+): Charging & { stats(): Queues; stop(ms: number): Promise<void> } {
+  const sending = <Answer>(name: keyof Queues, fn: string, argument: string) =>
+    metrics.batches(name, (elements: string[]) =>
+      rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
+    )
+  const batches = <Answer, Sent extends Element = Element>(
     name: keyof Queues,
     fn: string,
     argument: string,
     deadline: number,
-    encode: (element: Element) => string = toJson,
-  ): Batcher<Element, Answer> =>
+    options: Partial<BatcherOptions<Sent, Answer>>,
+  ): Batcher<Sent, Answer> =>
     createBatcher({
-      send: metrics.batches(name, (elements: string[]) =>
-        rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
-      ),
-      encode,
+      send: sending(name, fn, argument),
       account: ({ account_id }) => String(account_id),
       deadline,
+      maxQueueBytes,
+      ...options,
     })
-  const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline)
-  const releases = batches<ReleaseAnswer>('release', 'release_holds', 'requests', holdDeadline)
-  const extensions = batches<ExtendAnswer>('extend', 'extend_holds', 'requests', holdDeadline)
-  const events = batches<UsageAnswer>('record', 'record_usage', 'events', recordDeadline, toStorableJson)
+  // A caller waits for a hold before its request, and is told at once what seconds won't mend; and after the deadline
+  // nobody waits. Usage and releases are facts: they wait for whatever may pass.
+  const waitedFor = { perishable: true }
+  const facts = { patient: true }
+  const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline, waitedFor)
+  const releases = batches<ReleaseAnswer>('release', 'release_holds', 'requests', holdDeadline, facts)
+  const extensions = batches<ExtendAnswer>('extend', 'extend_holds', 'requests', holdDeadline, waitedFor)
+  const events = batches<UsageAnswer, EventElement>('record', 'record_usage', 'events', recordDeadline, {
+    ...facts,
+    encode: eventJson,
+  })
 
-  // Holds that were given up, and may be there or come yet: a call that was given up waits in PostgREST for a connection, where a later one
-  // may overtake it.
+  // beside the queue of releases: nobody asked for these, so none of them fails
+  const releaseNow = sending<ReleaseAnswer>('release', 'release_holds', 'requests')
+  const doubts = createDoubts((given) => releaseNow(given.map((hold) => toJson(hold))))
+  // holds whose callers were told that nobody knows, until their calls have ended
   const givenUp = new Set<Promise<void>>()
-  const stopping = new AbortController()
+  const troubles: Record<'hold' | 'extend', Trouble> = { hold: createTrouble(), extend: createTrouble() }
 
-  async function giveUp(placed: Promise<HoldAnswer>, hold: Element) {
-    const mayBeThere = await placed.then((answer) => refusal(answer) === undefined, isInDoubt)
-    for (let pause = FIRST_PAUSE_MS; mayBeThere && pause <= LAST_PAUSE_MS; pause *= 2) {
-      const answer = await releases.add(hold).catch(() => undefined)
-      if (stopping.signal.aborted || (answer && answer.code !== 'hold_not_found')) return
-      await sleep(pause, undefined, { signal: stopping.signal, ref: false }).catch(() => {})
-    }
+  async function giveUp(placed: Promise<HoldAnswer>, hold: { id: string; account_id: string }) {
+    const mayBeThere = await placed.then(
+      (answer) => refusal(answer) === undefined,
+      () => holds.inDoubt(placed),
+    )
+    if (mayBeThere) doubts.add(hold)
   }
 
   return {
@@ -103,6 +128,7 @@ export function createCharging(
       const { id = newId(), ...asked } = request
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
       const answer = await soon(placed, holdDeadline).catch((error) => {
+        troubles.hold.failed(error)
         // nobody else knows its id: should it be there, or come yet, it would be held for nothing
         if (request.id === undefined) {
           const ended: Promise<void> = giveUp(placed, { id, account_id }).finally(() => givenUp.delete(ended))
@@ -112,48 +138,128 @@ export function createCharging(
       })
       const { amount = '0', available = '0', expires_at } = answer
       const code = refusal(answer)
+      troubles.hold.answered(code)
       if (code === undefined) return { id, account_id, amount, available, expires_at: expires_at! }
       throw new KeyledgerError(code, statusOf(code), { detail: shortOf(code, answer) })
     },
 
     release: ({ id, account_id }) => releases.add({ id, account_id }),
 
-    extend: ({ id, account_id }, expires_in) =>
-      soon(extensions.add({ id, account_id, expires_in }), holdDeadline),
+    extend({ id, account_id }, expires_in) {
+      const extended = soon(extensions.add({ id, account_id, expires_in }), holdDeadline)
+      extended.then(({ code }) => troubles.extend.answered(code), troubles.extend.failed)
+      return extended
+    },
 
     recordUsage(event) {
-      const { id = newId(), account_id, virtual_key_id, config_node_id, meters } = event
-      const { hold_id, final, request_id, metadata } = event
-      const use = { id, account_id, virtual_key_id, config_node_id, meters }
-      return events.add(Object.assign(use, { hold_id, final, request_id, metadata }))
+      const { id = newId(), account_id, virtual_key_id, config_node_id, meters, hold_id, final } = event
+      const left_out: UsageAnswer['left_out'] = []
+      const sent: EventElement['event'] = {
+        id,
+        account_id,
+        virtual_key_id,
+        config_node_id,
+        meters,
+        hold_id,
+        final,
+      }
+      if (isRequestId(event.request_id)) sent.request_id = event.request_id
+      else left_out.push('request_id')
+      const metadata = metadataJson(event.metadata)
+      if (metadata === null) left_out.push('metadata')
+      const answer = events.add({ account_id, event: sent, metadata: metadata ?? undefined })
+      return left_out.length === 0 ? answer : quiet(answer.then((given) => alsoLeftOut(given, left_out)))
     },
 
     stats: () => ({
-      hold: holds.stats(),
+      hold: troubles.hold.on(holds.stats()),
       release: releases.stats(),
-      extend: extensions.stats(),
+      extend: troubles.extend.on(extensions.stats()),
       record: events.stats(),
     }),
 
-    async stop() {
+    async stop(ms) {
+      const all = [holds, extensions, events, releases]
+      const timer = setTimeout(() => {
+        for (const batcher of all) batcher.abandon(tooLate(ms))
+      }, ms)
+      const end = performance.now() + ms
       await Promise.all([holds, extensions, events].map((batcher) => batcher.stop()))
-      stopping.abort()
       await Promise.all(givenUp)
-      await releases.stop()
+      const left = Math.min(holdDeadline, Math.max(0, end - performance.now()))
+      await Promise.all([releases.stop(), doubts.stop(left)])
+      clearTimeout(timer)
     },
   }
 }
+
+interface Trouble {
+  failed(error: unknown): void
+  answered(code: string | undefined): void
+  on(stats: BatcherStats): BatcherStats
+}
+
+// What no failed call tells: nobody is answered in time, or everybody is refused for the database's own reasons.
+function createTrouble(): Trouble {
+  let last: { code: string; at: number } | undefined
+  const set = (code: string) => {
+    last = { code, at: performance.now() }
+  }
+  return {
+    failed: (error) => codeOf(error) === 'timeout' && set('timeout'),
+    answered(code) {
+      if (code !== undefined && databasesOwn.includes(code)) set(code)
+      else last = undefined
+    },
+    on(stats) {
+      const told = last && performance.now() - last.at < TROUBLE_MS ? last.code : null
+      return { ...stats, error: stats.error ?? told }
+    },
+  }
+}
+
+// characters as Postgres counts them
+const isRequestId = (label: unknown) =>
+  label === undefined ||
+  label === null ||
+  (typeof label === 'string' &&
+    label !== '' &&
+    (label.length <= MAX_REQUEST_ID ||
+      (label.length <= 2 * MAX_REQUEST_ID && [...label].length <= MAX_REQUEST_ID)))
+
+/** The JSON of a label; undefined if there is none, null if it can't be kept. */
+function metadataJson(label: unknown): string | undefined | null {
+  if (label === undefined || label === null) return undefined
+  if (typeof label !== 'object' || Array.isArray(label)) return null
+  try {
+    const json = toStorableJson(label)
+    return json.startsWith('{') && Buffer.byteLength(json) <= MAX_METADATA_BYTES ? json : null
+  } catch {
+    return null
+  }
+}
+
+function eventJson({ event, metadata }: EventElement): string {
+  const json = toStorableJson(event)
+  return metadata === undefined ? json : `${json.slice(0, -1)},"metadata":${metadata}}`
+}
+
+const alsoLeftOut = (answer: UsageAnswer, ours: NonNullable<UsageAnswer['left_out']>): UsageAnswer => ({
+  ...answer,
+  left_out: [...new Set([...ours, ...(answer.left_out ?? [])])],
+})
+
+const tooLate = (ms: number) =>
+  new KeyledgerError('timeout', 504, {
+    detail: `not delivered within ${ms} ms of \`stop\``,
+    hint: 'nobody knows whether it was carried out: send it elsewhere with the same id',
+  })
 
 function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | undefined {
   if (status !== 'duplicate') return code
   if (mismatch) return 'hold_mismatch'
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
 }
-
-// was it carried out, though it was not answered?
-const isInDoubt = (error: unknown) =>
-  !(error instanceof KeyledgerError) ||
-  (error.status >= 500 && !['overloaded', 'stopped'].includes(error.code))
 
 // what was asked for, and what there is, where that is why
 function shortOf(code: string, { amount, available, remaining }: HoldAnswer): string | undefined {

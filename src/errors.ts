@@ -60,6 +60,7 @@ const meanings: Record<string, Meaning> = {
   '23503': ['foreign_key_violation', 409],
   '23505': ['unique_violation', 409],
   '23514': ['check_violation', 400],
+  '23': ['constraint_violation', 409],
   '25006': unavailable, // a primary that has become a replica
   '28': unavailable, // the login of the server, not of the caller
   '3D000': unavailable,
@@ -78,9 +79,11 @@ const meanings: Record<string, Meaning> = {
   '55P03': ['lock_timeout', 503],
   '57': unavailable,
   '57014': ['timeout', 504],
+  '58': unavailable, // its disk, not the statement
   PGRST0: unavailable,
   PGRST003: ['unavailable', 503, BUSY],
   PGRST1: ['invalid_input', 400],
+  PGRST106: ['function_not_found', 404, 'let PostgREST expose schema `api` (db-schemas)'],
   PGRST202: ['function_not_found', 404],
   PGRST203: ['function_not_found', 404],
   PGRST204: ['column_not_found', 400],
@@ -112,6 +115,14 @@ export function fromServer({ code, message, ...more }: ServerError): KeyledgerEr
   return new KeyledgerError(name, status, { detail: said.join(': '), hint: more.hint || missing || hint })
 }
 
+const unconnected = ['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'EHOSTUNREACH', 'UND_ERR_CONNECT_TIMEOUT']
+
+// fetch keeps it one level deeper
+function systemCode(error: unknown): string | undefined {
+  const { code, cause } = (error ?? {}) as { code?: unknown; cause?: unknown }
+  return typeof code === 'string' ? code : cause === undefined ? undefined : systemCode(cause)
+}
+
 /** Nobody answered: `timeout` (504) if that was the reason, else `unavailable` (503). */
 export function fromNetwork(cause: unknown, what: string): KeyledgerError {
   if (cause instanceof KeyledgerError) return cause
@@ -123,7 +134,8 @@ export function fromNetwork(cause: unknown, what: string): KeyledgerError {
     })
   }
   const [code, status, hint] = unavailable
-  return new KeyledgerError(code, status, { detail: `${what} could not be reached`, hint, cause })
+  const error = new KeyledgerError(code, status, { detail: `${what} could not be reached`, hint, cause })
+  return unconnected.includes(systemCode(cause) ?? '') ? neverSent(error) : error
 }
 
 /** An HTTP answer that PostgREST would not have given: from a proxy before it, or another server altogether. */
@@ -166,6 +178,40 @@ export function isRetryable(error: unknown): boolean {
   return error instanceof KeyledgerError && passing.includes(error.code)
 }
 
+// SQLSTATE 22, 23 and 54, and HTTP 413
+const ofData = [
+  ...['invalid_input', 'number_out_of_range', 'not_null_violation', 'foreign_key_violation'],
+  ...['unique_violation', 'check_violation', 'constraint_violation', 'payload_too_large'],
+]
+
+/** Is it the fault of what was sent? Else of nobody's element, or nobody knows whose. */
+export const blamesData = (error: unknown): boolean =>
+  error instanceof KeyledgerError && ofData.includes(error.code)
+
+const ofEverybody = [
+  ...['invalid_token', 'permission_denied', 'invalid_response'],
+  ...['function_not_found', 'view_not_found', 'column_not_found'],
+]
+
+/** Does it say nothing of what was sent? A smaller batch would fail alike. */
+export const isEverybodys = (error: unknown): boolean =>
+  error instanceof KeyledgerError && ofEverybody.includes(error.code)
+
+const unsent = new WeakSet<KeyledgerError>()
+
+/** The error, marked: the call never reached the server. */
+export function neverSent(error: KeyledgerError): KeyledgerError {
+  unsent.add(error)
+  return error
+}
+
+const undone = ['overloaded', 'stopped', 'deadlock', 'serialization_failure', 'lock_timeout']
+
+/** May the call have been carried out, or be carried out yet, though it was not answered? */
+export const mayBeDone = (error: unknown): boolean =>
+  !(error instanceof KeyledgerError) ||
+  (error.status >= 500 && !undone.includes(error.code) && !unsent.has(error))
+
 const statuses: Record<string, number> = {
   insufficient_funds: 402,
   key_budget_exceeded: 402,
@@ -192,8 +238,13 @@ export const statusOf = (code: string): number => statuses[code] ?? 422
 /** The HTTP status by which a caller presenting a key is turned away: 403 for its owner's sake, else 401, the key's own. */
 export const keyStatus = (code: string): number => (code.endsWith('_suspended') ? 403 : 401)
 
-/** The code of anything thrown, for figures: a library's own code, or `internal_error`. */
+/** The code of anything thrown, for figures: ours, also for what Postgres or the network says; or `internal_error`. */
 export function codeOf(error: unknown): string {
-  const code = error instanceof Error && 'code' in error ? error.code : undefined
-  return typeof code === 'string' ? code : 'internal_error'
+  if (error instanceof KeyledgerError) return error.code
+  if (!(error instanceof Error)) return 'internal_error'
+  if (error.name === 'TimeoutError') return 'timeout'
+  const code = systemCode(error)
+  if (code === undefined) return 'internal_error'
+  if (/^[0-9A-Z]{5}$/.test(code) && 'severity' in error) return fromServer({ code, message: '' }).code
+  return /^(E[A-Z]+|UND_ERR_\w+)$/.test(code) && 'syscall' in error ? 'unavailable' : 'internal_error'
 }

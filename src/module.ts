@@ -34,6 +34,11 @@ export interface BillingModuleOptions
    * polling three times a second. `false`: neither; Redis is trusted as long as another process's listener keeps it up.
    */
   listen?: string | false
+  /**
+   * ms that `stop` takes at most to deliver what is queued. Usage that isn't delivered by then is rejected with `timeout`,
+   * so that its caller can log it. Default 20,000: with what else a process does to end, less than Kubernetes' 30 s.
+   */
+  stopDeadline?: number
 }
 
 export interface Health {
@@ -93,10 +98,15 @@ export interface BillingModule extends Charging {
   health(): Health
   /** Begins to follow changes, and to maintain the database hourly (in 10 s again, if that fails). Until then each key is read from Postgres. */
   start(): Promise<void>
-  /** Delivers what is queued (until its deadline), and ends the listener; for good. What you passed in stays open. */
+  /**
+   * Delivers what is queued, and ends the listener; for good. What isn't delivered at its own deadline, or after `stopDeadline`,
+   * is rejected. What you passed in stays open.
+   */
   stop(): Promise<void>
 }
 
+// of the listener and the news, each of which may be in a read
+const STOP_READING_MS = 2000
 const HOUR_MS = 3600 * 1000
 const MAINTAIN_AGAIN_MS = 10_000
 // longer than any key
@@ -114,7 +124,7 @@ const BUDGET = ['allowed', 'code', 'available::text', 'remaining::text', 'accoun
 /** Throws TypeError for `listen: false` without `redis`, a Redis client that reads from replicas, a short `redisSecret`. */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {
   const { rpc, redis, redisSecret, listen, maxEntries, maxStaleness } = options
-  const { staleIfError = STALE_IF_ERROR_MS } = options
+  const { staleIfError = STALE_IF_ERROR_MS, stopDeadline = 20_000 } = options
   if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
   if (redis) refuseReplicas(redis)
   const tiers = { redis, redisSecret, maxEntries, maxStaleness, staleIfError, isAway }
@@ -245,9 +255,14 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     async stop() {
       state = 'stopped'
       clearTimeout(timer)
-      await drain()
+      await drain(stopDeadline)
       unwatch()
-      await Promise.all([listener.stop(), news.stop()])
+      let limit: NodeJS.Timeout | undefined
+      const enough = new Promise((resolve) => {
+        limit = setTimeout(resolve, STOP_READING_MS)
+      })
+      await Promise.race([Promise.all([listener.stop(), news.stop()]), enough])
+      clearTimeout(limit)
       cache.close()
     },
   }

@@ -1,6 +1,13 @@
 // The transport over pg: what PostgREST does (role, claims, arguments by name), in one round trip a call.
 import pg from 'pg'
-import { fromNetwork, fromServer, functionNotFound, KeyledgerError, type ServerError } from './errors.ts'
+import {
+  fromNetwork,
+  fromServer,
+  functionNotFound,
+  KeyledgerError,
+  neverSent,
+  type ServerError,
+} from './errors.ts'
 import {
   argumentJson,
   argumentsJson,
@@ -18,11 +25,15 @@ import {
 } from './rpc.ts'
 
 export interface PgRpcOptions {
-  /** Yours: to be closed by you, after listening to its `error` events. */
+  /**
+   * Yours: to be closed by you, after listening to its `error` events. Give it `connectionTimeoutMillis`: without that, a
+   * network that goes silent while connections are made keeps their places taken, for minutes or for ever.
+   */
   pool?: pg.Pool
   /**
    * Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. Beside either pool
-   * one connection more, of the same options, is kept for calls that are `reserved`: the reads of changes.
+   * one connection more, of the same options, is kept for calls that are `reserved`: the reads of changes. `close` waits 5 s
+   * at most for calls that are under way.
    */
   connectionString?: string
   /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
@@ -53,6 +64,7 @@ const stale = ['function_not_found', 'column_not_found', 'internal_error']
 const GRACE_MS = 1000
 // of a call that is reserved a connection
 const RESERVED_MS = 5000
+const CLOSE_MS = 5000
 
 /**
  * An `Rpc` over a connection of its own to Postgres. Role, claims and time limit hold for one call: each is one
@@ -61,9 +73,11 @@ const RESERVED_MS = 5000
 export function pgRpc(options: PgRpcOptions): Rpc {
   const { connectionString, role = 'keyledger_gateway', claims, timeout = 10_000 } = options
   if (!options.pool && !connectionString) throw new TypeError('pgRpc: give `pool` or `connectionString`')
-  const pool = options.pool ?? new pg.Pool({ connectionString, keepAlive: true })
+  const pool =
+    options.pool ?? new pg.Pool({ connectionString, keepAlive: true, connectionTimeoutMillis: timeout })
   // an idle connection that breaks is replaced by the next call
   if (!options.pool) pool.on('error', () => {})
+  const busy = new Set<pg.PoolClient>()
   const shapes = new Map<string, Promise<Shape[]>>()
 
   const preambleOf = (statementTimeout: number) => {
@@ -102,7 +116,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
         (late) => late.release(),
         () => {},
       )
-      throw toError(error)
+      throw neverSent(isTaken(error) ? noConnection(timeout) : toError(error))
     }
   }
 
@@ -112,6 +126,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     const client = await connect(lane)
     const ignore = () => {}
     client.on('error', ignore) // the query rejects as well
+    busy.add(client)
     let broken = false
     try {
       const answers = await within(timeout + GRACE_MS, client.query(preamble + statement), noAnswer)
@@ -121,6 +136,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
       broken = !(isServerError(error) && error.severity === 'ERROR')
       throw toError(error)
     } finally {
+      busy.delete(client)
       client.release(broken)
       client.removeListener('error', ignore)
     }
@@ -140,7 +156,10 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     const asked = run<Shape[]>(lookup(fn), lane)
     shapes.set(fn, asked)
     asked.catch(() => shapes.delete(fn))
-    const fresh = fitting(await asked)
+    const found = await asked.catch((error) => {
+      throw neverSent(error)
+    })
+    const fresh = fitting(found)
     if (fresh) return fresh
     throw functionNotFound(fn, names)
   }
@@ -174,8 +193,13 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     },
 
     async close() {
-      if (own && !own.ended) await own.end()
-      if (!options.pool && !pool.ended) await pool.end()
+      const ours = [own, options.pool ? undefined : pool].filter((each) => each && !each.ending)
+      // what hangs keeps no process from ending
+      const limit = setTimeout(() => {
+        for (const client of busy) (client as unknown as pg.Client).end().catch(() => {})
+      }, CLOSE_MS)
+      await Promise.all(ours.map((each) => each!.end()))
+      clearTimeout(limit)
     },
   }
 }
@@ -252,6 +276,10 @@ const isServerError = (error: unknown): error is ServerError & { severity: strin
 
 const toError = (error: unknown) =>
   isServerError(error) ? fromServer(error) : fromNetwork(error, 'Postgres')
+
+// as the pool says it, when it gives up before we do
+const isTaken = (error: unknown) =>
+  error instanceof Error && error.message === 'timeout exceeded when trying to connect'
 
 const noConnection = (ms: number) =>
   new KeyledgerError('unavailable', 503, {

@@ -82,9 +82,9 @@ export interface UsageEvent {
   hold_id?: string
   /** Whether it ends its hold. Default true. */
   final?: boolean
-  /** Yours, up to 512 characters. */
+  /** Yours, up to 512 characters. One that is longer or empty is left out, and the event charged without it. */
   request_id?: string
-  /** Yours, a small object. */
+  /** Yours, an object of up to 16,384 bytes of JSON. What is no such object is left out, and the event charged without it. */
   metadata?: Record<string, unknown>
 }
 
@@ -99,6 +99,10 @@ export interface UsageAnswer {
   seq?: number
   /** A duplicate whose content differs from what was charged. */
   mismatch?: true
+  /** Labels that can't be kept; the event was charged without them. */
+  left_out?: ('request_id' | 'metadata')[]
+  /** The account has no hold of this `hold_id`: the event was charged without one. */
+  hold?: 'unknown'
 }
 
 /** `closed`: it was not open any more; `refused`: an operator's freeze; `code` says why. */
@@ -156,7 +160,8 @@ export interface Balance {
 /** As `api.place_holds` answers one request. */
 export interface HoldAnswer {
   id: string
-  status: 'held' | 'duplicate' | 'refused'
+  /** `busy`: another session holds the account, and nothing was kept; only in calls that name several accounts. */
+  status: 'held' | 'duplicate' | 'refused' | 'busy'
   code?: string
   amount?: string
   available?: string

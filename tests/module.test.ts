@@ -548,7 +548,7 @@ test('a hold given up at its deadline says so, and can be asked for again', asyn
   const world = await seed(db.operator)
   const rpc = pgRpc({ connectionString: proxy.url })
   try {
-    await withModule({ rpc, holdDeadline: 500 }, async (billing) => {
+    await withModule({ rpc, holdDeadline: 2000 }, async (billing) => {
       const context = await billing.validate(world.key)
       proxy.mode = 'refuse'
       proxy.cut()

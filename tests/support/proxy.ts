@@ -8,6 +8,8 @@ export interface TcpProxy {
   mode: 'pass' | 'refuse' | 'hang'
   /** Connections refused so far. */
   refused: number
+  /** Sockets that are open. */
+  readonly open: number
   /** Cuts all open connections. */
   cut(): void
   close(): Promise<void>
@@ -41,6 +43,9 @@ export async function startProxy(serverUrl: string): Promise<TcpProxy> {
     url: url.href,
     mode: 'pass',
     refused: 0,
+    get open() {
+      return sockets.size
+    },
     cut() {
       for (const socket of sockets) socket.destroy()
     },
