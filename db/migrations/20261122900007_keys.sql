@@ -190,6 +190,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set enable_seqscan = off
 as $$
 declare
@@ -288,6 +289,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -394,6 +396,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set enable_seqscan = off
 as $$
 declare
@@ -444,6 +447,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -453,7 +457,7 @@ begin
   update data.virtual_key k
   set status = 'revoked', revoked_at = clock_timestamp()
   where k.id = revoke_virtual_key.id and k.status <> 'revoked';
-  select * into v_shown from api.virtual_keys k where k.id = revoke_virtual_key.id;
+  select * into v_shown from data.key_shown k where k.id = revoke_virtual_key.id;
   if not found then
     perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'), 'send the id, not the key');
   end if;
@@ -476,6 +480,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set plan_cache_mode = force_custom_plan
 as $$
 declare
@@ -503,7 +508,7 @@ begin
       entity || ' ' || coalesce(id::text, 'null'), 'send the id of a row that is there');
   end if;
   perform set_config('keyledger.reason', '', true);
-  select * into v_shown from api.status_changes c
+  select * into v_shown from data.status_change c
   where c.entity_id = set_status.id
   order by c.id desc
   limit 1;

@@ -540,7 +540,7 @@ as $$
 declare
   v_shown api.holds;
 begin
-  select * into v_shown from api.holds h where h.account_id = shown_hold.account_id and h.id = shown_hold.id;
+  select * into v_shown from data.hold_shown h where h.account_id = shown_hold.account_id and h.id = shown_hold.id;
   return v_shown;
 end
 $$;
@@ -556,6 +556,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set enable_seqscan = off
 as $$
 declare
@@ -615,6 +616,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 declare
   v_hold data.hold;

@@ -65,7 +65,7 @@ as $$
 declare
   v_shown api.billing_transactions;
 begin
-  select * into v_shown from api.billing_transactions t where t.account_id = shown.account_id and t.seq = shown.seq;
+  select * into v_shown from data.entry_shown t where t.account_id = shown.account_id and t.seq = shown.seq;
   return v_shown;
 end
 $$;
@@ -105,6 +105,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -132,6 +133,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 begin
   if amount is null or not data.is_amount(amount) or amount = 0 then
@@ -165,6 +167,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -244,6 +247,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 as $$
 declare
   v_read jsonb;
@@ -324,6 +328,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
 set enable_seqscan = off
 as $$
 declare
@@ -338,7 +343,7 @@ begin
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
     perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
   end if;
-  select * into v_shown from api.billing_accounts b where b.account_id = set_credit_limit.account_id;
+  select * into v_shown from data.account_now b where b.account_id = set_credit_limit.account_id;
   return v_shown;
 end
 $$;

@@ -3,7 +3,7 @@
 
 set local role keyledger_owner;
 
--- makes the months from the window's floor to two months ahead, then lets the window reach them
+-- makes the months from the window's floor to two months ahead, then lets the window reach them; one call at a time, by the window's row
 create or replace function data.make_usage_partitions()
 returns text[]
 language plpgsql
@@ -15,9 +15,7 @@ declare
   v_name text;
   v_made text[] := '{}';
 begin
-  -- one at a time
-  perform pg_advisory_xact_lock(hashtextextended('keyledger.make_usage_partitions', 0));
-  select w.floor into v_month from data.usage_window w;
+  select w.floor into v_month from data.usage_window w for update;
   v_month := date_trunc('month', v_month);
   v_end := date_trunc('month', now()) + interval '3 months';
   while v_month < v_end loop
@@ -142,9 +140,10 @@ end
 $$;
 
 -- Purges what ended and can't come back, its id being below the window's floor: request holds, and parked events that were resolved.
--- Freezes stay: they are history. At most a portion of each per call, going on where the last call ended.
+-- Freezes stay: they are history. At most a portion of each per call, of so many accounts, going on where the last call ended.
 create or replace function data.purge_ended(
   portion bigint default 100000,
+  accounts bigint default 1000000,
   out holds bigint,
   out events bigint
 )
@@ -156,6 +155,7 @@ declare
   v_window data.usage_window;
   v_first_kept uuid;
   v_last uuid;
+  v_page uuid;
 begin
   select * into v_window from data.usage_window for update;
   v_first_kept := data.uuid_floor(v_window.floor);
@@ -164,6 +164,13 @@ begin
   if v_window.purged_before >= v_window.floor then
     return;
   end if;
+  -- where the page of accounts ends, null if it is the last one
+  select a.account_id into v_page
+  from data.account_balance a
+  where a.account_id >= coalesce(v_window.purging_from, '00000000-0000-0000-0000-000000000000')
+  order by a.account_id
+  offset purge_ended.accounts
+  limit 1;
   with ended as (
     select e.account_id, e.id
     from data.account_balance a
@@ -176,6 +183,7 @@ begin
       offset 0
     ) e
     where a.account_id >= coalesce(v_window.purging_from, '00000000-0000-0000-0000-000000000000')
+      and (a.account_id < v_page or v_page is null)
     order by a.account_id
     limit portion
   ), gone as (
@@ -193,31 +201,37 @@ begin
   )
   select count(*) into events from gone g;
   update data.usage_window w
-  set purged_before = case when greatest(holds, events) < portion then v_window.floor else w.purged_before end,
-    purging_from = case when greatest(holds, events) = portion then coalesce(v_last, w.purging_from) end;
+  set purged_before = case when greatest(holds, events) < portion and v_page is null then v_window.floor else w.purged_before end,
+    purging_from = case when holds = portion then v_last when events = portion then coalesce(v_page, w.purging_from) else v_page end;
 end
 $$;
 
-create or replace function api.maintain()
-returns jsonb
+-- Purges the outboxes of what every reader has had two days for: a portion of each, oldest first; a reader that may miss it starts anew.
+create or replace function data.purge_outboxes(
+  portion bigint default 100000,
+  out invalidations bigint,
+  out events bigint
+)
+returns record
 language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_made text[];
-  v_invalidations bigint;
-  v_events bigint;
-  v_holds bigint;
-  v_rejected bigint;
 begin
-  v_made := data.make_usage_partitions();
-  select p.holds, p.events into v_holds, v_rejected from data.purge_ended() p;
   with invalidation as (
-    delete from data.cache_invalidation c where c.created_at < now() - interval '48 hours' or data.is_foreign(c.xid) returning c.xid
+    delete from data.cache_invalidation c
+    where c.id = any (array(
+      select i.id from data.cache_invalidation i
+      where i.created_at < now() - interval '48 hours' or data.is_foreign(i.xid)
+      order by i.created_at
+      limit portion))
+    returning c.xid
   ), event as (
-    delete from data.account_event e where e.created_at < now() - interval '48 hours' or data.is_foreign(e.xid) returning e.xid
+    delete from data.account_event e
+    where e.id = any (array(
+      select n.id from data.account_event n
+      where n.created_at < now() - interval '48 hours' or data.is_foreign(n.xid)
+      order by n.created_at
+      limit portion))
+    returning e.xid
   ), gone as (
     select 'cache' as outbox, i.xid from invalidation i
     union all
@@ -232,16 +246,55 @@ begin
     where h.outbox = m.outbox and (m.xid is not null or data.is_foreign(h.purged_xid))
   )
   select count(*) filter (where g.outbox = 'cache'), count(*) filter (where g.outbox = 'account')
-  into v_invalidations, v_events
+  into invalidations, events
   from gone g;
-  return jsonb_build_object(
+end
+$$;
+
+create or replace function api.maintain()
+returns jsonb
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '5s'
+as $$
+declare
+  v_made text[] := '{}';
+  v_holds bigint := 0;
+  v_rejected bigint := 0;
+  v_invalidations bigint := 0;
+  v_events bigint := 0;
+  v_failed text;
+begin
+  -- One at a time, and nobody waits: by a row that only these functions can lock.
+  perform from data.usage_window w for update skip locked;
+  if not found then
+    return jsonb_build_object('status', 'busy');
+  end if;
+  v_made := data.make_usage_partitions();
+  -- what can't be purged keeps no month from being made, nor one purge the other
+  begin
+    select p.holds, p.events into v_holds, v_rejected from data.purge_ended() p;
+  exception when query_canceled or others then
+    v_failed := sqlstate;
+  end;
+  begin
+    select p.invalidations, p.events into v_invalidations, v_events from data.purge_outboxes() p;
+  exception when query_canceled or others then
+    v_failed := coalesce(v_failed, sqlstate);
+  end;
+  return jsonb_strip_nulls(jsonb_build_object(
+    'status', case when v_failed is null then 'done' else 'not_purged' end, 'code', v_failed,
     'usage_partitions_made', v_made, 'cache_invalidations_purged', v_invalidations, 'account_events_purged', v_events,
-    'holds_purged', v_holds, 'rejected_usage_purged', v_rejected);
+    'holds_purged', v_holds, 'rejected_usage_purged', v_rejected));
 end
 $$;
 comment on function api.maintain() is
 'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
-drop_usage_partitions raised, ended holds and resolved rejected_usage: up to 100000 a call.
+drop_usage_partitions raised, ended holds and resolved rejected_usage: up to 100000 of each a call.
+Answers {status, …} with what it made and purged: `done`; `busy`, when another call is at it; `not_purged`, with the SQLSTATE as `code`: the
+months are made, and a purge failed. 503 lock_timeout when a month can''t be made for 5 s.
 Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 
