@@ -18,9 +18,9 @@ begin
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
-      'available_past_grants', 'await_postings', 'billing_transaction', 'broken_fact', 'budget', 'budget_code',
+      'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'broken_fact', 'budget', 'budget_code',
       'budget_spend', 'budget_shown', 'budgets_left', 'cache_invalidation', 'caller', 'charged_before', 'check_entry', 'config_node',
-      'config_node_updated', 'count_spend', 'count_usage', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
+      'config_node_updated', 'count_sealed_month', 'count_spend', 'count_usage', 'credit_grant', 'currency', 'end_or_extend_holds', 'entry_hash',
       'entry_kind', 'entry_shown', 'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate',
       'freeze_reference_is_used_once', 'grant_draw', 'hash_context', 'hold', 'hold_open', 'hold_shown', 'invalidate',
       'is_amount', 'is_foreign', 'is_metadata', 'is_request_id', 'keep_account', 'keep_key_identity', 'keep_owner_identity', 'key_context', 'key_hash', 'key_shown',
@@ -30,7 +30,7 @@ begin
       'open_account', 'open_virtual_key_use', 'outbox_horizon', 'park', 'post', 'post_one',
       'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended', 'purge_outboxes', 'read_cursor',
       'read_hold_requests', 'read_key_imports', 'read_openings', 'read_usage_events', 'recount_budgets',
-      'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_previous_hash', 'rejected_usage',
+      'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage',
       'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'require_reason', 'seal', 'seq_before', 'sha256',
       'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
       'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
