@@ -183,6 +183,7 @@ const calls: Record<string, (w: World) => string> = {
   id_at: () => `moment => '2026-11-01Z'`,
   import_virtual_keys: (w) =>
     `keys => ${json({ user_id: w.userId, virtual_key: `imported ${randomUUID()}`.replace(' ', '_'), config_node_ids: [w.nodeId], expires_at: '2099-01-01T00:00Z' })}`,
+  installation_warnings: () => '',
   maintain: () => '',
   new_id: () => '',
   place_holds: (w) =>

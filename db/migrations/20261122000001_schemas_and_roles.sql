@@ -33,7 +33,7 @@ begin
       'reference_is_used_once', 'refuse', 'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage',
       'rejected_usage_unresolved', 'require_array', 'require_positive_amount', 'require_reason', 'seal', 'seq_before', 'sha256',
       'shown', 'shown_hold', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
-      'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
+      'tenant_role_kept', 'tenant_role_named', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid',
       'to_uuidv7', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now',
       'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets',
       'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer',
@@ -45,7 +45,7 @@ begin
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at',
       'billing_accounts', 'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period',
       'config_nodes', 'create_virtual_key', 'dismiss_rejected_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
-      'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'ledger_problem', 'maintain', 'new_id',
+      'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'installation_warnings', 'ledger_problem', 'maintain', 'new_id',
       'place_holds', 'prices', 'record_openings', 'record_usage', 'refund_charge', 'rejected_usage',
       'release_holds', 'remove_budget', 'replay_rejected_usage', 'resolve_billing_account',
       'resolve_virtual_key', 'reverse_top_up', 'revoke_virtual_key', 'rotate_virtual_key', 'set_budget',
@@ -75,6 +75,8 @@ $$;
 do $$
 declare
   v_role text;
+  v_setting text;
+  v_value text;
 begin
   foreach v_role in array array['keyledger_owner', 'keyledger_gateway', 'keyledger_operator', 'keyledger_member'] loop
     if not exists (select from pg_roles where rolname = v_role) then
@@ -83,6 +85,26 @@ begin
       exception
         -- another database of this cluster was migrated at the same moment
         when duplicate_object or unique_violation then null;
+      end;
+    end if;
+  end loop;
+
+  -- What a role asks may take so long and no longer: PostgREST applies a role's settings to the requests of its tokens. Roles are the
+  -- cluster's, and so are these: one that has the setting keeps it, and one that is not ours to alter stays as it is.
+  for v_role, v_setting, v_value in
+    values ('keyledger_member', 'statement_timeout', '5s'), ('keyledger_gateway', 'statement_timeout', '10s'),
+      ('keyledger_operator', 'lock_timeout', '4s')
+  loop
+    if not exists (
+      select from pg_db_role_setting s cross join unnest(s.setconfig) as c (setting)
+      where s.setrole = v_role::regrole and s.setdatabase = 0 and starts_with(c.setting, v_setting || '='))
+    then
+      begin
+        execute format('alter role %I set %I = %L', v_role, v_setting, v_value);
+      exception
+        when insufficient_privilege then null;
+        -- another database of this cluster was migrated at the same moment
+        when internal_error or unique_violation then null;
       end;
     end if;
   end loop;

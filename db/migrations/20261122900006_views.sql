@@ -4,23 +4,27 @@
 
 set local role keyledger_owner;
 
--- the reader: gateway and operator see all; a member is the user of claim `user_id`, else `sub` (our id, or the host's)
+-- The reader: gateway and operator see all; a member is the user of claim `user_id`, else `sub` (our id, or the host's). One who is not
+-- active reads what is their own, and nothing more of the tenant that pays.
 create or replace view data.viewer as
 select
   c.sees_all,
   u.id as user_id,
   u.account_id,
-  case when u.tenant_role = 'admin' then u.tenant_id end as managed_tenant_id
+  case when u.tenant_role = 'admin' and u.status = 'active' then u.tenant_id end as managed_tenant_id,
+  u.status = 'active' as is_active
 from (
   select
     pg_has_role(role, 'keyledger_gateway', 'usage') or pg_has_role(role, 'keyledger_operator', 'usage') as sees_all,
-    coalesce(claims ->> 'user_id', claims ->> 'sub') as id,
-    case when claims ->> 'user_id' is null then claims ->> 'sub' end as external_id
+    nullif(claims ->> 'user_id', '') is not null as by_user_id,
+    coalesce(nullif(claims ->> 'user_id', ''), claims ->> 'sub') as id
   from data.caller
 ) c
 left join lateral (
-  -- by key each; the host's id comes first should one look like the other
-  select m.*, 1 as rank from data.user_profile m where not c.sees_all and m.external_id = c.external_id
+  -- by key each; should one look like the other, `user_id` is ours first, and `sub` the host's
+  select m.*, case when c.by_user_id then 3 else 1 end as rank
+  from data.user_profile m
+  where not c.sees_all and m.external_id = c.id
   union all
   select m.*, 2 from data.user_profile m
   where not c.sees_all
@@ -38,11 +42,12 @@ from data.viewer v
 join data.user_profile u on u.id = v.user_id or u.tenant_id = v.managed_tenant_id
 where not v.sees_all;
 
--- accounts a member sees: one's own and the one that pays; `whole` where every row of it may be seen
+-- accounts a member sees rows of: one's own and the one that pays; `whole` where every row of it may be seen, `figures` where
+-- what it has may be
 create or replace view data.visible_account as
-select v.user_id as account_id, true as whole from data.viewer v where not v.sees_all and v.user_id is not null
+select v.user_id as account_id, true as whole, true as figures from data.viewer v where not v.sees_all and v.user_id is not null
 union all
-select v.account_id, v.managed_tenant_id is not null from data.viewer v where not v.sees_all and v.account_id <> v.user_id;
+select v.account_id, v.managed_tenant_id is not null, v.is_active from data.viewer v where not v.sees_all and v.account_id <> v.user_id;
 
 -- an account's figures now: what the clock has ended, and no posting has settled yet, is subtracted
 create or replace view data.account_now as
@@ -154,7 +159,9 @@ select
 from (
   select u.id, u.external_id, u.tenant_id, u.account_id from data.user_profile u where (select v.sees_all from data.viewer v)
   union all
-  select u.id, u.external_id, u.tenant_id, u.account_id from data.visible_user u
+  select u.id, u.external_id, u.tenant_id, u.account_id
+  from data.visible_user u
+  where u.account_id = any (array(select v.account_id from data.visible_account v where v.figures))
 ) u
 cross join lateral (select * from data.account_now n where n.account_id = u.account_id) a;
 comment on view api.account_balances is
@@ -166,7 +173,7 @@ grant select on api.account_balances to keyledger_gateway, keyledger_operator, k
 create or replace view api.billing_accounts with (security_barrier) as
 select a.* from data.account_now a where (select v.sees_all from data.viewer v)
 union all
-select a.* from data.account_now a where a.account_id = any (array(select v.account_id from data.visible_account v));
+select a.* from data.account_now a where a.account_id = any (array(select v.account_id from data.visible_account v where v.figures));
 comment on view api.billing_accounts is
 'An account''s figures: one row per payer.
 available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is the last entry''s hash, in hex: kept
@@ -342,7 +349,9 @@ where (select v.sees_all from data.viewer v)
   or u.tenant_id = (select v.managed_tenant_id from data.viewer v);
 comment on view api.user_profiles is
 'Users. A user with a tenant is paid for by the tenant, any other pays alone (`account_id`).
-Inserting one opens its own account, unused while it has a tenant. Suspend by status; `closed` is final.';
+Inserting one opens its own account, unused while it has a tenant. Suspend by status; `closed` is final. A changed `tenant_id` makes
+`tenant_role` member, unless the same update names it. One who is not active still reads what is their own; of the tenant that pays, not
+what it has, nor as its admin.';
 grant select on api.user_profiles to keyledger_operator, keyledger_member;
 grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
   update (tenant_id, tenant_role, external_id, display_name, status) on api.user_profiles to keyledger_operator;

@@ -190,7 +190,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -289,7 +289,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -396,7 +396,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -447,7 +447,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -480,7 +480,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 as $$
 declare

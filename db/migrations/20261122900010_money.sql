@@ -3,7 +3,8 @@
 
 set local role keyledger_owner;
 
--- Locks an account for a rare posting; an unknown one is refused.
+-- Locks an account for a rare posting; an unknown one is refused. Those who call it wait 4 s at most, and as long again for one that
+-- waited behind another waiter: below the 10 s that a client gives a call.
 create or replace function data.lock_account(account_id uuid)
 returns data.account_balance
 language plpgsql
@@ -105,7 +106,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -133,7 +134,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 begin
   if amount is null or not data.is_amount(amount) or amount = 0 then
@@ -167,7 +168,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -247,7 +248,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 declare
   v_read jsonb;
@@ -328,7 +329,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare

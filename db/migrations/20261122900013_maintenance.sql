@@ -108,7 +108,7 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 set timezone = 'UTC'
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 declare
   v_floor timestamptz := date_trunc('month', older_than);
@@ -317,7 +317,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 declare
   v_made text[] := '{}';
@@ -354,9 +354,43 @@ comment on function api.maintain() is
 'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
 drop_usage_partitions raised, ended holds and resolved rejected_usage: up to 100000 of each a call.
 Answers {status, …} with what it made and purged: `done`; `busy`, when another call is at it; `not_purged`, with the SQLSTATE as `code`: the
-months are made, and a purge failed. 503 lock_timeout when a month can''t be made for 5 s.
+months are made, and a purge failed. 503 lock_timeout when a month can''t be made for 4 s.
 Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
+
+create or replace function api.installation_warnings()
+returns table (
+  code text,
+  detail text,
+  hint text
+)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select 'every_login_may_connect', 'logins of other databases of this cluster may hold keyledger''s roles, and connect to this one',
+    format('revoke connect on database %1$I from public; grant connect on database %1$I to <each login that needs it>', d.datname)
+  from pg_database d
+  cross join lateral aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) g
+  where d.datname = current_database() and g.grantee = 0 and g.privilege_type = 'CONNECT'
+  union all
+  select 'no_statement_timeout', format('what %s asks through PostgREST may take any time', r.name),
+    format('alter role %s set statement_timeout = %L', r.name, r.timeout)
+  from (values ('keyledger_gateway', '10s'), ('keyledger_member', '5s')) as r (name, timeout)
+  where not exists (
+    select from pg_db_role_setting s cross join unnest(s.setconfig) as c (setting)
+    where s.setrole = r.name::regrole and s.setdatabase = 0
+      and c.setting ~ '^statement_timeout=' and c.setting !~ '=0$');
+end
+$$;
+comment on function api.installation_warnings() is
+'What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided.
+Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that another database gave a keyledger role to
+has it here too. `no_statement_timeout`: a role''s requests may keep PostgREST''s connections for any time.';
+grant execute on function api.installation_warnings() to keyledger_operator;
 
 select data.make_usage_partitions();
 

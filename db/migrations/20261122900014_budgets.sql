@@ -262,7 +262,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -348,7 +348,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 declare
   v_shown api.budgets;
@@ -379,7 +379,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 as $$
 declare
   v_budgets data.budget[];

@@ -75,7 +75,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '5s'
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
