@@ -67,7 +67,14 @@ const otherwise = [
   'replay_rejected_usage',
 ]
 // make or look up, and lock nothing
-const none = ['check_budget', 'new_id', 'resolve_billing_account', 'resolve_virtual_key', 'resolve_virtual_keys', 'spend']
+const none = [
+  'check_budget',
+  'new_id',
+  'resolve_billing_account',
+  'resolve_virtual_key',
+  'resolve_virtual_keys',
+  'spend',
+]
 
 test('every function that may wait for a lock has a bound', async () => {
   const unbound = await db.sql(`
