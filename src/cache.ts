@@ -1,7 +1,7 @@
 // The two-tier cache: the hash of a virtual key to what it resolves to, from memory, else Redis, else Postgres.
 import type { Cluster, Redis } from 'ioredis'
 import { LRUCache } from 'lru-cache'
-import { isAway, KeyledgerError } from './errors.ts'
+import { KeyledgerError } from './errors.ts'
 import { serverNow } from './ids.ts'
 import { createRedisTier, type RedisTier } from './redis.ts'
 import { createTrust, type Trust } from './trust.ts'

@@ -343,7 +343,7 @@ export interface Functions {
     }
     result: Views['rejected_usage'][]
   }
-  /** Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage. */
+  /** Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage: call it twice. */
   drop_usage_partitions: {
     args: {
       older_than: string
@@ -400,6 +400,15 @@ export interface Functions {
       keys: KeyImport[]
     }
     result: KeyImportAnswer[]
+  }
+  /** What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided. */
+  installation_warnings: {
+    args: Record<string, never>
+    result: {
+      code: string | null
+      detail: string | null
+      hint: string | null
+    }[]
   }
   /** Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that */
   maintain: {

@@ -24,8 +24,13 @@ const start = (n: number) => new Date(Date.UTC(first.getUTCFullYear(), n, 1))
 const partition = (n: number) => `usage_log_${month(n).toISOString().slice(0, 7).replace('-', '_')}`
 let next = 0
 
-const drop = async (older_than: Date): Promise<Row> =>
+/** The first call that finds months closes them, the next one drops them. */
+const call = async (older_than: Date): Promise<Row> =>
   (await operator('select api.drop_usage_partitions($1) as it', [older_than]))[0]!.it
+const drop = async (older_than: Date): Promise<Row> => {
+  const closed = await call(older_than)
+  return closed.closed.length ? call(older_than) : closed
+}
 const months = async (): Promise<string[]> =>
   (
     await db.sql(
@@ -61,6 +66,7 @@ test('what no statement covers is not dropped, and the window stays as it was', 
   await closeAll()
   assert.equal(await drop(start(n + 1)), {
     floor: (await drop(start(n + 1))).floor,
+    closed: [],
     dropped: [partition(n)],
     events: 3,
   })
@@ -90,7 +96,12 @@ test('whole months only; the ledger and the statements prove as before', async (
     await months(),
     kept.filter((name) => name !== partition(n) && name !== partition(n + 1)),
   )
-  assert.equal(await drop(month(n + 2)), { floor: (await drop(month(n + 2))).floor, dropped: [], events: 0 })
+  assert.equal(await drop(month(n + 2)), {
+    floor: (await drop(month(n + 2))).floor,
+    closed: [],
+    dropped: [],
+    events: 0,
+  })
   await proved(account)
   assert.equal(await statement(), sealed)
 
@@ -147,18 +158,46 @@ test('who is writing into the month is waited for, and seen', async () => {
   try {
     await writer.query('begin')
     await writer.query('select api.record_usage($1)', [JSON.stringify([of(account, n)])])
+    // it reads the month without a lock, and closes it
+    assert.is((await call(start(n + 1))).closed.at(-1), partition(n))
+    assert.is((await failure(call(start(n + 1)))).code, '55P03', 'it waits for the writer, and gives up')
     const dropping = failure(dropper.query('select api.drop_usage_partitions($1)', [start(n + 1)]))
     await db.blocked(dropper)
-    // other months are charged meanwhile
-    assert.is((await other.use('1')).status, 'charged')
     await writer.query('commit')
     assert.is((await dropping).message, 'usage_not_sealed')
+    assert.is((await other.record(of(other, n)))[0]!.code, 'id_outside_window')
   } finally {
     await writer.end()
     await dropper.end()
   }
   await closeAll()
   await drop(start(n + 1))
+  await proved(account)
+})
+
+test('while it counts a month nobody waits, not even for that month', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  const dropper = await db.session('keyledger_operator')
+  try {
+    await dropper.query(`begin; select set_config('lock_timeout', '100ms', false)`)
+    const closed = await dropper.query('select api.drop_usage_partitions($1) as it', [start(n + 1)])
+    assert.is(closed.rows[0].it.closed.at(-1), partition(n))
+    // called again before its commit, it still only counts
+    const again = await dropper.query('select api.drop_usage_partitions($1) as it', [start(n + 1)])
+    assert.is(again.rows[0].it.closed.at(-1), partition(n))
+    const late = await account.record(of(account, n), account.event('1'))
+    assert.equal(
+      late.map(({ status }) => status),
+      ['charged', 'charged'],
+    )
+    await dropper.query('commit')
+  } finally {
+    await dropper.end()
+  }
+  assert.is((await failure(call(start(n + 1)))).message, 'usage_not_sealed')
+  await closeAll()
+  assert.is((await call(start(n + 1))).dropped.at(-1), partition(n))
   await proved(account)
 })
 
@@ -211,6 +250,7 @@ test('who comes while a month is dropped finds it gone: events are parked, proof
   ]
   const { accountId } = account
   try {
+    await call(start(n + 1))
     await dropper.query('begin')
     await dropper.query('select api.drop_usage_partitions($1)', [start(n + 1)])
     const late = writer.query('select api.record_usage($1) as it', [
@@ -248,10 +288,11 @@ test('a long read makes it give up at once, with nothing changed', async () => {
   await account.record(of(account, n))
   await closeAll()
   const reader = await db.session('keyledger_operator')
+  await call(start(n + 1))
   const before = [await floor(), await months()]
   try {
     await reader.query('begin; select count(*) from api.usage_logs')
-    assert.is((await failure(drop(start(n + 1)))).code, '55P03')
+    assert.is((await failure(call(start(n + 1)))).code, '55P03')
     assert.equal([await floor(), await months()], before)
   } finally {
     await reader.end()
@@ -304,7 +345,15 @@ test('holds that ended and resolved events of before the floor are purged, a por
     [timeless],
   )
   await db.sql('update data.rejected_usage set created_at = $2 where usage_id = $1', [timeless[0], month(n)])
+  // the months that parked events wait for stay, until each is charged or dismissed
   await closeAll()
+  const waiting = await failure(drop(start(n + 1)))
+  assert.equal([waiting.code, waiting.message], ['PT409', 'usage_is_parked'])
+  await operator(
+    `select from api.dismiss_rejected_usage(array(
+      select id from api.rejected_usage where account_id = any ($1) and code = 'invalid_meters'), 'a test')`,
+    [accounts.map(({ accountId }) => accountId)],
+  )
   const count = async (): Promise<Row> =>
     (
       await db.sql(
@@ -316,7 +365,7 @@ test('holds that ended and resolved events of before the floor are purged, a por
         [open, ended, inWindow, accounts.map(({ accountId }) => accountId)],
       )
     )[0]!
-  const all = { open: 3, ended: 9, in_window: 3, frozen: 3, resolved: 5, unresolved: 3 }
+  const all = { open: 3, ended: 9, in_window: 3, frozen: 3, resolved: 8, unresolved: 0 }
   await db.sql('select data.purge_ended()')
   assert.equal(await count(), all, 'nothing of the window is purged')
 
@@ -330,8 +379,8 @@ test('holds that ended and resolved events of before the floor are purged, a por
   assert.equal(left, [
     [2, 2],
     [2, 2],
-    [2, 0],
-    [2, 0],
+    [2, 2],
+    [2, 1],
     [1, 0],
     [0, 0],
   ])
@@ -364,6 +413,53 @@ test('maintain purges', async () => {
   assert.ok(ended!.holds > 0)
   const [row] = await db.gateway('select api.maintain() as m')
   assert.is(row!.m.holds_purged, ended!.holds)
+})
+
+test('one maintain at a time: the other answers at once; a failing purge keeps no month from being made', async () => {
+  const maintainer = await db.session('keyledger_operator')
+  try {
+    await maintainer.query('begin; select api.maintain()')
+    assert.equal((await db.gateway('select api.maintain() as m'))[0]!.m, { status: 'busy' })
+  } finally {
+    await maintainer.end()
+  }
+  // whoever may take advisory locks stops nobody
+  const stranger = await db.session()
+  const owner = await db.session('keyledger_owner')
+  try {
+    await stranger.query(`select pg_advisory_lock(hashtextextended('keyledger.make_usage_partitions', 0))`)
+    assert.is((await db.gateway('select api.maintain() as m'))[0]!.m.status, 'done')
+    // what is purged is locked by another: the months are made all the same
+    await db.sql(
+      `insert into data.cache_invalidation (entity, keys, created_at) values ('vk', '{x}', now() - interval '3 days')`,
+    )
+    await db.sql(`update data.usage_window set floor = floor - interval '1 month'`)
+    await owner.query('begin; lock table data.cache_invalidation in share mode')
+    const [row] = await db.operator('select api.maintain() as m')
+    assert.equal(
+      [row!.m.status, row!.m.code, row!.m.usage_partitions_made.length],
+      ['incomplete', '55P03', 1],
+    )
+    assert.ok((await months()).includes(row!.m.usage_partitions_made[0]))
+  } finally {
+    await stranger.end()
+    await owner.end()
+  }
+  assert.is((await db.gateway('select api.maintain() as m'))[0]!.m.status, 'done')
+})
+
+test('a page of accounts at a time is looked at', async () => {
+  await db.sql(`update data.usage_window set purged_before = '2000-01-01', purging_from = null`)
+  const seen: (string | null)[] = []
+  for (let done = false; !done; ) {
+    await db.sql('select data.purge_ended(100000, 2)')
+    const [row] = await db.sql('select purging_from, purged_before = floor as done from data.usage_window')
+    seen.push(row!.purging_from)
+    done = row!.done
+  }
+  const [accounts] = await db.sql('select count(*)::int as n from data.account_balance')
+  assert.is(seen.length, Math.ceil(accounts!.n / 2))
+  assert.is(new Set(seen).size, seen.length)
 })
 
 test('each transport says what is wrong with older_than', async () => {

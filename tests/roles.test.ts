@@ -28,6 +28,7 @@ const functions: Record<string, string[]> = {
   grant_credit: [operator],
   id_at: [gateway, operator, member],
   import_virtual_keys: [operator],
+  installation_warnings: [operator],
   maintain: [gateway, operator],
   new_id: [gateway, operator],
   place_holds: [gateway],

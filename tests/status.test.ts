@@ -205,7 +205,9 @@ test("a member sees their own and their keys', an admin the tenant's and all in 
       ({ entity_id }) => entity_id,
     )
   assert.equal(await seen(userId), [userId, keyId])
-  assert.equal(await seen(admin!.id), [userId, tenantId, keyId, admin!.id])
+  assert.equal(await seen(admin!.id), [admin!.id], 'suspended, they see their own')
+  await set('user_profile', admin!.id, 'active')
+  assert.equal(await seen(admin!.id), [userId, tenantId, keyId, admin!.id, admin!.id])
   assert.equal(await seen(randomUUID()), [])
 })
 

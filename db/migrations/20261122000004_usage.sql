@@ -26,6 +26,8 @@ create table data.usage_window (
   is_the_only_row boolean primary key default true,
   floor timestamptz not null,
   ceiling timestamptz not null,
+  -- the transaction that raised the floor: until it commits nobody else knows
+  floor_xid xid8,
   -- months before it were dropped
   dropped_before timestamptz,
   -- what ended before it is purged; the account where purging up to the floor goes on

@@ -208,11 +208,16 @@ begin
 end
 $$;
 
--- the role asking: what `set role` chose (PostgREST does), else the login; a security definer call doesn't hide it
+-- the role asking: what `set role` chose (PostgREST does), else the login; a security definer call doesn't hide it. A NUL that a token
+-- has somewhere in its claims can't be jsonb: it must not fail every call of that token
 create or replace view data.caller as
 select
   case when current_setting('role') = 'none' then session_user::text else current_setting('role') end as role,
-  nullif(current_setting('request.jwt.claims', true), '')::jsonb as claims;
+  (case
+    when position('\u0000' in c.claims) > 0 then regexp_replace(c.claims, '(?<!\\)((\\\\)*)\\u0000', '\1\\ufffd', 'g')
+    else c.claims
+  end)::jsonb as claims
+from (select nullif(current_setting('request.jwt.claims', true), '') as claims) c;
 
 comment on view data.caller is 'Who is asking: role and JWT claims.';
 
@@ -223,7 +228,7 @@ language plpgsql
 stable
 as $$
 begin
-  return (select coalesce(c.claims ->> 'user_id', c.claims ->> 'sub', c.role) from data.caller c);
+  return (select coalesce(nullif(c.claims ->> 'user_id', ''), nullif(c.claims ->> 'sub', ''), c.role) from data.caller c);
 end
 $$;
 

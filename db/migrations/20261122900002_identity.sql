@@ -145,6 +145,41 @@ $$;
 create or replace trigger keep_identity before update on data.config_node
   for each row when (new.id <> old.id) execute function data.keep_node_identity();
 
+-- An admin of one tenant is no admin of the next: a user who moves becomes a member, unless the same update names tenant_role. A
+-- trigger is not told which columns an update names, so one that fires for tenant_role alone says so to the next, which takes it back.
+create or replace function data.tenant_role_named()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform set_config('keyledger.tenant_role_named', 'true', true);
+  return new;
+end
+$$;
+create or replace function data.tenant_role_kept()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if new.tenant_id is distinct from old.tenant_id
+    and coalesce(current_setting('keyledger.tenant_role_named', true), '') <> 'true'
+  then
+    new.tenant_role := 'member';
+  end if;
+  perform set_config('keyledger.tenant_role_named', '', true);
+  return new;
+end
+$$;
+-- fired in the order of their names
+create or replace trigger tenant_role_1_named before update of tenant_role on data.user_profile
+  for each row execute function data.tenant_role_named();
+create or replace trigger tenant_role_2_kept before update of tenant_id, tenant_role on data.user_profile
+  for each row execute function data.tenant_role_kept();
+
 create or replace function data.keep_key_identity()
 returns trigger
 language plpgsql

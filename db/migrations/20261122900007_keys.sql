@@ -97,6 +97,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set enable_seqscan = off
 as $$
 begin
@@ -129,6 +130,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set enable_seqscan = off
 as $$
 begin
@@ -184,6 +186,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set enable_seqscan = off
 as $$
 begin
@@ -240,6 +243,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -338,6 +342,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -443,6 +448,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -493,6 +499,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -502,7 +509,7 @@ begin
   update data.virtual_key k
   set status = 'revoked', revoked_at = clock_timestamp()
   where k.id = revoke_virtual_key.id and k.status <> 'revoked';
-  select * into v_shown from api.virtual_keys k where k.id = revoke_virtual_key.id;
+  select * into v_shown from data.key_shown k where k.id = revoke_virtual_key.id;
   if not found then
     perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'), 'send the id, not the key');
   end if;
@@ -525,6 +532,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 as $$
 declare
@@ -552,7 +560,7 @@ begin
       entity || ' ' || coalesce(id::text, 'null'), 'send the id of a row that is there');
   end if;
   perform set_config('keyledger.reason', '', true);
-  select * into v_shown from api.status_changes c
+  select * into v_shown from data.status_change c
   where c.entity_id = set_status.id
   order by c.id desc
   limit 1;

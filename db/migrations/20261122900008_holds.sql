@@ -19,6 +19,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
 set enable_seqscan = off
 as $$
 declare
@@ -614,7 +615,7 @@ as $$
 declare
   v_shown api.holds;
 begin
-  select * into v_shown from api.holds h where h.account_id = shown_hold.account_id and h.id = shown_hold.id;
+  select * into v_shown from data.hold_shown h where h.account_id = shown_hold.account_id and h.id = shown_hold.id;
   return v_shown;
 end
 $$;
@@ -630,6 +631,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -689,6 +691,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 declare
   v_hold data.hold;

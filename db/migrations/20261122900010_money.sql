@@ -3,7 +3,8 @@
 
 set local role keyledger_owner;
 
--- Locks an account for a rare posting; an unknown one is refused.
+-- Locks an account for a rare posting; an unknown one is refused. Those who call it wait 4 s at most, and as long again for one that
+-- waited behind another waiter: below the 10 s that a client gives a call.
 create or replace function data.lock_account(account_id uuid)
 returns data.account_balance
 language plpgsql
@@ -65,7 +66,7 @@ as $$
 declare
   v_shown api.billing_transactions;
 begin
-  select * into v_shown from api.billing_transactions t where t.account_id = shown.account_id and t.seq = shown.seq;
+  select * into v_shown from data.entry_shown t where t.account_id = shown.account_id and t.seq = shown.seq;
   return v_shown;
 end
 $$;
@@ -105,6 +106,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -132,6 +134,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 begin
   if amount is null or not data.is_amount(amount) or amount = 0 then
@@ -165,6 +168,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 begin
   perform data.require_positive_amount(amount);
@@ -244,6 +248,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 declare
   v_read jsonb;
@@ -326,6 +331,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -340,7 +346,7 @@ begin
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
     perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
   end if;
-  select * into v_shown from api.billing_accounts b where b.account_id = set_credit_limit.account_id;
+  select * into v_shown from data.account_now b where b.account_id = set_credit_limit.account_id;
   return v_shown;
 end
 $$;

@@ -16,6 +16,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -126,6 +127,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$

@@ -157,28 +157,108 @@ begin
 end
 $$;
 
--- Counts a budget anew, from the usage log, for the window it is in now and those to come. The caller holds the account's lock.
-create or replace function data.recount_budget(budget data.budget)
-returns void
+-- What budgets, each from its `counted_from` on, count of an account's entries after `first_seq` up to `last_seq`, which is posted
+-- already. From the first entry on it reads the usage log, however long that is: call it so before taking the account's lock. What
+-- came since is few entries, whose rows are read by key.
+create or replace function data.count_usage(
+  budgets data.budget[],
+  time_zone text,
+  first_seq bigint,
+  last_seq bigint
+)
+returns data.budget_spend[]
 language plpgsql
+set plan_cache_mode = force_custom_plan
+set enable_seqscan = off
+as $$
+begin
+  return (
+    select array_agg(row(c.account_id, c.id, c.starts, c.spent)::data.budget_spend)
+    from (
+      select b.account_id, b.id, w.starts, sum(l.cost) as spent
+      from unnest(budgets) b
+      cross join lateral (
+        select u.*
+        from data.usage_log u
+        where count_usage.first_seq = 0 and u.account_id = b.account_id and u.transaction_seq <= count_usage.last_seq
+          and case when isfinite(b.counted_from) then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
+        union all
+        select u.*
+        from data.billing_transaction t
+        cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
+        cross join lateral (
+          select * from data.usage_log x
+          where x.account_id = t.account_id and x.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
+        ) u
+        where count_usage.first_seq > 0 and t.account_id = b.account_id and t.kind = 'usage'
+          and t.seq > count_usage.first_seq and t.seq <= count_usage.last_seq
+      ) l
+      cross join lateral (select data.window_start(b.period, count_usage.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
+      where b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
+        and w.starts >= b.counted_from
+      group by b.account_id, b.id, w.starts
+    ) c
+  );
+end
+$$;
+
+-- Counts budgets of one account anew, each for its window of now and those to come, and answers the account, locked. What is counted
+-- before the lock stays true under it, since entries are never changed; only if months were dropped meanwhile is it counted again.
+-- KL002: one of them was removed meanwhile.
+create or replace function data.recount_budgets(
+  budgets data.budget[],
+  time_zone text,
+  are_new boolean
+)
+returns data.account_balance
+language plpgsql
+set enable_seqscan = off
 as $$
 declare
-  v_time_zone text := (select a.time_zone from data.account_balance a where a.account_id = budget.account_id);
-  v_from timestamptz := data.window_start(budget.period, v_time_zone, clock_timestamp());
+  v_account_id uuid := budgets[1].account_id;
+  v_account data.account_balance;
+  v_budget data.budget;
+  v_floor timestamptz;
+  v_seq bigint := 0;
+  v_next bigint;
+  v_spent data.budget_spend[];
 begin
-  update data.budget b
-  set counted_from = v_from, counted_floor = (select w.floor from data.usage_window w)
-  where b.account_id = budget.account_id and b.id = budget.id;
-  delete from data.budget_spend s where s.account_id = budget.account_id and s.budget_id = budget.id;
+  select w.floor into v_floor from data.usage_window w;
+  for i in 1 .. cardinality(budgets) loop
+    budgets[i].counted_from := data.window_start(budgets[i].period, time_zone, clock_timestamp());
+    budgets[i].counted_floor := v_floor;
+  end loop;
+  -- all of it, then what came while that was read
+  for i in 1 .. 2 loop
+    v_next := (select a.balance_version from data.account_balance a where a.account_id = v_account_id);
+    v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_next);
+    v_seq := v_next;
+  end loop;
+
+  v_account := data.lock_account(v_account_id);
+  if v_floor is distinct from (select w.floor from data.usage_window w) then
+    select w.floor into v_floor from data.usage_window w;
+    v_seq := 0;
+    v_spent := null;
+  end if;
+  v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_account.balance_version);
+  foreach v_budget in array budgets loop
+    update data.budget b
+    set counted_from = v_budget.counted_from, counted_floor = v_floor
+    where b.account_id = v_budget.account_id and b.id = v_budget.id;
+    if not found and are_new then
+      v_budget.counted_floor := v_floor;
+      insert into data.budget select v_budget.*;
+    elsif not found then
+      raise sqlstate 'KL002';
+    end if;
+    delete from data.budget_spend s where s.account_id = v_budget.account_id and s.budget_id = v_budget.id;
+  end loop;
   insert into data.budget_spend (account_id, budget_id, window_start, spent)
-  select budget.account_id, budget.id, w.starts, sum(l.cost)
-  from data.usage_log l
-  cross join lateral (select data.window_start(budget.period, v_time_zone, data.spend_time(l.id, l.hold_id)) as starts) w
-  where l.account_id = budget.account_id
-    and case when isfinite(v_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(v_from) else true end
-    and budget.scope_id = case budget.scope
-      when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else budget.scope_id end
-  group by w.starts;
+  select s.account_id, s.budget_id, s.window_start, sum(s.spent)
+  from unnest(v_spent) s
+  group by s.account_id, s.budget_id, s.window_start;
+  return v_account;
 end
 $$;
 
@@ -194,6 +274,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set plan_cache_mode = force_custom_plan
 set enable_seqscan = off
 as $$
@@ -201,6 +282,7 @@ declare
   v_account data.account_balance;
   v_found boolean;
   v_belongs boolean;
+  v_time_zone text;
   v_budget data.budget;
   v_shown api.budgets;
 begin
@@ -212,7 +294,9 @@ begin
     perform data.refuse(422, 'invalid_amount', 'amount must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  v_account := data.lock_account(account_id);
+  if not exists (select from data.account_balance a where a.account_id = set_budget.account_id) then
+    perform data.lock_account(account_id);
+  end if;
   select true, case scope when 'tenant' then o.id = set_budget.account_id else set_budget.account_id in (u.account_id, u.id) end
   into v_found, v_belongs
   from (
@@ -231,18 +315,32 @@ begin
       'account_id is the id of the tenant or user that pays');
   end if;
 
-  select * into v_budget from data.budget b
-  where (b.account_id, b.scope, b.scope_id, b.period) = (set_budget.account_id, set_budget.scope, set_budget.scope_id, set_budget.period);
-  if found then
-    update data.budget b set amount = set_budget.amount where b.account_id = v_budget.account_id and b.id = v_budget.id;
-  else
-    insert into data.budget as b (account_id, scope, scope_id, amount, period, counted_from, counted_floor)
-    values (set_budget.account_id, set_budget.scope, set_budget.scope_id, set_budget.amount, set_budget.period, 'infinity', 'infinity')
-    returning * into v_budget;
-    perform data.recount_budget(v_budget);
-    update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
-  end if;
-  select * into v_shown from api.budgets b where b.account_id = v_budget.account_id and b.id = v_budget.id;
+  -- another call may set the same one, or another time zone, while this one counts
+  loop
+    select * into v_budget from data.budget b
+    where (b.account_id, b.scope, b.scope_id, b.period)
+      = (set_budget.account_id, set_budget.scope, set_budget.scope_id, set_budget.period);
+    if found then
+      perform data.lock_account(account_id);
+      update data.budget b set amount = set_budget.amount where b.account_id = v_budget.account_id and b.id = v_budget.id;
+      continue when not found;
+      exit;
+    end if;
+    select a.time_zone into v_time_zone from data.account_balance a where a.account_id = set_budget.account_id;
+    v_budget := row(set_budget.account_id, gen_random_uuid(), set_budget.scope, set_budget.scope_id, set_budget.amount,
+      set_budget.period, 'infinity', 'infinity', clock_timestamp());
+    begin
+      v_account := data.recount_budgets(array[v_budget], v_time_zone, are_new => true);
+      if v_account.time_zone <> v_time_zone then
+        raise sqlstate 'KL002';
+      end if;
+      update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
+      exit;
+    exception when unique_violation or sqlstate 'KL002' then
+      null; -- and the lock is let go with it
+    end;
+  end loop;
+  select * into v_shown from data.budget_shown b where b.account_id = v_budget.account_id and b.id = v_budget.id;
   return v_shown;
 end
 $$;
@@ -262,13 +360,14 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 declare
   v_shown api.budgets;
 begin
   perform data.lock_account(b.account_id) from data.budget b where b.id = remove_budget.id;
   -- under the lock: another call may have removed it meanwhile
-  select * into v_shown from api.budgets b where b.id = remove_budget.id;
+  select * into v_shown from data.budget_shown b where b.id = remove_budget.id;
   if not found then
     perform data.refuse(404, 'budget_not_found', 'budget ' || coalesce(id::text, 'null'), 'send the id that set_budget answered');
   end if;
@@ -292,20 +391,37 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 declare
+  v_budgets data.budget[];
   v_shown api.billing_accounts;
 begin
   if not exists (select from pg_timezone_names z where z.name = set_time_zone.time_zone) then
     perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names', 'for example "Europe/Berlin" or "UTC"');
   end if;
-  perform data.lock_account(account_id);
+  -- budgets may be set or removed while they are counted
+  loop
+    v_budgets := array(
+      select b from data.budget b where b.account_id = set_time_zone.account_id and b.period <> 'total' order by b.id);
+    begin
+      if v_budgets = '{}' then
+        perform data.lock_account(account_id);
+      else
+        perform data.recount_budgets(v_budgets, time_zone, are_new => false);
+      end if;
+      if array(select b.id from data.budget b where b.account_id = set_time_zone.account_id and b.period <> 'total' order by b.id)
+        is distinct from array(select b.id from unnest(v_budgets) b order by b.id)
+      then
+        raise sqlstate 'KL002';
+      end if;
+      exit;
+    exception when sqlstate 'KL002' then
+      null; -- and the lock is let go with it
+    end;
+  end loop;
   update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
-  perform data.recount_budget(b)
-  from (
-    select * from data.budget x where x.account_id = set_time_zone.account_id and x.period <> 'total' order by x.id offset 0
-  ) b;
-  select * into v_shown from api.billing_accounts b where b.account_id = set_time_zone.account_id;
+  select * into v_shown from data.account_now b where b.account_id = set_time_zone.account_id;
   return v_shown;
 end
 $$;

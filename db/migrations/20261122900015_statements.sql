@@ -348,6 +348,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 as $$
 #variable_conflict use_column
 declare

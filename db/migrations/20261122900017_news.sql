@@ -75,6 +75,7 @@ language plpgsql
 volatile
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
@@ -85,7 +86,7 @@ begin
   end if;
   perform data.lock_account(account_id);
   update data.account_balance a set low_balance_threshold = amount where a.account_id = set_low_balance_threshold.account_id;
-  select * into v_shown from api.billing_accounts b where b.account_id = set_low_balance_threshold.account_id;
+  select * into v_shown from data.account_now b where b.account_id = set_low_balance_threshold.account_id;
   return v_shown;
 end
 $$;
