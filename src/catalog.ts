@@ -134,7 +134,7 @@ export interface Views {
     status: string | null
     created_at: string | null
   }
-  /** Money set aside for requests: open, captured, released or expired. */
+  /** Money set aside for requests: open, parked, captured, released or expired. */
   holds: {
     account_id: string | null
     id: string | null
@@ -170,6 +170,7 @@ export interface Views {
     event: unknown
     usage_id: string | null
     account_id: string | null
+    hold_id: string | null
     code: string | null
     created_at: string | null
     tried_at: string | null
@@ -335,7 +336,7 @@ export interface Functions {
       created_at: string | null
     }
   }
-  /** Gives up parked events that will never be charged, and keeps who did it and why (`reason`). */
+  /** Gives up parked events that will never be charged, frees what their holds set aside, and keeps who did it and why (`reason`). */
   dismiss_rejected_usage: {
     args: {
       ids: string[]
