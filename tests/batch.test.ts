@@ -257,13 +257,13 @@ for (const code of ['timeout', 'lock_timeout'])
     await until(() => serve() && calls.some(({ ids }) => ids[0] === 6), 'the next of b')
     assert.is(await next[0], 'done 6')
     assert.not.ok(calls.some(({ ids }) => ids.includes(7)))
+    await until(() => serve() && stats().failed >= 2, 'the deadline')
+    assert.equal(await failing, [code, code])
     // a lock is the account's, so that its elements stay together
     assert.is(
       calls.some(({ ids }) => ids.join() === '0'),
       code === 'timeout',
     )
-    await until(() => serve() && stats().failed >= 2, 'the deadline')
-    assert.equal(await failing, [code, code])
     await until(() => serve() && stats().queued === 0 && stats().in_flight === 0, 'the end')
     assert.is((await outcomes(next.slice(1)))[0], code)
   })

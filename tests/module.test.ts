@@ -568,6 +568,10 @@ test('a hold given up at its deadline says so, and can be asked for again', asyn
 test('a hold that is being carried out is given up at its deadline too', async () => {
   const world = await seed(db.operator)
   const holder = await db.session()
+  // so that the call outlives the deadline, and is carried out
+  const waits = (limit: string) =>
+    db.sql(`alter function api.place_holds(jsonb) set lock_timeout = '${limit}'`)
+  await waits('60s')
   try {
     await withModule({ rpc: pgRpc(pgOptions), holdDeadline: 300 }, async (billing) => {
       const context = await billing.validate(world.key)
@@ -590,6 +594,7 @@ test('a hold that is being carried out is given up at its deadline too', async (
     })
   } finally {
     await holder.end()
+    await waits('500ms')
   }
 })
 

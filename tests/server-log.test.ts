@@ -55,14 +55,14 @@ for (const [name, rpc] of Object.entries(rpcs)) {
     assert.is((await failure(resolve(key, 'no_such_column'))).code, 'column_not_found')
     await dba.query('begin; lock table data.virtual_key in access exclusive mode')
     try {
-      assert.is((await failure(resolve(key))).code, 'timeout')
-      assert.is((await failure(resolve(unknown))).code, 'timeout')
+      assert.is((await failure(resolve(key))).code, 'lock_timeout')
+      assert.is((await failure(resolve(unknown))).code, 'lock_timeout')
     } finally {
       await dba.query('commit')
     }
     for (const each of [key, unknown])
       await until(() => server.log().includes(hashOf(each)), 'what was asked to be logged')
-    if (name === 'pg') assert.match(server.log(), 'canceling statement due to statement timeout')
+    if (name === 'pg') assert.match(server.log(), 'canceling statement due to lock timeout')
     for (const each of [key, unknown])
       assert.not.ok(`${server.log()}${postgrest.log()}`.includes(each.slice(5)))
   })

@@ -207,7 +207,7 @@ test('draw, release, extension and expiry of one hold at once: it ends once, and
   // all run out while they are being fought over
   const onReady = async () => {
     await db.sql(
-      `update data.hold set expires_at = clock_timestamp() + power(random(), 4) * interval '5 s' where account_id = $1`,
+      `update data.hold set expires_at = clock_timestamp() + power(random(), 4) * interval '20 s' where account_id = $1`,
       [world.accountId],
     )
     await db.sql('truncate watch.hold')

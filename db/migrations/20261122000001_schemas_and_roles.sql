@@ -34,7 +34,7 @@ begin
       'purge_ended', 'purge_outboxes', 'read_array', 'read_cursor', 'read_hold_requests', 'read_key_imports',
       'read_openings', 'read_usage_events', 'recount_budgets', 'reference_is_used_once', 'refuse',
       'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage',
-      'rejected_usage_sets_aside', 'rejected_usage_unresolved', 'replay_parked', 'require_positive_amount',
+      'rejected_usage_sets_aside', 'rejected_usage_unresolved', 'replay_ahead', 'replay_parked', 'require_positive_amount',
       'require_reason', 'resolve_parked', 'seal', 'seq_before', 'sha256', 'shown', 'shown_hold', 'shrink_parked',
       'spend_time', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant', 'tenant_role_kept',
       'tenant_role_named', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity',

@@ -297,10 +297,13 @@ left join lateral (
 ) s on true
 cross join lateral (
   select coalesce(sum(o.amount - o.captured), 0) as held
-  from data.hold o
+  from (
+    select * from data.hold n where n.account_id = b.account_id and n.status = 'open' and n.expires_at > statement_timestamp()
+    union all
+    select * from data.hold p where p.account_id = b.account_id and p.status = 'parked'
+  ) o
   cross join lateral (select * from data.virtual_key v where v.id = o.virtual_key_id offset 0) k
-  where o.account_id = b.account_id and (o.status = 'open' and o.expires_at > statement_timestamp() or o.status = 'parked')
-    and b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
+  where b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
 ) h;
 
 comment on view data.budget_shown is 'Budgets as api.budgets shows them, of every account.';

@@ -539,6 +539,7 @@ declare
   v_shown api.status_changes;
 begin
   perform set_config('keyledger.reason', coalesce(reason, ''), true);
+  status := coalesce(status, 'none');
   case entity
     when 'tenant' then
       update data.tenant t set status = set_status.status where t.id = set_status.id;

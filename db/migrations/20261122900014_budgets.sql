@@ -71,10 +71,17 @@ begin
   with open_hold as materialized (
     select h.virtual_key_id, k.user_id, h.unspent
     from (
-      select o.virtual_key_id, sum(o.amount - o.captured) as unspent
-      from data.hold o
-      where o.account_id = budgets_left.account_id and (o.status = 'open' and o.expires_at > at or o.status = 'parked')
-      group by o.virtual_key_id
+      select s.virtual_key_id, sum(s.amount - s.captured) as unspent
+      from (
+        select o.virtual_key_id, o.amount, o.captured
+        from data.hold o
+        where o.account_id = budgets_left.account_id and o.status = 'open' and o.expires_at > at
+        union all
+        select p.virtual_key_id, p.amount, p.captured
+        from data.hold p
+        where p.account_id = budgets_left.account_id and p.status = 'parked'
+      ) s
+      group by s.virtual_key_id
     ) h
     cross join lateral (select v.user_id from data.virtual_key v where v.id = h.virtual_key_id offset 0) k
   )
