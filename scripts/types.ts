@@ -11,7 +11,7 @@ export const catalogFile = fileURLToPath(new URL('../src/catalog.ts', import.met
 // JSON has no shape in the catalog: those of src/types.ts, by function (what it answers) or `function.argument`
 const shapes: Record<string, string> = {
   account_news: 'AccountNews',
-  extend_holds: 'ExtendAnswer[]',
+  extend_holds: '(ExtendAnswer | BusyAnswer)[]',
   'extend_holds.requests': 'ExtendRequest[]',
   import_virtual_keys: 'KeyImportAnswer[]',
   'import_virtual_keys.keys': 'KeyImport[]',
@@ -19,9 +19,9 @@ const shapes: Record<string, string> = {
   'place_holds.requests': 'PlaceHoldRequest[]',
   record_openings: 'OpeningAnswer[]',
   'record_openings.openings': 'Opening[]',
-  record_usage: 'UsageAnswer[]',
+  record_usage: '(UsageAnswer | BusyAnswer)[]',
   'record_usage.events': 'RecordedEvent[]',
-  release_holds: 'ReleaseAnswer[]',
+  release_holds: '(ReleaseAnswer | BusyAnswer)[]',
   'release_holds.requests': 'ReleaseRequest[]',
   resolve_virtual_keys: '(KeyContext | UnknownKey)[]',
   replay_rejected_usage: '(UsageAnswer & { rejected_id: string })[]',

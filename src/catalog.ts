@@ -1,6 +1,7 @@
 // Made by `npm run types` from the database's catalog: what the functions of schema api take and answer, and the rows of its views.
 import type {
   AccountNews,
+  BusyAnswer,
   ExtendAnswer,
   ExtendRequest,
   HoldAnswer,
@@ -364,7 +365,7 @@ export interface Functions {
     args: {
       requests: ExtendRequest[]
     }
-    result: ExtendAnswer[]
+    result: (ExtendAnswer | BusyAnswer)[]
   }
   /** Freezes part of an account's money until unfreeze_funds: a hold without expiry that no event draws on. */
   freeze_funds: {
@@ -440,7 +441,7 @@ export interface Functions {
     args: {
       events: RecordedEvent[]
     }
-    result: UsageAnswer[]
+    result: (UsageAnswer | BusyAnswer)[]
   }
   /** Gives back a charge, whole or in part: of a usage entry by `seq`, or of one event by `usage_id`. */
   refund_charge: {
@@ -459,7 +460,7 @@ export interface Functions {
     args: {
       requests: ReleaseRequest[]
     }
-    result: ReleaseAnswer[]
+    result: (ReleaseAnswer | BusyAnswer)[]
   }
   /** Removes a budget; nothing it counted is kept. */
   remove_budget: {

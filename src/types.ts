@@ -105,6 +105,16 @@ export interface UsageAnswer {
   hold?: 'unknown'
 }
 
+/**
+ * Of a call that names several accounts: another call has this one. Nothing was kept: send its elements by themselves. The
+ * methods of the module do so.
+ */
+export interface BusyAnswer {
+  id: string
+  status: 'busy'
+  code: 'account_busy'
+}
+
 /** `closed`: it was not open any more; `refused`: an operator's freeze; `code` says why. */
 export interface ReleaseAnswer {
   id: string

@@ -40,7 +40,10 @@ async function again<T>(call: () => Promise<T>): Promise<T> {
     try {
       return await call()
     } catch (error) {
-      if (!/deadlock detected/.test(String(error) + (error as { stderr?: string }).stderr) || tries === 10)
+      if (
+        !/deadlock detected|lock timeout/.test(String(error) + (error as { stderr?: string }).stderr) ||
+        tries === 10
+      )
         throw error
     }
 }
