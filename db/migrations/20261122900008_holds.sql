@@ -179,11 +179,8 @@ begin
   with live as materialized (
     select g.expires_at, g.remaining,
       min(g.expires_at) over (order by g.priority desc groups between unbounded preceding and 1 preceding) as lasts_from
-    from (
-      select * from data.credit_grant c
-      where c.account_id = available_past_grants.account_id and c.remaining > 0
-      order by c.expires_at -- as in place_holds: by the index of what remains
-    ) g
+    from data.credit_grant g
+    where g.account_id = available_past_grants.account_id and g.remaining > 0
   ), change as (
     select l.expires_at as at, true as is_grant, l.remaining as expired, 0 as ended, 0 as lasting
     from live l
@@ -310,11 +307,8 @@ begin
       select min(g.expires_at) < v_now + v_longest
         -- what lasts longer may be spent before it, so that a hold that ends sooner counts too
         or (min(g.priority) < max(g.priority) and min(g.expires_at) is not null)
-      from (
-        select * from data.credit_grant c
-        where c.account_id = a.account_id and c.remaining > 0
-        order by c.expires_at -- so by the index of what remains, whatever the table was like when the plan was made
-      ) g), false) order by a.account_id),
+      from data.credit_grant g
+      where g.account_id = a.account_id and g.remaining > 0), false) order by a.account_id),
     array_agg(b.has_budgets order by a.account_id)
   into v_account_ids, v_availables, v_outlive_grants, v_have_budgets
   from data.account_now a
