@@ -112,6 +112,26 @@ test('a hold shared by several events ends with the last one that is parked', as
   await sound(account)
 })
 
+test('a stream goes on with its hold once a part of it that was parked is charged or dismissed', async () => {
+  for (const end of ['replay', 'dismiss']) {
+    const account = await payer(db, { funds: '10' })
+    const hold_id = await account.hold('10')
+    await account.record(account.event('', { meters: unpriced, hold_id, final: false }))
+    const [parked] = await parkedOf(account)
+    await price(account)
+    if (end === 'replay') await replay([parked!.id])
+    else await db.operator(`select from api.dismiss_rejected_usage($1, 'a test')`, [[parked!.id]])
+    const drawn = end === 'replay' ? 2 : 0
+    assert.is(await account.holdNow(hold_id), `open ${drawn}/10`)
+    assert.is((await account.place(account.request('1')))[0]!.code, 'insufficient_funds')
+    assert.is((await account.extend(hold_id))[0]!.status, 'extended')
+    await account.use('3', { hold_id })
+    assert.is(await account.holdNow(hold_id), `captured ${drawn + 3}/10`)
+    assert.equal(await account.figures(), { balance: `${7 - drawn}`, available: `${7 - drawn}` })
+    await sound(account)
+  }
+})
+
 test('an event without a hold, or whose hold has ended, sets nothing aside', async () => {
   const account = await payer(db, { funds: '10' })
   const [ended, expired] = [await account.hold('1'), await account.hold('1', { expires_in: 1 })]

@@ -18,9 +18,9 @@ begin
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
-      'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'bounded_element',
-      'broken_fact', 'budget', 'budget_code', 'budget_shown', 'budget_spend', 'budgets_left', 'cache_invalidation',
-      'caller', 'charged_before', 'check_entry', 'check_written', 'codes_now', 'config_node', 'count_sealed_month',
+      'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'broken_fact',
+      'budget', 'budget_code', 'budget_shown', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller',
+      'charged_before', 'check_entry', 'check_written', 'codes_now', 'config_node', 'count_sealed_month',
       'count_spend', 'count_usage', 'credit_grant', 'currency', 'end_due_grants', 'end_due_holds',
       'end_or_extend_holds', 'end_parked_holds', 'entry_hash', 'entry_kind', 'entry_shown', 'epoch_time',
       'exact_cost', 'expiries_due', 'first_try', 'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once',
@@ -31,19 +31,19 @@ begin
       'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated',
       'movements_of', 'new_entry', 'new_virtual_key', 'note_status', 'open_account', 'open_virtual_key_use',
       'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters',
-      'purge_ended', 'purge_outboxes', 'read_array', 'read_cursor', 'read_hold_requests', 'read_key_imports',
-      'read_openings', 'read_usage_events', 'recount_budgets', 'reference_is_used_once', 'refuse',
-      'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage',
-      'rejected_usage_sets_aside', 'rejected_usage_unresolved', 'replay_ahead', 'replay_parked', 'require_positive_amount',
+      'purge_ended', 'purge_outboxes', 'read_cursor', 'read_hold_requests', 'read_key_imports', 'read_openings',
+      'read_usage_events', 'recount_budgets', 'reference_is_used_once', 'refuse', 'refuse_dropped_usage',
+      'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage', 'rejected_usage_sets_aside',
+      'rejected_usage_unresolved', 'replay_ahead', 'replay_parked', 'require_array', 'require_positive_amount',
       'require_reason', 'resolve_parked', 'seal', 'seq_before', 'sha256', 'shown', 'shown_hold', 'shrink_parked',
       'spend_time', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant', 'tenant_role_kept',
-      'tenant_role_named', 'tenant_updated', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity',
-      'to_uuid', 'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_faults', 'usage_line', 'usage_log',
-      'usage_of', 'usage_seal', 'usage_window', 'usage_window_now', 'user_profile', 'user_profile_updated',
-      'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets', 'verify_entries', 'verify_figures', 'verify_grants',
-      'verify_statements', 'verify_usage', 'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted',
-      'virtual_key_inserted', 'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user',
-      'wake_for_news', 'window_start', 'without_keys'
+      'tenant_role_named', 'tenant_updated', 'text_of', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment',
+      'to_quantity', 'to_uuid', 'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_faults', 'usage_line',
+      'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now', 'user_profile',
+      'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets', 'verify_entries',
+      'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer', 'virtual_key',
+      'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
+      'virtual_key_use', 'visible_account', 'visible_user', 'wake_for_news', 'window_start', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at', 'billing_accounts',

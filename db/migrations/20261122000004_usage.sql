@@ -61,7 +61,7 @@ create table data.rejected_usage (
     (reason is not null) = (resolution is not distinct from 'dismissed') and (actor is null) = (reason is null))
 );
 create index rejected_usage_unresolved on data.rejected_usage (usage_id) where resolved_at is null;
-create index rejected_usage_sets_aside on data.rejected_usage (account_id, hold_id) where resolved_at is null and hold_id is not null;
+create index rejected_usage_sets_aside on data.rejected_usage (account_id, hold_id) where hold_id is not null;
 
 alter table data.usage_log enable row level security;
 alter table data.usage_window enable row level security;

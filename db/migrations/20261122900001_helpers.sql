@@ -118,39 +118,35 @@ exception when invalid_text_representation or numeric_value_out_of_range then
 end
 $$;
 
--- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes, and 131,072 as text.
+-- A field of an element as text, null where it is no string: a number may be short, and its text 131,072 digits long.
+create or replace function data.text_of(value jsonb)
+returns text
+language sql
+immutable parallel safe
+as $$
+  select case when jsonb_typeof(value) = 'string' then value #>> '{}' end
+$$;
+
+-- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes. Only numbers that may be such are looked at
+-- closely: a zero may have thousands of decimals, which its scale alone tells.
 create or replace function data.has_absurd_numbers(value jsonb)
 returns boolean
 language plpgsql
 immutable parallel safe
 as $$
 begin
-  return jsonb_path_exists(value, '$.** ? (@ >= 1e40 || @ <= -1e40 || (@ > -1e-40 && @ < 1e-40 && @ != 0))')
-    -- a zero may have many decimals, which only its scale tells
-    or coalesce((select max(scale(z::numeric)) > 40 from jsonb_path_query(value, '$.** ? (@ == 0)') z), false);
+  return coalesce((
+    select bool_or(n::numeric >= 1e40 or n::numeric <= -1e40 or scale(n::numeric) > 40)
+    from jsonb_path_query(value, '$.** ? (@.type() == "number")') n), false);
 end
 $$;
 
--- An element whose fields with absurd numbers are []: no field takes that, so each is refused by its own rule.
-create or replace function data.bounded_element(element jsonb)
-returns jsonb
-language sql
-immutable parallel safe
-as $$
-  select case
-    when not data.has_absurd_numbers(element) then element
-    when jsonb_typeof(element) = 'object' then (
-      select jsonb_object_agg(f.key, case when data.has_absurd_numbers(f.value) then '[]' else f.value end) from jsonb_each(element) f)
-    else '[]'
-  end
-$$;
-
--- The elements of a call, checked before anything makes text of them.
-create or replace function data.read_array(
+-- refuse what is no array, or too long a one
+create or replace function data.require_array(
   name text,
   elements jsonb
 )
-returns jsonb
+returns void
 language plpgsql
 stable
 as $$
@@ -161,13 +157,6 @@ begin
     perform data.refuse(422, 'too_many_elements', name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed',
       'send them in several calls');
   end if;
-  if not data.has_absurd_numbers(elements) then
-    return elements;
-  end if;
-  return (
-    select coalesce(jsonb_agg(data.bounded_element(e.element) order by e.ord), '[]')
-    from jsonb_array_elements(elements) with ordinality as e (element, ord)
-  );
 end
 $$;
 

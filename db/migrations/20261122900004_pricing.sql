@@ -10,7 +10,8 @@ language sql
 immutable parallel safe
 as $$
   select case jsonb_typeof(value)
-    when 'number' then case when value::numeric >= 0 and data.is_amount(value::numeric) then value::numeric end
+    -- a zero of thousands of decimals would be written out wherever it is kept
+    when 'number' then case when value::numeric >= 0 and scale(value::numeric) <= 40 and data.is_amount(value::numeric) then value::numeric end
     when 'string' then case when data.to_amount(value #>> '{}') >= 0 then data.to_amount(value #>> '{}') end
   end
 $$;

@@ -350,7 +350,8 @@ declare
   v_read jsonb;
   v_new jsonb;
 begin
-  v_read := data.read_key_imports(data.read_array('keys', keys));
+  perform data.require_array('keys', keys);
+  v_read := data.read_key_imports(keys);
 
   -- in order, whatever the order of the keys: two imports don't wait for each other in a circle
   perform from data.user_profile u

@@ -84,7 +84,9 @@ immutable parallel safe
 as $$
   select case
     when value is null or value = 'null' then 900
-    when value #>> '{}' ~ '^[0-9]{1,7}$' and (value #>> '{}')::integer between 1 and 2592000 then (value #>> '{}')::integer
+    when jsonb_typeof(value) = 'number' then
+      case when value::numeric between 1 and 2592000 and value::numeric = trunc(value::numeric) then value::integer end
+    when data.text_of(value) ~ '^[0-9]{1,7}$' and data.text_of(value)::integer between 1 and 2592000 then data.text_of(value)::integer
   end
 $$;
 
@@ -105,7 +107,7 @@ begin
   return query
   select
     r.ord,
-    r.request ->> 'id',
+    data.text_of(r.request -> 'id'),
     row(
       r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
       r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null, null, null, null, null, null
@@ -118,10 +120,10 @@ begin
       when r.id < w.oldest or r.id >= w.newest then 'id_not_of_now'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
-      when r.request ->> 'config_node_id' is not null and r.config_node_id is null then 'invalid_config_node_id'
+      when r.config_node_id is null and coalesce(r.request -> 'config_node_id', 'null') <> 'null' then 'invalid_config_node_id'
       when r.expires_in is null then 'invalid_expires_in'
       when r.is_priced and r.config_node_id is null then 'invalid_config_node_id'
-      when r.is_priced = (r.request ->> 'amount' is not null) then 'invalid_amount'
+      when r.is_priced = (coalesce(r.request -> 'amount', 'null') <> 'null') then 'invalid_amount'
       when not r.is_priced and coalesce(r.amount, 0) <= 0 then 'invalid_amount'
       when k.virtual_key_id is null then 'virtual_key_unknown'
       when k.code is not null then k.code
@@ -134,13 +136,13 @@ begin
     select
       e.ord,
       e.request,
-      data.to_uuidv7(e.request ->> 'id') as id,
-      data.to_uuid(e.request ->> 'account_id') as account_id,
-      data.to_uuid(e.request ->> 'virtual_key_id') as virtual_key_id,
-      data.to_uuid(e.request ->> 'config_node_id') as config_node_id,
+      data.to_uuidv7(data.text_of(e.request -> 'id')) as id,
+      data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id,
+      data.to_uuid(data.text_of(e.request -> 'virtual_key_id')) as virtual_key_id,
+      data.to_uuid(data.text_of(e.request -> 'config_node_id')) as config_node_id,
       e.request -> 'meters' as meters,
       coalesce(e.request -> 'meters', 'null') <> 'null' as is_priced,
-      data.to_amount(e.request ->> 'amount') as amount,
+      data.to_quantity(e.request -> 'amount') as amount,
       data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     offset 0 -- or each use would parse again
@@ -283,12 +285,13 @@ declare
   v_answer jsonb;
   v_answers jsonb[];
 begin
-  requests := data.read_array('requests', requests);
+  perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   -- `first` is the place of the first request with the same id
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
     array_agg(distinct (r.hold).account_id) filter (where r.code is null),
-    min((r.hold).expires_at - (r.hold).created_at), max((r.hold).expires_at - (r.hold).created_at),
+    make_interval(secs => min(extract(epoch from (r.hold).expires_at) - extract(epoch from (r.hold).created_at))::double precision),
+    make_interval(secs => max(extract(epoch from (r.hold).expires_at) - extract(epoch from (r.hold).created_at))::double precision),
     array_agg((r.hold).virtual_key_id), array_agg(r.user_id), array_agg(r.first)
   into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_shortest, v_longest, v_key_ids, v_user_ids, v_firsts
   from (
@@ -377,7 +380,8 @@ begin
       v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
     else
       -- its time begins now, not before the wait for the lock
-      v_end := v_now + (v_hold.expires_at - v_hold.created_at);
+      v_end := v_now + make_interval(
+        secs => (extract(epoch from v_hold.expires_at) - extract(epoch from v_hold.created_at))::double precision);
       v_backing := v_available;
       if v_moments is not null then
         v_backing := least(v_available, (
@@ -472,29 +476,33 @@ declare
   v_end timestamptz;
   v_released data.hold[] := '{}';
   v_busy uuid[];
+  v_moments_of uuid;
+  v_moments timestamptz[];
+  v_pasts numeric[];
+  v_spares numeric[];
 begin
-  requests := data.read_array('requests', requests);
+  perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   select l.busy into v_busy
   from data.lock_accounts(array(
     select distinct a.account_id
     from jsonb_array_elements(requests) as e (request)
-    cross join lateral (select data.to_uuid(e.request ->> 'account_id') as account_id) a
+    cross join lateral (select data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id) a
     where a.account_id is not null)) l;
 
   for v_request in
     select
       e.ord,
       e.request,
-      data.to_uuid(e.request ->> 'account_id') as account_id,
-      data.to_uuid(e.request ->> 'id') as id,
+      data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id,
+      data.to_uuid(data.text_of(e.request -> 'id')) as id,
       data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     order by account_id, e.ord
   loop
     if v_request.account_id = any (v_busy) then
       v_answers[v_request.ord] := jsonb_strip_nulls(
-        jsonb_build_object('id', v_request.request ->> 'id', 'status', 'busy', 'code', 'account_busy'));
+        jsonb_build_object('id', data.text_of(v_request.request -> 'id'), 'status', 'busy', 'code', 'account_busy'));
       continue;
     end if;
     -- an account is read once, and written once below: of a busy one's row there may be many versions to look through
@@ -518,20 +526,29 @@ begin
       v_code := 'hold_frozen';
     elsif v_code is null and extend then
       v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
-      if v_account.free_credit > 0 and exists (
-        select from data.credit_grant g
-        where g.account_id = v_hold.account_id and g.remaining > 0 and g.expires_at between v_hold.expires_at and v_end)
-      then
-        v_refused := coalesce((
-          select min(m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)))
-          from data.available_past_grants(v_hold.account_id, v_hold.expires_at, v_end) p
-          cross join unnest(p.available, p.spare) as m (available, spare)) < 0, false);
+      -- past each moment at which credit expires that the hold now outlives, its money must still be there
+      if v_account.free_credit > 0 and v_moments_of is distinct from v_account.account_id then
+        v_moments_of := v_account.account_id;
+        select p.moments, p.available, p.spare into v_moments, v_pasts, v_spares
+        from data.available_past_grants(v_account.account_id, clock_timestamp(), clock_timestamp() + interval '31 days') p;
       end if;
+      v_refused := v_account.free_credit > 0 and coalesce((
+        select min(m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)))
+        from unnest(v_moments, v_pasts, v_spares) as m (at, available, spare)
+        where m.at >= v_hold.expires_at and m.at < v_end) < 0, false);
       if v_refused then
         v_code := 'insufficient_funds';
       end if;
     end if;
     if v_code is null and extend then
+      if v_moments is not null and v_moments_of = v_hold.account_id then
+        select array_agg(case when m.at >= v_hold.expires_at and m.at < v_end
+            then m.available - least(v_hold.amount - v_hold.captured, greatest(m.spare, 0)) else m.available end order by m.n),
+          array_agg(case when m.at >= v_hold.expires_at and m.at < v_end
+            then m.spare - (v_hold.amount - v_hold.captured) else m.spare end order by m.n)
+        into v_pasts, v_spares
+        from unnest(v_moments, v_pasts, v_spares) with ordinality as m (at, available, spare, n);
+      end if;
       update data.hold h
       set expires_at = v_end
       where h.account_id = v_hold.account_id and h.id = v_hold.id
@@ -544,7 +561,7 @@ begin
       v_account.available := v_account.available + (v_hold.amount - v_hold.captured);
     end if;
     v_answers[v_request.ord] := jsonb_strip_nulls(jsonb_build_object(
-      'id', v_request.request ->> 'id',
+      'id', data.text_of(v_request.request -> 'id'),
       'status', case when v_refused then 'refused' when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
       'code', v_code,
       'expires_at', case when extend and (v_code is null or v_refused) then v_hold.expires_at end,

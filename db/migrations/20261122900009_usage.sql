@@ -3,28 +3,31 @@
 
 set local role keyledger_owner;
 
--- Labels: what an event may carry for its reader. One that is unfit is left out, and the event is charged. Sizes are looked at before any
--- text is made; fields with absurd numbers are [] by then (data.read_array). Null is none.
+-- Labels: what an event may carry for its reader. One that is unfit is left out, and the event is charged. Sizes and numbers are looked
+-- at before any text is made. Null is none. Stable, since sizes are: else these would not be inlined.
 create or replace function data.is_request_id(value jsonb)
 returns boolean
 language sql
-immutable
+stable parallel safe
 as $$
   select case
     when value is null or value = 'null' then true
-    when jsonb_typeof(value) not in ('string', 'number') or pg_column_size(value) > 4096 then false
-    else length(value #>> '{}') between 1 and 512
+    when pg_column_size(value) > 4096 then false
+    when jsonb_typeof(value) = 'number' then abs(value::numeric) < 1e40 and scale(value::numeric) <= 40
+    else jsonb_typeof(value) = 'string' and length(value #>> '{}') between 1 and 512
   end
 $$;
 
 create or replace function data.is_metadata(value jsonb)
 returns boolean
 language sql
-immutable
+stable parallel safe
 as $$
   select case
     when value is null or value = 'null' then true
     when jsonb_typeof(value) <> 'object' or pg_column_size(value) > 131072 then false
+    -- most numbers are none of these, and need no closer look
+    when jsonb_path_exists(value, '$.** ? (@ >= 1e40 || @ <= 1e-40)') and data.has_absurd_numbers(value) then false
     else octet_length(value::text) <= 16384
   end
 $$;
@@ -58,14 +61,14 @@ begin
     select
       e.ord,
       e.event,
-      case when ids_are_well_formed then (e.event ->> 'id')::data.uuidv7 else data.to_uuidv7(e.event ->> 'id') end as id,
-      case when ids_are_well_formed then (e.event ->> 'account_id')::uuid else data.to_uuid(e.event ->> 'account_id') end
+      case when ids_are_well_formed then data.text_of(e.event -> 'id')::data.uuidv7 else data.to_uuidv7(data.text_of(e.event -> 'id')) end as id,
+      case when ids_are_well_formed then data.text_of(e.event -> 'account_id')::uuid else data.to_uuid(data.text_of(e.event -> 'account_id')) end
         as account_id,
-      case when ids_are_well_formed then (e.event ->> 'virtual_key_id')::uuid else data.to_uuid(e.event ->> 'virtual_key_id') end
+      case when ids_are_well_formed then data.text_of(e.event -> 'virtual_key_id')::uuid else data.to_uuid(data.text_of(e.event -> 'virtual_key_id')) end
         as virtual_key_id,
-      case when ids_are_well_formed then (e.event ->> 'config_node_id')::uuid else data.to_uuid(e.event ->> 'config_node_id') end
+      case when ids_are_well_formed then data.text_of(e.event -> 'config_node_id')::uuid else data.to_uuid(data.text_of(e.event -> 'config_node_id')) end
         as config_node_id,
-      case when ids_are_well_formed then (e.event ->> 'hold_id')::uuid else data.to_uuid(e.event ->> 'hold_id') end as hold_id
+      case when ids_are_well_formed then data.text_of(e.event -> 'hold_id')::uuid else data.to_uuid(data.text_of(e.event -> 'hold_id')) end as hold_id
     from jsonb_array_elements(events) with ordinality as e (event, ord)
   ), account as materialized (
     -- each looked up once: of a busy one's row there may be many versions to look through
@@ -104,7 +107,7 @@ begin
         when r.account_id is null then 'invalid_account_id'
         when r.virtual_key_id is null then 'invalid_virtual_key_id'
         when r.config_node_id is null then 'invalid_config_node_id'
-        when r.hold_id is null and r.event ->> 'hold_id' is not null then 'invalid_hold'
+        when r.hold_id is null and coalesce(r.event -> 'hold_id', 'null') <> 'null' then 'invalid_hold'
         when jsonb_typeof(r.event -> 'final') not in ('boolean', 'null') then 'invalid_final'
         when r.currency is null then 'account_not_found'
         when r.user_id is null then 'virtual_key_unknown'
@@ -181,9 +184,11 @@ language sql
 immutable
 as $$
   select case
-    when jsonb_typeof(event) <> 'object' then case when pg_column_size(event) <= 65536 then data.without_keys(event) else '"too large"' end
+    when jsonb_typeof(event) <> 'object' then
+      case when pg_column_size(event) <= 65536 and not data.has_absurd_numbers(event) then data.without_keys(event) else '"too large"' end
     else (
       select coalesce(jsonb_object_agg(f.key, case
+        when data.has_absurd_numbers(f.value) then '"absurd number"'
         when pg_column_size(f.value) > case f.key when 'meters' then 16384 when 'metadata' then 131072 else 4096 end then '"too large"'
         else data.without_keys(f.value)
       end), '{}')
@@ -215,8 +220,8 @@ begin
   select
     encode(substr(sha256(convert_to(r.event::text, 'UTF8')), 1, 16), 'hex')::uuid as digest,
     r.event,
-    data.to_uuid(r.event ->> 'id'),
-    data.to_uuid(r.event ->> 'account_id'),
+    data.to_uuid(data.text_of(r.event -> 'id')),
+    data.to_uuid(data.text_of(r.event -> 'account_id')),
     (
       select h.id from data.hold h
       where h.account_id = u.account_id and h.id = u.hold_id and (h.status = 'parked' or h.status = 'open' and h.expires_at > v_now)
@@ -237,7 +242,8 @@ begin
 end
 $$;
 
--- Ends parked holds whose last parked event is charged or dismissed. The caller holds the accounts' locks.
+-- Ends parked holds whose last parked event is charged or dismissed. One that is still in time, and whose events were none of them
+-- final, is open again. The caller holds the accounts' locks.
 create or replace function data.end_parked_holds(
   accounts uuid[],
   holds uuid[],
@@ -250,11 +256,23 @@ as $$
 begin
   with ended as (
     update data.hold h
-    set status = 'released', ended_at = clock_timestamp(), ended_by = end_parked_holds.ended_by, end_reason = end_parked_holds.reason
-    from (select distinct p.account_id, p.id from unnest(accounts, holds) as p (account_id, id)) p
-    where h.account_id = any (accounts) and h.account_id = p.account_id and h.id = p.id and h.status = 'parked'
-      and not exists (select from data.rejected_usage r where r.account_id = h.account_id and r.hold_id = h.id and r.resolved_at is null)
-    returning h.account_id, h.amount - h.captured as unspent
+    set status = case when p.goes_on then 'open' else 'released' end,
+      ended_at = case when not p.goes_on then clock_timestamp() end,
+      ended_by = case when not p.goes_on then end_parked_holds.ended_by end,
+      end_reason = case when not p.goes_on then end_parked_holds.reason end
+    from (
+      select k.account_id, k.id, k.expires_at > clock_timestamp() and e.all_open as goes_on
+      from (select distinct u.account_id, u.id from unnest(accounts, holds) as u (account_id, id)) u
+      cross join lateral (select * from data.hold b where b.account_id = u.account_id and b.id = u.id offset 0) k
+      cross join lateral (
+        select bool_and(r.resolved_at is not null) as are_resolved, bool_and(r.event -> 'final' is not distinct from 'false') as all_open
+        from data.rejected_usage r
+        where r.account_id = u.account_id and r.hold_id = u.id
+      ) e
+      where k.status = 'parked' and e.are_resolved
+    ) p
+    where h.account_id = any (accounts) and h.account_id = p.account_id and h.id = p.id
+    returning h.account_id, case when p.goes_on then 0 else h.amount - h.captured end as unspent
   )
   update data.account_balance a
   set frozen_balance = a.frozen_balance - e.unspent
@@ -321,7 +339,7 @@ declare
   v_codes text[];
   v_notes jsonb[];
   v_idle_keys uuid[];
-  v_locked uuid[];
+  v_are_good boolean;
   v_busy uuid[];
   v_chargeable data.usage_log[];
   v_freed_accounts uuid[];
@@ -338,18 +356,22 @@ declare
   v_available jsonb;
   v_row record;
 begin
-  events := data.read_array('events', events);
+  perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
   select r.ords, r.usage, r.codes, r.notes, r.idle_keys into v_ords, v_usage, v_codes, v_notes, v_idle_keys
   from data.usage_window w cross join lateral data.read_usage_events(events, w) r;
-  -- one that is parked may keep a hold's money set aside, which needs the lock too
-  select l.locked, l.busy into v_locked, v_busy
-  from data.lock_accounts(array(
-    select distinct u.account_id
-    from unnest(v_usage) with ordinality u
-    where v_codes[u.ordinality] is null or u.hold_id is not null)) l;
   v_chargeable := v_usage;
-  if num_nonnulls(variadic v_codes) > 0 or cardinality(v_busy) > 0 then
+  v_are_good := num_nonnulls(variadic v_codes) = 0;
+  -- one that is parked may keep a hold's money set aside, which needs the lock too
+  select l.busy into v_busy
+  from data.lock_accounts(case
+    when v_are_good then array(select distinct u.account_id from unnest(v_usage) u)
+    else array(
+      select distinct u.account_id
+      from unnest(v_usage) with ordinality u
+      where v_codes[u.ordinality] is null or u.hold_id is not null)
+  end) l;
+  if not v_are_good or cardinality(v_busy) > 0 then
     v_chargeable := '{}';
     for i in 1 .. cardinality(v_codes) loop
       v_event := v_usage[i];
@@ -399,7 +421,7 @@ begin
         v_parked_codes := v_parked_codes || v_codes[i];
         v_parked_usage := v_parked_usage || v_event;
         v_answers[v_ords[i]] := jsonb_build_object(
-          'id', events -> (v_ords[i] - 1)::integer -> 'id', 'status', 'parked', 'code', v_codes[i]);
+          'id', data.text_of(events -> (v_ords[i] - 1)::integer -> 'id'), 'status', 'parked', 'code', v_codes[i]);
       end if;
     end if;
     if v_notes[i] is not null then
@@ -458,8 +480,11 @@ language plpgsql
 as $$
 declare
   v_events jsonb;
-  v_codes text[];
-  v_usage data.usage_log[];
+  v_ords bigint[];
+  v_read_codes text[];
+  v_read_usage data.usage_log[];
+  v_codes text[] := array_fill(null::text, array[cardinality(parked)]);
+  v_usage data.usage_log[] := array_fill(null::data.usage_log, array[cardinality(parked)]);
   v_recorded jsonb;
   v_next integer := 0;
   v_answers jsonb[];
@@ -468,12 +493,12 @@ begin
   select jsonb_agg(case when p.code = 'invalid_hold' then p.event - 'hold_id' else p.event end order by p.ordinality) into v_events
   from unnest(parked) with ordinality p;
   -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
-  select array_agg(c.code order by c.ord), array_agg(c.usage order by c.ord) into v_codes, v_usage
-  from data.usage_window w
-  cross join lateral data.read_usage_events(v_events, w) e
-  cross join lateral (
-    select c.ord, c.code, e.usage[c.n] as usage from unnest(e.ords, e.codes) with ordinality as c (ord, code, n)
-  ) c;
+  select r.ords, r.codes, r.usage into v_ords, v_read_codes, v_read_usage
+  from data.usage_window w cross join lateral data.read_usage_events(v_events, w) r;
+  for i in 1 .. cardinality(v_ords) loop
+    v_codes[v_ords[i]] := v_read_codes[i];
+    v_usage[v_ords[i]] := v_read_usage[i];
+  end loop;
   v_recorded := api.record_usage((
     select coalesce(jsonb_agg(e.event order by e.ord), '[]')
     from jsonb_array_elements(v_events) with ordinality as e (event, ord)
@@ -538,13 +563,13 @@ begin
     v_answers := data.try_parked_apart(v_parked);
     update data.rejected_usage r
     -- a wrong hold stays one, whatever else is wrong: to be charged, the event must be named
-    set code = case when r.code = 'invalid_hold' then r.code else coalesce(a.answer ->> 'code', r.code) end,
+    set code = case when r.code = 'invalid_hold' or a.answer ->> 'status' = 'busy' then r.code else coalesce(a.answer ->> 'code', r.code) end,
       tried_at = clock_timestamp(),
       -- one that was dismissed stays so, if it can't be charged now either
-      resolution = case a.answer ->> 'status' when 'parked' then r.resolution else a.answer ->> 'status' end,
-      resolved_at = case a.answer ->> 'status' when 'parked' then r.resolved_at else clock_timestamp() end,
-      reason = case a.answer ->> 'status' when 'parked' then r.reason end,
-      actor = case a.answer ->> 'status' when 'parked' then r.actor end
+      resolution = case when a.answer ->> 'status' in ('charged', 'duplicate') then a.answer ->> 'status' else r.resolution end,
+      resolved_at = case when a.answer ->> 'status' in ('charged', 'duplicate') then clock_timestamp() else r.resolved_at end,
+      reason = case when a.answer ->> 'status' not in ('charged', 'duplicate') then r.reason end,
+      actor = case when a.answer ->> 'status' not in ('charged', 'duplicate') then r.actor end
     from unnest(v_parked) with ordinality p
     join unnest(v_answers) with ordinality as a (answer, ord) on a.ord = p.ordinality
     where r.id = p.id;
@@ -599,7 +624,7 @@ begin
         else (r.resolved_at is null or r.resolution = 'dismissed') and r.id = any (replay_rejected_usage.ids)
       end
     order by r.tried_at, r.id
-    limit max_events
+    limit least(max_events, 10000)
   ));
 end
 $$;

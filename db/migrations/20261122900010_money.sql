@@ -255,7 +255,8 @@ declare
   v_new uuid[];
   v_busy uuid[];
 begin
-  v_read := data.read_openings(data.read_array('openings', openings));
+  perform data.require_array('openings', openings);
+  v_read := data.read_openings(openings);
   select l.busy into v_busy
   from data.lock_accounts(array(
     select distinct r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)) l;

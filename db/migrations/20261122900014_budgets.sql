@@ -188,6 +188,8 @@ begin
         select u.*
         from data.usage_log u
         where count_usage.first_seq = 0 and u.account_id = b.account_id and u.transaction_seq <= count_usage.last_seq
+          -- a month that is closed may be dropped any time
+          and u.id >= data.uuid_floor(b.counted_floor)
           and case when isfinite(b.counted_from) then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
         union all
         select u.*
@@ -245,6 +247,9 @@ begin
   v_account := data.lock_account(v_account_id);
   if v_floor is distinct from (select w.floor from data.usage_window w) then
     select w.floor into v_floor from data.usage_window w;
+    for i in 1 .. cardinality(budgets) loop
+      budgets[i].counted_floor := v_floor;
+    end loop;
     v_seq := 0;
     v_spent := null;
   end if;
@@ -344,7 +349,10 @@ begin
       update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
       exit;
     exception when unique_violation or sqlstate 'KL002' then
-      null; -- and the lock is let go with it
+      -- the lock is let go with it; a frozen snapshot would never see what another call has set
+      if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+        raise serialization_failure using message = 'another call has set this budget';
+      end if;
     end;
   end loop;
   select * into v_shown from data.budget_shown b where b.account_id = v_budget.account_id and b.id = v_budget.id;
@@ -424,6 +432,9 @@ begin
       end if;
       exit;
     exception when sqlstate 'KL002' then
+      if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+        raise serialization_failure using message = 'another call has changed the budgets of this account';
+      end if;
       null; -- and the lock is let go with it
     end;
   end loop;

@@ -26,10 +26,15 @@ export function settle(world: World, id: string): Account {
   return account
 }
 
-/** A parked hold ends with the last parked event that names it. */
+/** A parked hold ends with the last parked event that names it; still in time, and none of them final, it goes on. */
 export function endParked(world: World, account: Account, holdId: string | undefined): void {
   const hold = account.holds.get(holdId ?? '')
-  if (hold?.status === 'parked' && !waits(world, account, hold)) hold.status = 'released'
+  if (hold?.status !== 'parked' || waits(world, account, hold)) return
+  const its = world.parked.filter(
+    (parked) => parked.holdId === hold.id && parked.event.account_id === account.id,
+  )
+  const goesOn = hold.end > world.now && its.every(({ event }) => event.final === false)
+  hold.status = goesOn ? 'open' : 'released'
 }
 export const waits = (world: World, account: Account, { id }: Hold) =>
   world.parked.some(
