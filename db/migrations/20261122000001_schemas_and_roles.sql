@@ -17,7 +17,7 @@ begin
   ) o
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
-      'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'amount',
+      'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'after', 'amount',
       'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'broken_fact',
       'budget', 'budget_code', 'budget_shown', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller',
       'charged_before', 'check_entry', 'check_written', 'codes_now', 'config_node', 'count_sealed_month',

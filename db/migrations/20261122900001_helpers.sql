@@ -80,7 +80,10 @@ returns timestamptz
 language sql
 immutable parallel safe
 as $$
-  select to_timestamp(('x' || overlay(left(id::text, 13) placing '' from 9 for 1))::bit(48)::bigint / 1000.0::double precision)
+  -- byte by byte: a third of what it takes by way of its text
+  select to_timestamp((
+    (get_byte(uuid_send(id), 0)::bigint << 40) + (get_byte(uuid_send(id), 1)::bigint << 32) + (get_byte(uuid_send(id), 2)::bigint << 24)
+    + (get_byte(uuid_send(id), 3) << 16) + (get_byte(uuid_send(id), 4) << 8) + get_byte(uuid_send(id), 5)) / 1000.0::double precision)
 $$;
 
 -- the smallest uuid a UUIDv7 of that moment can be: a partition bound
@@ -119,12 +122,15 @@ end
 $$;
 
 -- A field of an element as text, null where it is no string: a number may be short, and its text 131,072 digits long.
-create or replace function data.text_of(value jsonb)
+create or replace function data.text_of(
+  element jsonb,
+  field text
+)
 returns text
 language sql
 immutable parallel safe
 as $$
-  select case when jsonb_typeof(value) = 'string' then value #>> '{}' end
+  select case when jsonb_typeof(element -> field) = 'string' then element ->> field end
 $$;
 
 -- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes. Only numbers that may be such are looked at

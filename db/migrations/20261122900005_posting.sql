@@ -392,18 +392,6 @@ as $$
 declare
   v_now timestamptz := clock_timestamp();
 begin
-  -- in the order of the index of open holds, each account's: a plan made on a small table might take the other index, of all holds
-  if not exists (
-    select from unnest(accounts) i (account_id)
-    cross join lateral (
-      select from data.hold h
-      where h.account_id = i.account_id and h.status = 'open' and h.expires_at <= v_now
-      order by h.expires_at
-      limit 1
-    ) h
-  ) then
-    return;
-  end if;
   -- some at a time, soonest first: after an outage there may be more than one call has time for; the others hold nothing either
   with due as (
     select h.account_id, h.id
@@ -552,7 +540,16 @@ begin
     busy := array(
       select a.account_id from data.account_balance a where a.account_id = any (ids) and a.account_id = any (locked) is not true);
   end if;
-  if v_has_holds then
+  -- in the order of the index of open holds, each account's: a plan made on a small table might take the other index, of all holds
+  if v_has_holds and exists (
+    select from unnest(locked) i (account_id)
+    cross join lateral (
+      select from data.hold h
+      where h.account_id = i.account_id and h.status = 'open' and h.expires_at <= clock_timestamp()
+      order by h.expires_at
+      limit 1
+    ) h
+  ) then
     perform data.end_due_holds(locked);
   end if;
   if v_has_grants then

@@ -86,7 +86,8 @@ as $$
     when value is null or value = 'null' then 900
     when jsonb_typeof(value) = 'number' then
       case when value::numeric between 1 and 2592000 and value::numeric = trunc(value::numeric) then value::integer end
-    when data.text_of(value) ~ '^[0-9]{1,7}$' and data.text_of(value)::integer between 1 and 2592000 then data.text_of(value)::integer
+    when jsonb_typeof(value) = 'string' and value #>> '{}' ~ '^[0-9]{1,7}$' and (value #>> '{}')::integer between 1 and 2592000
+      then (value #>> '{}')::integer
   end
 $$;
 
@@ -103,11 +104,14 @@ language plpgsql
 stable
 as $$
 #variable_conflict use_column
+declare
+  v_oldest uuid := data.uuid_floor(clock_timestamp() - interval '1 hour');
+  v_newest uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
 begin
   return query
   select
     r.ord,
-    data.text_of(r.request -> 'id'),
+    data.text_of(r.request, 'id'),
     row(
       r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
       r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null, null, null, null, null, null
@@ -117,7 +121,7 @@ begin
       when r.id is null then 'invalid_id'
       when r.id < w.first or r.id >= w.beyond then 'id_outside_window'
       -- its time decides its price and its budgets' window
-      when r.id < w.oldest or r.id >= w.newest then 'id_not_of_now'
+      when r.id < v_oldest or r.id >= v_newest then 'id_not_of_now'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
       when r.config_node_id is null and coalesce(r.request -> 'config_node_id', 'null') <> 'null' then 'invalid_config_node_id'
@@ -136,10 +140,10 @@ begin
     select
       e.ord,
       e.request,
-      data.to_uuidv7(data.text_of(e.request -> 'id')) as id,
-      data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id,
-      data.to_uuid(data.text_of(e.request -> 'virtual_key_id')) as virtual_key_id,
-      data.to_uuid(data.text_of(e.request -> 'config_node_id')) as config_node_id,
+      data.to_uuidv7(data.text_of(e.request, 'id')) as id,
+      data.to_uuid(data.text_of(e.request, 'account_id')) as account_id,
+      data.to_uuid(data.text_of(e.request, 'virtual_key_id')) as virtual_key_id,
+      data.to_uuid(data.text_of(e.request, 'config_node_id')) as config_node_id,
       e.request -> 'meters' as meters,
       coalesce(e.request -> 'meters', 'null') <> 'null' as is_priced,
       data.to_quantity(e.request -> 'amount') as amount,
@@ -148,14 +152,13 @@ begin
     offset 0 -- or each use would parse again
   ) r
   cross join (
-    select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond,
-      data.uuid_floor(clock_timestamp() - interval '1 hour') as oldest, data.uuid_floor(clock_timestamp() + interval '2 minutes') as newest
-    from data.usage_window u
-    offset 0
+    select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0
   ) w
   left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
+  -- once, not with each price that is looked at
+  cross join lateral (select data.uuid_time(r.id) as at offset 0) t
   left join lateral (
-    select * from data.price_meters(r.config_node_id, r.meters, k.currency, data.uuid_time(r.id)) where r.is_priced offset 0
+    select * from data.price_meters(r.config_node_id, r.meters, k.currency, t.at) where r.is_priced offset 0
   ) p on true;
 end
 $$;
@@ -213,6 +216,18 @@ begin
 end
 $$;
 
+-- So long after a moment, whatever the session's time zone makes of days: there a clock may change.
+create or replace function data.after(
+  moment timestamptz,
+  duration interval
+)
+returns timestamptz
+language sql
+immutable parallel safe
+as $$
+  select ((moment at time zone 'UTC') + duration) at time zone 'UTC'
+$$;
+
 -- The codes of requests whose call has waited for its account: their keys may have been revoked or moved meanwhile.
 create or replace function data.codes_now(
   codes text[],
@@ -264,6 +279,8 @@ declare
   v_have_budgets boolean[];
   v_shortest interval;
   v_longest interval;
+  v_soonest timestamptz;
+  v_latest timestamptz;
   v_outlive_grants boolean[];
   v_account_id uuid;
   v_next integer := 1;
@@ -287,27 +304,31 @@ declare
 begin
   perform data.require_array('requests', requests);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
-  -- `first` is the place of the first request with the same id
   select array_agg(r.ord), array_agg(r.id), array_agg(r.hold), array_agg(r.code),
     array_agg(distinct (r.hold).account_id) filter (where r.code is null),
-    make_interval(secs => min(extract(epoch from (r.hold).expires_at) - extract(epoch from (r.hold).created_at))::double precision),
-    make_interval(secs => max(extract(epoch from (r.hold).expires_at) - extract(epoch from (r.hold).created_at))::double precision),
-    array_agg((r.hold).virtual_key_id), array_agg(r.user_id), array_agg(r.first)
-  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_shortest, v_longest, v_key_ids, v_user_ids, v_firsts
-  from (
-    select p.*, min(p.place) over (partition by (p.hold).account_id, (p.hold).id) as first
-    from (select h.*, row_number() over (order by (h.hold).account_id, h.ord) as place from data.read_hold_requests(requests) h) p
-    order by p.place
-  ) r;
+    min((r.hold).expires_at - (r.hold).created_at), max((r.hold).expires_at - (r.hold).created_at),
+    array_agg((r.hold).virtual_key_id), array_agg(r.user_id)
+  into v_ords, v_ids, v_holds, v_codes, v_account_ids, v_shortest, v_longest, v_key_ids, v_user_ids
+  from (select * from data.read_hold_requests(requests) h order by (h.hold).account_id, h.ord) r;
+  if cardinality(v_ords) > 1 then
+    -- of each, the place of the first with the same id
+    select array_agg(c.first order by c.place) into v_firsts
+    from (
+      select u.ordinality as place, min(u.ordinality) over (partition by u.account_id, u.id) as first
+      from unnest(v_holds) with ordinality u
+    ) c;
+  end if;
 
   select l.locked, l.busy, l.waited into v_account_ids, v_busy, v_waited from data.lock_accounts(v_account_ids) l;
   v_now := clock_timestamp();
+  v_soonest := data.after(v_now, v_shortest);
+  v_latest := data.after(v_now, v_longest);
   if v_waited then
     v_codes := data.codes_now(v_codes, v_holds);
   end if;
   select array_agg(a.account_id order by a.account_id), array_agg(a.available order by a.account_id),
     array_agg(a.free_credit > 0 and coalesce((
-      select min(g.expires_at) < v_now + v_longest
+      select min(g.expires_at) < v_latest
         -- what lasts longer may be spent before it, so that a hold that ends sooner counts too
         or (min(g.priority) < max(g.priority) and min(g.expires_at) is not null)
       from data.credit_grant g
@@ -338,12 +359,12 @@ begin
         cross join lateral (
           select '-infinity'::timestamptz as at, min(u.available) as available, 0 as spare
           from unnest(p.moments, p.available) as u (at, available)
-          where u.at < v_now + v_shortest
+          where u.at < v_soonest
           having count(*) > 0
           union all
           select u.at, u.available, u.spare
           from unnest(p.moments, p.available, p.spare) as u (at, available, spare)
-          where u.at >= v_now + v_shortest and (u.at < v_now + v_longest or u.spare < 0)
+          where u.at >= v_soonest and (u.at < v_latest or u.spare < 0)
         ) m;
       end if;
       v_scopes := null;
@@ -380,8 +401,7 @@ begin
       v_answer := jsonb_build_object('status', 'refused', 'code', 'account_not_found');
     else
       -- its time begins now, not before the wait for the lock
-      v_end := v_now + make_interval(
-        secs => (extract(epoch from v_hold.expires_at) - extract(epoch from v_hold.created_at))::double precision);
+      v_end := data.after(v_now, v_hold.expires_at - v_hold.created_at);
       v_backing := v_available;
       if v_moments is not null then
         v_backing := least(v_available, (
@@ -487,22 +507,22 @@ begin
   from data.lock_accounts(array(
     select distinct a.account_id
     from jsonb_array_elements(requests) as e (request)
-    cross join lateral (select data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id) a
+    cross join lateral (select data.to_uuid(data.text_of(e.request, 'account_id')) as account_id) a
     where a.account_id is not null)) l;
 
   for v_request in
     select
       e.ord,
       e.request,
-      data.to_uuid(data.text_of(e.request -> 'account_id')) as account_id,
-      data.to_uuid(data.text_of(e.request -> 'id')) as id,
+      data.to_uuid(data.text_of(e.request, 'account_id')) as account_id,
+      data.to_uuid(data.text_of(e.request, 'id')) as id,
       data.to_expires_in(e.request -> 'expires_in') as expires_in
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     order by account_id, e.ord
   loop
     if v_request.account_id = any (v_busy) then
       v_answers[v_request.ord] := jsonb_strip_nulls(
-        jsonb_build_object('id', data.text_of(v_request.request -> 'id'), 'status', 'busy', 'code', 'account_busy'));
+        jsonb_build_object('id', data.text_of(v_request.request, 'id'), 'status', 'busy', 'code', 'account_busy'));
       continue;
     end if;
     -- an account is read once, and written once below: of a busy one's row there may be many versions to look through
@@ -561,7 +581,7 @@ begin
       v_account.available := v_account.available + (v_hold.amount - v_hold.captured);
     end if;
     v_answers[v_request.ord] := jsonb_strip_nulls(jsonb_build_object(
-      'id', data.text_of(v_request.request -> 'id'),
+      'id', data.text_of(v_request.request, 'id'),
       'status', case when v_refused then 'refused' when v_code is not null then 'closed' when extend then 'extended' else 'released' end,
       'code', v_code,
       'expires_at', case when extend and (v_code is null or v_refused) then v_hold.expires_at end,

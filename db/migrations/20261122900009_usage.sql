@@ -61,14 +61,14 @@ begin
     select
       e.ord,
       e.event,
-      case when ids_are_well_formed then data.text_of(e.event -> 'id')::data.uuidv7 else data.to_uuidv7(data.text_of(e.event -> 'id')) end as id,
-      case when ids_are_well_formed then data.text_of(e.event -> 'account_id')::uuid else data.to_uuid(data.text_of(e.event -> 'account_id')) end
+      case when ids_are_well_formed then data.text_of(e.event, 'id')::data.uuidv7 else data.to_uuidv7(data.text_of(e.event, 'id')) end as id,
+      case when ids_are_well_formed then data.text_of(e.event, 'account_id')::uuid else data.to_uuid(data.text_of(e.event, 'account_id')) end
         as account_id,
-      case when ids_are_well_formed then data.text_of(e.event -> 'virtual_key_id')::uuid else data.to_uuid(data.text_of(e.event -> 'virtual_key_id')) end
+      case when ids_are_well_formed then data.text_of(e.event, 'virtual_key_id')::uuid else data.to_uuid(data.text_of(e.event, 'virtual_key_id')) end
         as virtual_key_id,
-      case when ids_are_well_formed then data.text_of(e.event -> 'config_node_id')::uuid else data.to_uuid(data.text_of(e.event -> 'config_node_id')) end
+      case when ids_are_well_formed then data.text_of(e.event, 'config_node_id')::uuid else data.to_uuid(data.text_of(e.event, 'config_node_id')) end
         as config_node_id,
-      case when ids_are_well_formed then data.text_of(e.event -> 'hold_id')::uuid else data.to_uuid(data.text_of(e.event -> 'hold_id')) end as hold_id
+      case when ids_are_well_formed then data.text_of(e.event, 'hold_id')::uuid else data.to_uuid(data.text_of(e.event, 'hold_id')) end as hold_id
     from jsonb_array_elements(events) with ordinality as e (event, ord)
   ), account as materialized (
     -- each looked up once: of a busy one's row there may be many versions to look through
@@ -87,14 +87,14 @@ begin
         -- a hold from before the window has ended, and may be purged
         case when r.hold_is_freeze is not null or r.hold_id < v_first then r.hold_id end,
         coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost,
-        case when l.request_id_fits then data.without_keys(r.event -> 'request_id') #>> '{}' end,
-        case when l.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null
+        case when r.request_id_fits then data.without_keys(r.event -> 'request_id') #>> '{}' end,
+        case when r.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null
       )::data.usage_log as usage,
       r.is_idle,
-      case when not l.request_id_fits or not l.metadata_fits or (r.hold_is_freeze is null and r.hold_id >= v_first) then
+      case when not r.request_id_fits or not r.metadata_fits or (r.hold_is_freeze is null and r.hold_id >= v_first) then
         jsonb_strip_nulls(jsonb_build_object(
           'left_out', nullif(
-            array_remove(array[case when not l.request_id_fits then 'request_id' end, case when not l.metadata_fits then 'metadata' end], null),
+            array_remove(array[case when not r.request_id_fits then 'request_id' end, case when not r.metadata_fits then 'metadata' end], null),
             '{}'),
           'hold', case when r.hold_is_freeze is null and r.hold_id >= v_first then 'unknown' end))
       end as note,
@@ -120,9 +120,13 @@ begin
       select
         i.*,
         a.currencies ->> i.account_id::text as currency,
+        data.uuid_time(i.id) as at,
         (select k.user_id from data.virtual_key k where k.id = i.virtual_key_id) as user_id,
         -- null: there is no such hold in this account
-        (select h.expires_at is null from data.hold h where h.account_id = i.account_id and h.id = i.hold_id) as hold_is_freeze,
+        case when i.hold_id is not null then (
+          select h.expires_at is null from data.hold h where h.account_id = i.account_id and h.id = i.hold_id) end as hold_is_freeze,
+        data.is_request_id(i.event -> 'request_id') as request_id_fits,
+        data.is_metadata(i.event -> 'metadata') as metadata_fits,
         exists (
           select from data.virtual_key_use u
           where u.virtual_key_id = i.virtual_key_id
@@ -133,12 +137,8 @@ begin
       offset 0
     ) r
     cross join lateral (
-      select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
+      select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, r.at) offset 0
     ) p
-    cross join lateral (
-      select data.is_request_id(r.event -> 'request_id') as request_id_fits, data.is_metadata(r.event -> 'metadata') as metadata_fits
-      offset 0
-    ) l
     order by r.account_id, r.ord
   ) e;
 exception when invalid_text_representation or check_violation then
@@ -220,8 +220,8 @@ begin
   select
     encode(substr(sha256(convert_to(r.event::text, 'UTF8')), 1, 16), 'hex')::uuid as digest,
     r.event,
-    data.to_uuid(data.text_of(r.event -> 'id')),
-    data.to_uuid(data.text_of(r.event -> 'account_id')),
+    data.to_uuid(data.text_of(r.event, 'id')),
+    data.to_uuid(data.text_of(r.event, 'account_id')),
     (
       select h.id from data.hold h
       where h.account_id = u.account_id and h.id = u.hold_id and (h.status = 'parked' or h.status = 'open' and h.expires_at > v_now)
@@ -340,6 +340,8 @@ declare
   v_notes jsonb[];
   v_idle_keys uuid[];
   v_are_good boolean;
+  v_are_parked boolean;
+  v_waited boolean;
   v_busy uuid[];
   v_chargeable data.usage_log[];
   v_freed_accounts uuid[];
@@ -363,7 +365,8 @@ begin
   v_chargeable := v_usage;
   v_are_good := num_nonnulls(variadic v_codes) = 0;
   -- one that is parked may keep a hold's money set aside, which needs the lock too
-  select l.busy into v_busy
+  select l.busy, l.waited, exists (select from data.rejected_usage r where r.resolved_at is null)
+  into v_busy, v_waited, v_are_parked
   from data.lock_accounts(case
     when v_are_good then array(select distinct u.account_id from unnest(v_usage) u)
     else array(
@@ -383,8 +386,8 @@ begin
     end loop;
   end if;
   if cardinality(v_chargeable) > 0 then
-    -- by index, and nearly always empty
-    if exists (select from data.rejected_usage r where r.resolved_at is null) then
+    -- while it waited, another call may have parked one of these
+    if v_are_parked or v_waited then
       select r.accounts, r.holds into v_freed_accounts, v_freed_holds from data.resolve_parked(v_chargeable) r;
     end if;
     select p.accounts, p.charged into v_accounts, v_charged from data.post(usage => v_chargeable) p;
@@ -421,7 +424,7 @@ begin
         v_parked_codes := v_parked_codes || v_codes[i];
         v_parked_usage := v_parked_usage || v_event;
         v_answers[v_ords[i]] := jsonb_build_object(
-          'id', data.text_of(events -> (v_ords[i] - 1)::integer -> 'id'), 'status', 'parked', 'code', v_codes[i]);
+          'id', data.text_of(events -> (v_ords[i] - 1)::integer, 'id'), 'status', 'parked', 'code', v_codes[i]);
       end if;
     end if;
     if v_notes[i] is not null then
