@@ -129,4 +129,19 @@ test('whoever waits for an account gives up before its caller does, and says so'
   assert.is((await account.topUp('1')).kind, 'top_up')
 })
 
+test('a budget that another call has set is told to a frozen snapshot, not tried for ever', async () => {
+  const account = await payer(db, { funds: '10' })
+  const set = `select from api.set_budget('${account.accountId}', 'user', '${account.userId}', 60, 'week')`
+  await db.operator(set.replace('week', 'day'))
+  const frozen = await db.session('keyledger_operator')
+  try {
+    await frozen.query('begin isolation level repeatable read; select from api.tenants')
+    await db.operator(set)
+    assert.is((await frozen.query(set).catch((error) => error)).code, '40001')
+    await frozen.query('rollback')
+  } finally {
+    await frozen.end()
+  }
+})
+
 test.run()

@@ -400,6 +400,18 @@ test('holds that ended and resolved events of before the floor are purged, a por
   await proved(...accounts)
 })
 
+test('a total that is set between closing and dropping a month does not count that month', async () => {
+  const n = next++
+  const account = await payer(db, { funds: '10' })
+  await account.record(of(account, n, '3'), account.event('2'))
+  await closeAll()
+  assert.equal((await call(start(n + 1))).closed, [partition(n)])
+  await operator(`select api.set_budget($1, 'user', $2, 50, 'total')`, [account.accountId, account.userId])
+  await proved(account)
+  await call(start(n + 1))
+  await proved(account)
+})
+
 test('maintain purges', async () => {
   const n = next++
   const account = await payer(db, { funds: '10' })

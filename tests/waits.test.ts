@@ -141,6 +141,26 @@ test('many copies and many holds in one call are found in time with their number
   assert.ok(many < few * 40, `${few.toFixed()} ms for 1,000 requests, ${many.toFixed()} ms for 10,000`)
 })
 
+test('a hold lasts so many seconds, whatever clocks change in the time zone of the session', async () => {
+  const session = await db.session('keyledger_gateway')
+  try {
+    // its clock goes forward in less than 30 days, wherever the year is now
+    const soon = new Date(Date.now() + 9 * 86_400_000)
+    const day = Math.floor((soon.getTime() - Date.UTC(soon.getUTCFullYear(), 0, 1)) / 86_400_000)
+    await session.query(`set timezone = 'AAA5BBB,${day},${(day + 100) % 365}'`)
+    const { rows } = await session.query('select api.place_holds($1) as answers', [
+      JSON.stringify([free.request('1', { expires_in: 2_592_000 })]),
+    ])
+    const [hold] = await db.sql(
+      'select extract(epoch from expires_at - created_at)::int as seconds from data.hold where id = $1',
+      [rows[0]!.answers[0].id],
+    )
+    assert.is(hold!.seconds, 2_592_000)
+  } finally {
+    await session.end()
+  }
+})
+
 test('the ledger is whole after all of it', () => holdsTrue(db.sql))
 
 test.run()
