@@ -45,8 +45,6 @@ export async function run(server: Server): Promise<void> {
   }
   async function outlasting(closed: Promise<unknown>) {
     await closed
-    // in this turn each of them is told that its caller is gone, and its charge is queued
-    await new Promise(setImmediate)
     await Promise.allSettled(ongoing)
   }
   process.once('SIGTERM', stop).once('SIGINT', stop)
