@@ -8,7 +8,13 @@ const { POSTGREST_URL = '', GATEWAY_TOKEN = '', DATABASE_URL, REDIS_URL, PORT = 
 const rpc = postgrestRpc({ url: POSTGREST_URL, token: GATEWAY_TOKEN })
 const redis = REDIS_URL ? new Redis(REDIS_URL) : undefined
 
-export const billing = createBillingModule({ rpc, redis, listen: DATABASE_URL })
+// ms of a stop, less than the 30 s until a container is killed: for callers, for work that outlasts
+// them, and for the queue; the module ends within 2 s more
+const CALLERS = Number(process.env.STOP_WAIT ?? 8_000)
+const OUTLASTING = 6_000
+const QUEUED = 12_000
+
+export const billing = createBillingModule({ rpc, redis, listen: DATABASE_URL, stopDeadline: QUEUED })
 
 const ongoing = new Set<Promise<unknown>>()
 
@@ -20,16 +26,35 @@ export function seenThrough<T>(work: Promise<T>): Promise<T> {
   return work
 }
 
-/** Listens on PORT (8080) of loopback, until SIGTERM or SIGINT: then it ends what it has begun, and delivers what is queued. */
+/**
+ * Listens on PORT (8080) of loopback, until SIGTERM or SIGINT. Then it ends what it has begun, and
+ * delivers what is queued: callers have STOP_WAIT ms (8,000) for it, and all of it takes 28 s at most.
+ */
 export async function run(server: Server): Promise<void> {
   await billing.start()
   server.listen(Number(PORT), '127.0.0.1', () => console.log('ready'))
-  const stop = () =>
-    server.close(async () => {
-      await Promise.allSettled(ongoing)
-      await billing.stop()
-      redis?.disconnect()
-      await rpc.close()
-    })
+  async function stop() {
+    const closed = new Promise((resolve) => server.close(resolve))
+    // one may have stopped reading
+    await within(CALLERS, closed)
+    server.closeAllConnections()
+    await within(OUTLASTING, outlasting(closed))
+    await billing.stop()
+    redis?.disconnect()
+    await rpc.close()
+  }
+  async function outlasting(closed: Promise<unknown>) {
+    await closed
+    await Promise.allSettled(ongoing)
+  }
   process.once('SIGTERM', stop).once('SIGINT', stop)
+}
+
+async function within(ms: number, work: Promise<unknown>): Promise<void> {
+  let timer: NodeJS.Timeout | undefined
+  const enough = new Promise((resolve) => {
+    timer = setTimeout(resolve, ms)
+  })
+  await Promise.race([work, enough])
+  clearTimeout(timer)
 }

@@ -10,7 +10,7 @@ const MAX_EVENT = 32_000_000
 
 /**
  * All that a stream says, in its order. No packet is looked at twice: an event's pieces are joined
- * when it ends.
+ * when it ends. The last one may lack its empty line, if it is whole: it was said, and is billed.
  */
 export async function* serverSentEvents(
   body: AsyncIterable<Uint8Array>,
@@ -71,6 +71,18 @@ export async function* serverSentEvents(
     }
     const part = from < text.length ? add(text.slice(from)) : undefined
     if (part) yield part
+  }
+  const rest = lineIsEmpty ? undefined : endLine()
+  if (rest) yield rest
+  if (tooLarge || isWhole(data.join('\n'))) yield endEvent()
+}
+
+// the first part of an event that was cut off is none
+function isWhole(data: string): boolean {
+  try {
+    return data === '[DONE]' || Boolean(JSON.parse(data))
+  } catch {
+    return false
   }
 }
 

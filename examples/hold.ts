@@ -1,6 +1,6 @@
 // The money of one try at a node: a hold before it, kept up while it lasts, and one way out.
 import type { ConfigNode, Meters, UsageAnswer, UsageEvent, UserContext } from 'keyledger'
-import { billing } from './billing.ts'
+import { billing, seenThrough } from './billing.ts'
 
 // s that a hold outlives this process; while an answer lasts, it is extended
 const HOLD_SECONDS = Number(process.env.HOLD_SECONDS ?? 900)
@@ -17,6 +17,13 @@ export async function openHold(context: UserContext, { id: config_node_id }: Con
   // three times in the life of the hold
   const extending = setInterval(() => billing.extend(hold, HOLD_SECONDS).catch(() => {}), HOLD_SECONDS * 333)
   let ended: Promise<UsageAnswer | undefined> | undefined
+  let close = () => {}
+  // a stream outlasts the answer that it came with
+  seenThrough(
+    new Promise<void>((resolve) => {
+      close = resolve
+    }),
+  )
 
   async function charge(used: Used) {
     // one event a hold, so that the hold's id will do
@@ -38,7 +45,7 @@ export async function openHold(context: UserContext, { id: config_node_id }: Con
     id: hold.id,
     end(used?: Used) {
       clearInterval(extending)
-      ended ??= used ? charge(used) : release()
+      ended ??= (used ? charge(used) : release()).finally(close)
       return ended
     },
   }

@@ -37,12 +37,22 @@ export async function answering(answer: () => Promise<Response>): Promise<Respon
       console.error(error)
       return failure(500, 'internal_error', 'the gateway failed')
     }
-    const { code, message } = error
+    const { code, detail } = error
+    // hints are for who runs the gateway
+    const message = detail ? `${code}: ${detail}` : code
     // a node without a price is not the caller's to mend
-    const status = code === 'price_not_found' || code === 'currency_mismatch' ? 500 : error.status
-    return failure(status, code, message)
+    if (code === 'price_not_found' || code === 'currency_mismatch') return failure(500, code, message)
+    if (isCallers(error)) return failure(error.status, code, message)
+    console.error(error)
+    return failure(503, 'unavailable', 'the gateway can not answer now: try again')
   }
 }
+
+// Their money, their key, or their request. Other errors of any status are between us and Postgres.
+const isCallers = ({ code, status }: KeyledgerError) =>
+  [402, 413, 422].includes(status) ||
+  ['node_not_mounted', 'overloaded'].includes(code) ||
+  /^(virtual_key_(unknown|disabled|expired)|(user|tenant)_suspended)$/.test(code)
 
 // Pages of these origins may call us. `*` is every page. It is safe, since there are no cookies:
 // a page can do nothing without a key. A list with commas narrows it, and an empty one allows none.

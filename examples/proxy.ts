@@ -89,6 +89,8 @@ async function attempt(
   // only the network may fail in here: our own error is no reason to ask another node
   async function receive() {
     const { response, addsUsage } = await ask(node, asked, call.signal)
+    // no status of HTTP's, so that nobody can pass it on
+    if (response.status < 200 || response.status > 599) throw new Error(`status ${response.status}`)
     if (response.ok) state = 'accepted'
     const { text, events } = await read(response, () => silence.refresh())
     return { response, addsUsage, text, events, begun: events ? await beginning(events) : [] }

@@ -15,8 +15,8 @@ export const isAnswer = ({ error, choices }: Completion, counted: boolean) =>
 /** The status that fits an error in a 200: the one it names, or 502. */
 export function statusIn(refused: Refused | undefined): number {
   const error = isObject(refused?.error) ? refused.error : {}
-  if (/api_key|authentication|permission/.test(`${error.code} ${error.type}`)) return 401
-  const named = [error.code, error.status, refused?.code, refused?.status].map(Number)
+  if (/api_key|authentication|permission/.test(`${word(error.code)} ${word(error.type)}`)) return 401
+  const named = [error.code, error.status, refused?.code, refused?.status].map((code) => Number(word(code)))
   return named.find((status) => Number.isInteger(status) && status >= 400 && status < 600) ?? 502
 }
 
@@ -39,6 +39,9 @@ export function refusal(
   const said = [refused.error, refused.message, refused.detail].find((said) => typeof said === 'string')
   return failure(status, 'upstream_failed', (said as string) || 'the upstream gave no answer')
 }
+
+// anything else may throw when it is made text: its `toString` is the upstream's
+const word = (value: unknown) => (typeof value === 'string' || typeof value === 'number' ? String(value) : '')
 
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null

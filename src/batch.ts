@@ -9,6 +9,8 @@ export interface BatcherOptions<Element, Answer> {
   encode?: (element: Element) => string
   /** An account's elements are in one batch in flight at a time: sent in order, they never contend with each other. */
   account: (element: Element) => string
+  /** Its id, where each answer is an object with `id` and `status`: else 502 `invalid_response`. Default: not looked at. */
+  id?: (element: Element) => unknown
   /** ms from `add` until an element that could not be delivered is given up. */
   deadline: number
   /**
@@ -47,8 +49,8 @@ export interface Batcher<Element, Answer> {
   /**
    * Resolves when committed. Rejects with 400 `invalid_input` or 413 `payload_too_large` for an element that can't be
    * sent, 503 `overloaded` at a full queue, 503 `stopped` after `stop`: none of these was sent. Deadlocks, lost
-   * connections and the like are retried with the same ids until `deadline`; then it rejects with the last error, and
-   * nobody knows whether it was carried out. Adding it again with the same id is safe. A rejection that is not handled
+   * connections and the like are retried with the same ids until `deadline`; then it rejects with the last error (with
+   * 504 `timeout`, whose `cause` that is, where it may be about another element), and nobody knows whether it was carried out. Adding it again with the same id is safe. A rejection that is not handled
    * counts as `failed`, and does not end the process.
    */
   add(element: Element): Promise<Answer>
@@ -67,6 +69,7 @@ interface Item<Answer> {
   // as it was given: every try must send the same
   json: string
   account: string
+  id: unknown
   bytes: number
   until: number
   answer: Promise<Answer>
@@ -100,6 +103,7 @@ export function createBatcher<Element, Answer>({
   send,
   encode = toJson,
   account,
+  id,
   deadline,
   patient = false,
   perishable = false,
@@ -163,11 +167,11 @@ export function createBatcher<Element, Answer>({
     }
   }
 
-  // gives up what would be late at `moment`
+  // Gives up what would be late at `moment`. An error about data is another's, or it would be final.
   function keep(items: Items, moment: number, error: unknown): Items {
-    const late = items.filter(({ until }) => until < moment)
-    give(late, error)
-    return late.length ? items.filter(({ until }) => until >= moment) : items
+    const overdue = items.filter(({ until }) => until < moment)
+    if (overdue.length > 0) give(overdue, blamesData(error) ? late(error) : error)
+    return overdue.length ? items.filter(({ until }) => until >= moment) : items
   }
 
   // A fair share of what is there, so that free lanes get theirs; and all of an account that has begun, or it would wait.
@@ -221,7 +225,7 @@ export function createBatcher<Element, Answer>({
     const alreadyTried = group.error === undefined ? 0 : TRIES_TOGETHER
     for (let tries = 1; ; tries++) {
       // while calls fail, what is late goes unsent
-      const why = group.error ?? lastError ?? (perishable ? late() : undefined)
+      const why = group.error ?? (perishable || lastError !== undefined ? late(lastError) : undefined)
       if (why !== undefined) items = keep(items, performance.now(), why)
       if (abandoned) give(items, why)
       if (abandoned || items.length === 0) return follow(group)
@@ -251,11 +255,8 @@ export function createBatcher<Element, Answer>({
 
   async function call(items: Items): Promise<Answer[]> {
     const answers = await send(items.map(({ json }) => json))
-    if (Array.isArray(answers) && answers.length === items.length && !answers.includes(null as never))
-      return answers
-    throw new KeyledgerError('invalid_response', 502, {
-      detail: 'a batch was not answered element by element',
-    })
+    const ids = items.map((item) => item.id)
+    return checkAnswers(answers, ids, id !== undefined)
   }
 
   function answered(group: Group<Answer>, items: Items, answers: Answer[]) {
@@ -349,7 +350,7 @@ export function createBatcher<Element, Answer>({
     for (const group of overdue) {
       queued -= group.items.length
       inFlight += group.items.length
-      give(group.items, group.error)
+      keep(group.items, Number.POSITIVE_INFINITY, group.error)
       follow(group)
     }
     for (const account of slow) {
@@ -357,6 +358,7 @@ export function createBatcher<Element, Answer>({
       const kept = items.findIndex(({ until }) => until >= now)
       const gone = items.splice(0, kept < 0 ? items.length : kept)
       if (items.length === 0) waiting.delete(account)
+      if (items.length === 0 && !begun.has(account)) slow.delete(account)
       queued -= gone.length
       failed += gone.length
       for (const item of gone) {
@@ -413,6 +415,7 @@ export function createBatcher<Element, Answer>({
     const item = {
       json,
       account: account(element),
+      id: id?.(element),
       bytes,
       until: performance.now() + deadline,
     } as Item<Answer>
@@ -471,11 +474,40 @@ export function createBatcher<Element, Answer>({
   }
 }
 
+/** The answers, if there is one for each of the elements with these ids: else nobody knows what was carried out. */
+export function checkAnswers<Answer>(answers: Answer[], ids: unknown[], haveIds = true): Answer[] {
+  const isAnswer = (answer: unknown, i: number) => answer !== null && (!haveIds || answersTo(answer, ids[i]))
+  if (Array.isArray(answers) && answers.length === ids.length && answers.every(isAnswer)) return answers
+  throw new KeyledgerError('invalid_response', 502, {
+    detail: 'a batch was not answered element by element',
+  })
+}
+
+// Of an id that is no text there may be no echo, or one as text.
+function answersTo(answer: unknown, id: unknown): boolean {
+  if (typeof answer !== 'object') return false
+  const given = answer as { id?: unknown; status?: unknown }
+  if (typeof given.status !== 'string') return false
+  return typeof id !== 'string' || (typeof given.id === 'string' && spelled(given.id) === spelled(id))
+}
+
+// SQL echoes a uuid in lower case and without braces, and U+FFFD for each character that can't be stored
+const spelled = (id: string) =>
+  id
+    .toLowerCase()
+    .replace(/[{}-]/g, '')
+    .replace(/\0|\p{Cs}/gu, '\ufffd')
+
 const overloaded = (detail: string) =>
   new KeyledgerError('overloaded', 503, { detail, hint: 'try again later' })
 
-const late = () =>
-  new KeyledgerError('timeout', 504, { detail: 'not sent before its deadline', hint: 'ask again' })
+// with an error of others that kept it waiting, if there is one
+const late = (cause?: unknown) =>
+  new KeyledgerError('timeout', 504, {
+    detail: 'not delivered before its deadline',
+    hint: 'ask again',
+    cause,
+  })
 
 const accountBusy = () =>
   new KeyledgerError('lock_timeout', 503, {

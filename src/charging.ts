@@ -1,6 +1,13 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
-import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher, quiet } from './batch.ts'
+import {
+  type Batcher,
+  type BatcherOptions,
+  type BatcherStats,
+  checkAnswers,
+  createBatcher,
+  quiet,
+} from './batch.ts'
 import { createDoubts } from './doubts.ts'
 import { codeOf, KeyledgerError, statusOf } from './errors.ts'
 import { newId } from './ids.ts'
@@ -92,6 +99,7 @@ export function createCharging(
     createBatcher({
       send: sending(name, fn, argument),
       account: ({ account_id }) => String(account_id),
+      id: (element) => element.id,
       deadline,
       maxQueueBytes,
       ...options,
@@ -106,11 +114,18 @@ export function createCharging(
   const events = batches<UsageAnswer, EventElement>('record', 'record_usage', 'events', recordDeadline, {
     ...facts,
     encode: eventJson,
+    id: ({ event }) => event.id,
   })
 
   // beside the queue of releases: nobody asked for these, so none of them fails
   const releaseNow = sending<ReleaseAnswer>('release', 'release_holds', 'requests')
-  const doubts = createDoubts((given) => releaseNow(given.map((hold) => toJson(hold))))
+  const doubts = createDoubts(async (given) => {
+    const answers = await releaseNow(given.map((hold) => toJson(hold)))
+    return checkAnswers(
+      answers,
+      given.map(({ id }) => id),
+    )
+  })
   // holds whose callers were told that nobody knows, until their calls have ended
   const givenUp = new Set<Promise<void>>()
   const troubles: Record<'hold' | 'extend', Trouble> = { hold: createTrouble(), extend: createTrouble() }

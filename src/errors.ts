@@ -138,6 +138,14 @@ export function fromNetwork(cause: unknown, what: string): KeyledgerError {
   return unconnected.includes(systemCode(cause) ?? '') ? neverSent(error) : error
 }
 
+/** 503 `unavailable`: who gives the token gave none, or did not answer in time. */
+export const noToken = (cause: unknown) =>
+  new KeyledgerError('unavailable', 503, {
+    detail: 'there is no token',
+    hint: 'see `token` of postgrestRpc',
+    cause,
+  })
+
 /** An HTTP answer that PostgREST would not have given: from a proxy before it, or another server altogether. */
 export function fromHttp(httpStatus: number): KeyledgerError {
   const detail = `HTTP ${httpStatus}, and no answer of PostgREST's`

@@ -1,6 +1,6 @@
 // Who makes a request, by its headers, or why it goes no further; for any framework, and as Connect-style middleware.
 import type { IncomingMessage, ServerResponse } from 'node:http'
-import { KeyledgerError } from './errors.ts'
+import { isEverybodys, KeyledgerError } from './errors.ts'
 import type { UserContext } from './types.ts'
 
 /** A request that went through the middleware. */
@@ -8,6 +8,7 @@ export type WithUserContext<Request> = Request & { userContext?: UserContext }
 
 /**
  * For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error.
+ * Should `next` throw or reject, it warns, and answers 500 `internal_error`.
  * OPTIONS without a key ends here with 204, and no handler sees it: browsers ask so before a page's
  * call. Headers that were set on `res` before go with it, as they go with each refusal.
  */
@@ -74,8 +75,24 @@ export function createMiddleware(validate: (virtualKey: string) => Promise<UserC
       return
     }
     req.userContext = userContext
-    next()
+    try {
+      await next()
+    } catch (error) {
+      failed(res, error)
+    }
   }
+}
+
+// nobody awaits a middleware: a rejection of it would end the process
+function failed(res: ServerResponse, error: unknown) {
+  process.emitWarning('a handler behind the middleware failed', {
+    type: 'KeyledgerWarning',
+    detail: error instanceof Error ? error.stack : String(error),
+  })
+  if (res.headersSent) return void res.destroy()
+  const body = { message: 'the gateway failed', type: 'server_error', param: null, code: 'internal_error' }
+  res.writeHead(500, { 'content-type': 'application/json' })
+  res.end(JSON.stringify({ error: body }))
 }
 
 function keyOf(headers: RequestHeaders): string | undefined {
@@ -93,7 +110,9 @@ const one = (header: string | string[] | undefined) =>
   (Array.isArray(header) ? header.join(', ') : header)?.trim() || undefined
 
 function refusalOf(error: unknown): Refusal {
-  const refused = error instanceof KeyledgerError && (error.status === 401 || error.status === 403)
+  // a token or a role of ours that the database refuses is no fault of the key's
+  const refused =
+    error instanceof KeyledgerError && (error.status === 401 || error.status === 403) && !isEverybodys(error)
   const status = refused ? error.status : 503
   const headers: Record<string, string> = { 'content-type': 'application/json', 'cache-control': 'no-store' }
   if (status === 401) headers['www-authenticate'] = 'Bearer'

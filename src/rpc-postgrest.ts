@@ -1,5 +1,13 @@
 // The transport over HTTP: PostgREST's /rpc and views, by fetch.
-import { fromHttp, fromNetwork, fromServer, functionNotFound, KeyledgerError } from './errors.ts'
+import {
+  fromHttp,
+  fromNetwork,
+  fromServer,
+  functionNotFound,
+  KeyledgerError,
+  neverSent,
+  noToken,
+} from './errors.ts'
 import {
   argumentsJson,
   columns,
@@ -14,7 +22,7 @@ import {
 export interface PostgrestRpcOptions {
   /** The root of PostgREST, `http://127.0.0.1:3000`. */
   url: string
-  /** JSON web token whose `role` claim is the role to be; or what gives one, asked before each request. */
+  /** JSON web token whose `role` claim is the role to be; or what gives one, asked before each request, within `timeout`. */
   token: string | (() => string | Promise<string>)
   /** ms until a request is given up with `timeout`; PostgREST may still carry it out. Default 10,000. */
   timeout?: number
@@ -35,28 +43,40 @@ export function postgrestRpc({
   if (!url) throw new TypeError('postgrestRpc: give `url`')
   const root = url.replace(/\/+$/, '')
 
+  const bearer = async () => (typeof token === 'string' ? token : token())
+
   async function request(path: string, body?: string): Promise<unknown> {
-    let response: Response
+    const limit = createLimit(timeout)
+    let status: number
     let text: string
     try {
+      const given = await limit.race(bearer()).catch((error) => {
+        throw neverSent(noToken(error))
+      })
       const headers: Record<string, string> = {
         accept: 'application/json',
-        authorization: `Bearer ${typeof token === 'string' ? token : await token()}`,
+        authorization: `Bearer ${given}`,
         // where other schemas are exposed as well, the first of them would be meant
         [body === undefined ? 'accept-profile' : 'content-profile']: 'api',
       }
       if (body !== undefined) headers['content-type'] = 'application/json'
       const method = body === undefined ? 'GET' : 'POST'
-      response = await fetch(root + path, { method, headers, body, signal: AbortSignal.timeout(timeout) })
-      text = await response.text()
+      const asked = async () => {
+        const response = await fetch(root + path, { method, headers, body, signal: limit.signal })
+        return { status: response.status, text: await response.text() }
+      }
+      // a `fetch` of the caller's may not heed the signal
+      ;({ status, text } = await limit.race(asked()))
     } catch (error) {
       throw fromNetwork(error, 'PostgREST')
+    } finally {
+      limit.end()
     }
-    if (response.status === 204) return null
+    if (status === 204) return null
     const answer = parse(text)
-    if (answer === undefined) throw fromHttp(response.status)
-    if (response.ok) return answer
-    throw isServerError(answer) ? fromServer(answer) : fromHttp(response.status)
+    if (answer === undefined) throw fromHttp(status)
+    if (status >= 200 && status < 300) return answer
+    throw isServerError(answer) ? fromServer(answer) : fromHttp(status)
   }
 
   const selected = (select: readonly string[]) =>
@@ -97,6 +117,24 @@ export function postgrestRpc({
     },
 
     async close() {},
+  }
+}
+
+/** A time limit on all parts of a request, also on those that can't be aborted. */
+function createLimit(ms: number) {
+  const controller = new AbortController()
+  const { signal } = controller
+  // not AbortSignal.timeout: a process that waits for nothing else would end
+  const late = () => controller.abort(new DOMException(`no answer within ${ms} ms`, 'TimeoutError'))
+  const timer = setTimeout(late, ms)
+  return {
+    signal,
+    race: <T>(work: Promise<T>) =>
+      new Promise<T>((resolve, reject) => {
+        work.then(resolve, reject)
+        signal.addEventListener('abort', () => reject(signal.reason), { once: true })
+      }),
+    end: () => clearTimeout(timer),
   }
 }
 

@@ -321,4 +321,69 @@ test('in doubt is only what may have been carried out', async () => {
   }
 })
 
+test("nobody is given up with an error about another's data", async () => {
+  // both go together, and the error is about one of them; it comes after their deadline
+  const { add } = batches(
+    async () => {
+      await pause(120)
+      throw new KeyledgerError('invalid_input', 400, { detail: 'of the first' })
+    },
+    { patient: true, deadline: 100, lanes: 1 },
+  )
+  const together = [add({ id: 1, account: 'a' }), add({ id: 2, account: 'b' })].map(failure)
+  await turn()
+  // the next batch is late when that has failed, and is never sent
+  const another = failure(add({ id: 3, account: 'c' }))
+  for (const error of [...(await Promise.all(together)), await another]) {
+    assert.equal([error.code, error.status], ['timeout', 504])
+    assert.is(error.cause.code, 'invalid_input')
+  }
+})
+
+test('a half that is late before its turn is not told what the whole was told', async () => {
+  const { add } = batches(
+    async (elements) => {
+      if (elements.some(({ id }) => id === 1) && elements.length > 1)
+        throw new KeyledgerError('invalid_input', 400)
+      await pause(120)
+      throw new KeyledgerError('unavailable', 503)
+    },
+    { patient: true, deadline: 100, lanes: 1 },
+  )
+  const errors = await Promise.all([1, 2].map((id) => failure(add({ id, account: `${id}` }))))
+  assert.equal(
+    errors.map(({ code }) => code),
+    ['unavailable', 'timeout'],
+  )
+})
+
+test('an account whose elements are all given up is as any other when it comes again', async () => {
+  const locked = new Set(['y', 'z'])
+  let answer = () => {}
+  const held = new Promise<void>((resolve) => {
+    answer = resolve
+  })
+  // one lane for busy accounts: the first of them keeps it, and the other waits
+  const { add, calls } = batches(
+    locking(locked, () => held),
+    { deadline: 200, lanes: 2 },
+  )
+  const busy = ['y', 'z'].map((account, id) => failure(add({ id, account })))
+  await until(() => calls.length === 2, 'the call of one of them')
+  const later = ['y', 'z'].map((account, id) => failure(add({ id: 10 + id, account })))
+  const moment = performance.now() + 250
+  await until(() => performance.now() > moment, 'the deadline')
+  // any other element makes it look
+  await add({ id: 20, account: 'a' })
+  answer()
+  for (const error of await Promise.all([...busy, ...later])) assert.is(error.code, 'lock_timeout')
+  locked.clear()
+  const from = calls.length
+  await Promise.all(['y', 'z', 'a'].map((account, id) => add({ id, account })))
+  assert.equal(
+    calls.slice(from).map((elements) => elements.map(({ account }) => account)),
+    [['y', 'z', 'a']],
+  )
+})
+
 test.run()

@@ -130,6 +130,63 @@ test('usage of a refused token is charged when the token is well; a hold is refu
 const warnings: Error[] = []
 process.on('warning', (warning) => warnings.push(warning))
 
+// SQL writes a uuid in its own way
+const written = (id: string) => `{${id.toUpperCase().replaceAll('-', '')}}`
+const noAnswers: [what: string, answer: (id: string) => unknown][] = [
+  ['an empty object', () => ({})],
+  ['a number', () => 42],
+  ['a text', (id) => id],
+  ['a list', (id) => [id]],
+  ["another's", () => ({ id: newId(), status: 'charged' })],
+  ['no id', () => ({ status: 'charged' })],
+  ['no status', (id) => ({ id })],
+]
+for (const [what, answer] of noAnswers)
+  test(`an answer that is none is no commit: ${what}`, async () => {
+    const tries: Record<string, number> = {}
+    // the first try of each is answered wrongly; a hold's release then finds it
+    const once = (fn: string) => (elements: Sent[]) => {
+      tries[fn] = (tries[fn] ?? 0) + 1
+      return tries[fn] === 1 ? elements.map(({ id }) => answer(id)) : answers[fn]!(elements)
+    }
+    const { recordUsage, release, hold, extend, stop } = billing(
+      Object.fromEntries(Object.keys(answers).map((fn) => [fn, once(fn)])),
+    )
+    assert.is((await recordUsage(event() as never)).status, 'charged')
+    assert.is((await release({ ...context, id: newId() })).status, 'released')
+    assert.equal([tries.record_usage, tries.release_holds], [2, 2])
+    const asked = { id: newId(), amount: '1' }
+    for (const refused of [
+      await failure(hold(context, asked)),
+      await failure(extend({ ...context, id: newId() })),
+    ])
+      assert.equal([refused.code, refused.status], ['invalid_response', 502])
+    await stop()
+  })
+
+test('an answer is known by its id, in whichever spelling, and where the id is none', async () => {
+  const lower = billing({
+    record_usage: (elements) =>
+      elements.map(({ id }) => ({ id: id.replace(/[{}]/g, '').toLowerCase(), status: 'charged' })),
+  })
+  assert.is((await lower.recordUsage(event({ id: written(newId()) }) as never)).status, 'charged')
+  // as SQL echoes an id that it can't read
+  const echoed = billing({ record_usage: each('parked', { code: 'invalid_id' }) })
+  for (const id of ['no uuid', 'half \ud800', '', null, 5, { a: 1 }, [1]])
+    assert.is((await echoed.recordUsage(event({ id }) as never)).status, 'parked', JSON.stringify(id))
+  const texts = billing({
+    release_holds: (elements) =>
+      elements.map(({ id }) => ({
+        ...(id === null ? {} : { id: typeof id === 'string' ? id : JSON.stringify(id) }),
+        status: 'closed',
+        code: 'invalid_id',
+      })),
+  })
+  for (const id of ['no uuid', null, 5])
+    assert.is((await texts.release({ ...context, id } as never)).status, 'closed', JSON.stringify(id))
+  for (const { stop } of [lower, echoed, texts]) await stop()
+})
+
 test('given-up holds: no warning, no release of what was never sent, no failure counted', async () => {
   const refused = Object.assign(new Error('refused'), { code: 'ECONNREFUSED', syscall: 'connect' })
   const { hold, of, health, stop } = billing(

@@ -5,9 +5,11 @@ import OpenAI, { AzureOpenAI } from 'openai'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { type Part, serverSentEvents } from '../examples/events.ts'
+import { answering as answerOf } from '../examples/http.ts'
 import { createMeter } from '../examples/metering.ts'
 import { startExample } from '../scripts/servers.ts'
 import { until } from '../scripts/supervise.ts'
+import { KeyledgerError } from '../src/errors.ts'
 import { database, type Row } from './support/database.ts'
 import { failure } from './support/failure.ts'
 import { holdsTrue, units } from './support/ledger.ts'
@@ -460,6 +462,105 @@ for (const [name, body, status, code, message] of nothings)
       await charged(alone, [])
     }
   })
+
+const JSON_TYPE = { 'content-type': 'application/json' }
+const unusable: [name: string, answer: Answering][] = [
+  ['a status that HTTP has not', (res) => res.writeHead(600, JSON_TYPE).end('{"error":{"message":"x"}}')],
+  [
+    'a stream of such a status',
+    (res) => res.writeHead(999, { 'content-type': 'text/event-stream' }).end(event(whole())),
+  ],
+  ...['{"toString":1,"valueOf":1}', `${'['.repeat(20_000)}${']'.repeat(20_000)}`].flatMap((code) =>
+    ['code', 'type', 'status'].map((field): [string, Answering] => [
+      `an error with ${field} ${code.slice(0, 9)}`,
+      (res) => res.writeHead(200, JSON_TYPE).end(`{"error":{"${field}":${code},"message":"x"}}`),
+    ]),
+  ),
+]
+for (const [name, answer] of unusable)
+  test(`${name} is no answer: another node's turn`, async () => {
+    const chained = await caller(proxy.url, answer, good)
+    assert.ok(await chained.openai.chat.completions.create(asked))
+    await charged(chained, [PAID])
+    const alone = await caller(proxy.url, answer)
+    assert.is((await failure(alone.openai.chat.completions.create(asked))).status, 502)
+    await charged(alone, [])
+  })
+
+const COUNTED = event({ id: 'chatcmpl-1', choices: [], usage })
+const lastEvents: [name: string, last: string][] = [
+  ['its last event has one newline', COUNTED.slice(0, -1)],
+  ['its last event has no newline', COUNTED.trimEnd()],
+  ['[DONE] has one newline', `${COUNTED}data: [DONE]\n`],
+  ['[DONE] has no newline', `${COUNTED}data: [DONE]`],
+]
+for (const [name, last] of lastEvents)
+  test(`a stream that ends well is relayed and charged to its end, though ${name}`, async () => {
+    const who = await caller(proxy.url, stream(event(chunk()) + last))
+    const text = await (await who.post({ ...streaming, stream_options: { include_usage: true } })).text()
+    assert.match(text, 'prompt_tokens')
+    assert.is(text.includes('data: [DONE]\n\n'), last.includes('[DONE]'))
+    const [paid] = await charged(who, [PAID])
+    assert.is(paid!.metadata.estimated, false)
+  })
+
+test('the first part of an event that was cut off is none', async () => {
+  const who = await caller(proxy.url, stream(COUNTED.slice(0, 30)), good)
+  await (await who.post(streaming)).text()
+  await charged(who, [PAID])
+})
+
+test("the gateway's own trouble is a 503 to callers, without its hints; theirs is theirs", async () => {
+  const errors: [error: KeyledgerError, status: number, code: string][] = [
+    [new KeyledgerError('invalid_token', 401, { hint: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('permission_denied', 403, { detail: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('function_not_found', 404, { detail: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('invalid_input', 400, { detail: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('invalid_response', 502, { hint: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('unavailable', 503, { detail: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('timeout', 504, { hint: 'secret' }), 503, 'unavailable'],
+    [new KeyledgerError('insufficient_funds', 402, { hint: 'secret' }), 402, 'insufficient_funds'],
+    [new KeyledgerError('virtual_key_disabled', 403), 403, 'virtual_key_disabled'],
+    [new KeyledgerError('node_not_mounted', 403), 403, 'node_not_mounted'],
+    [new KeyledgerError('payload_too_large', 413), 413, 'payload_too_large'],
+    [new KeyledgerError('invalid_meters', 422), 422, 'invalid_meters'],
+    [new KeyledgerError('price_not_found', 422, { hint: 'secret' }), 500, 'price_not_found'],
+  ]
+  const print = console.error
+  console.error = () => {}
+  for (const [error, status, code] of errors) {
+    const response = await answerOf(() => Promise.reject(error))
+    const body = await response.text()
+    assert.equal([response.status, JSON.parse(body).error.code], [status, code], error.code)
+    assert.not.match(body, 'secret')
+  }
+  console.error = print
+})
+
+test('a gateway that is told to stop waits for a caller who reads no more, but not for ever', async () => {
+  const other = await start({ STOP_WAIT: '500' })
+  let full = false
+  const who = await caller(other.url, async (res) => {
+    res.writeHead(200, { 'content-type': 'text/event-stream' })
+    const chunk = event({ choices: [{ index: 0, delta: { content: 'x'.repeat(100_000) } }] })
+    while (!res.destroyed) {
+      if (!res.write(chunk)) {
+        const drained = new Promise((resolve) => res.once('drain', resolve).once('close', resolve))
+        full = await Promise.race([drained.then(() => false), pause(300).then(() => true)])
+        await drained
+      }
+    }
+  })
+  const answer = await who.post(streaming)
+  assert.is(answer.status, 200)
+  await until(() => full, 'nobody to read')
+  process.kill(other.pid, 'SIGTERM')
+  await until(() => !runs(other.pid), 'its end')
+  await until(async () => !(await open(who)), 'holds to end')
+  assert.is((await db.sql('select from api.usage_logs where account_id = $1', [who.accountId])).length, 1)
+  await answer.body?.cancel().catch(() => {})
+  await other.stop()
+})
 
 test("an error about our credentials in words is not the caller's to read, either", async () => {
   for (const error of [

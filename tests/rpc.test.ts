@@ -5,7 +5,7 @@ import pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../scripts/supervise.ts'
-import { isRetryable, type KeyledgerError } from '../src/errors.ts'
+import { isRetryable, type KeyledgerError, mayBeDone } from '../src/errors.ts'
 import { jsonText, type Rpc } from '../src/rpc.ts'
 import { pgRpc } from '../src/rpc-pg.ts'
 import { postgrestRpc } from '../src/rpc-postgrest.ts'
@@ -559,6 +559,17 @@ test('postgrest: tokens are asked per request; a refused one has its own code', 
   )
   same(none, ['unavailable', 503])
   assert.is(none.cause.message, 'no token')
+})
+
+test('postgrest: a token or a fetch that never comes is given up in time, and may be asked again', async () => {
+  const never = () => new Promise<never>(() => {})
+  const asked = { url: server.url, timeout: 100 }
+  const noToken = await failure(postgrestRpc({ ...asked, token: never }).call('add', { a: 1 }))
+  same(noToken, ['unavailable', 503])
+  const noFetch = await failure(postgrestRpc({ ...asked, token: 't', fetch: never }).call('add', { a: 1 }))
+  same(noFetch, ['timeout', 504])
+  assert.ok(isRetryable(noToken) && isRetryable(noFetch))
+  assert.equal([mayBeDone(noToken), mayBeDone(noFetch)], [false, true])
 })
 
 test('postgrest: what is not its answer gets a code all the same', async () => {
