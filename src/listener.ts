@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto'
 import { type KeyCache, withinTime } from './cache.ts'
 import { setServerTime } from './ids.ts'
-import type { Cursor } from './redis.ts'
+import type { Cursor, RedisTier } from './redis.ts'
 import type { Rpc } from './rpc.ts'
 import { BEAT_MS } from './trust.ts'
 import { createLoop, createSubscription, READ_MS } from './wake.ts'
@@ -55,8 +55,6 @@ export const FOLLOWER_MS = 1000
 // how often a follower asks which database is its own, and for how long an answer serves while it can't
 const IDENTIFY_MS = 1000
 const IDENTITY_MS = 5000
-// an eviction that takes longer breaks the promise of the tier
-const EVICT_MS = 1000
 
 export function createListener({
   cache,
@@ -102,8 +100,8 @@ export function createListener({
     // Memory before Redis, which may take its time. Memory is not filled again from there with what is about to go: not
     // from a generation that is over, nor with these keys until they are gone.
     if (theirs) redis!.turn(generation)
-    const deleted = found && evict(keys)
-    cache.forget(keys, deleted)
+    const advanced = theirs && advance(found!, { cursor: theirs.cursor, generation }, keys)
+    cache.forget(keys, advanced)
     if (own.reset || !cursor) {
       cache.forgetAll()
       // not past what Redis has been rid of
@@ -115,26 +113,16 @@ export function createListener({
     provenAt = sentAt
     readError = undefined
 
-    if (!found || !theirs || !(await deleted)) return
-    const now = await redis!
-      .advance(found, { cursor: theirs.cursor, generation }, keys.length)
-      .catch(() => null)
+    const now = await advanced
     // written by us, or by another listener onto the same generation; a third one's generation has to be read first
     if (now?.generation === generation) redis!.prove(sentAt, generation)
-    else if (now !== null) loop.wake()
+    else if (advanced && now !== null) loop.wake()
   }
 
-  // begins when memory has forgotten; false if it failed, which has ended trust in the tier
-  async function evict(keys: string[]): Promise<boolean> {
+  // begins when memory has forgotten; null if it failed, which has ended trust in the tier
+  async function advance(...args: Parameters<RedisTier<unknown>['advance']>) {
     await undefined
-    const late = setTimeout(() => redis!.trust.end(), EVICT_MS)
-    return redis!
-      .del(keys)
-      .then(
-        () => true,
-        () => false,
-      )
-      .finally(() => clearTimeout(late))
+    return redis!.advance(...args).catch(() => null)
   }
 
   // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
