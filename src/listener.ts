@@ -31,6 +31,8 @@ export interface ListenerState {
   age: number | null
   /** Why the last read failed, else why LISTEN is not up. */
   error?: Error
+  /** Which could not be read last. */
+  away: { postgres: boolean; redis: boolean }
 }
 
 export interface Listener {
@@ -73,6 +75,7 @@ export function createListener({
   let identity: { cluster: string; askedAt: number } | undefined
   let asking: Promise<void> | undefined
   let askedAt = -Infinity
+  const away = { postgres: false, redis: false }
 
   async function changesSince(since: Cursor | undefined): Promise<Changes> {
     const sentAt = performance.now()
@@ -112,6 +115,7 @@ export function createListener({
     cache.trust.prove(sentAt)
     provenAt = sentAt
     readError = undefined
+    away.postgres = false
 
     const now = await advanced
     // written by us, or by another listener onto the same generation; a third one's generation has to be read first
@@ -129,7 +133,12 @@ export function createListener({
   // since a look of ours, all that was committed before that look is evicted, whatever anybody's clock says.
   async function look() {
     const sentAt = performance.now()
-    const { coverage } = await redis!.covered()
+    refreshIdentity()
+    const { coverage } = await redis!.covered().catch((error) => {
+      away.redis = true
+      throw error
+    })
+    away.redis = false
     const last = looks.at(-1)
     if (!coverage || (last && (last.generation !== coverage.generation || last.beat > coverage.beat)))
       forgetLooks()
@@ -152,21 +161,24 @@ export function createListener({
   // The heartbeat must be of our own database: after a failover, or by mistake, a listener of another may keep it.
   async function identify(cluster: string) {
     const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
-    if (performance.now() - askedAt >= IDENTIFY_MS) {
-      askedAt = performance.now()
-      asking ??= askIdentity().finally(() => {
-        asking = undefined
-      })
-    }
     if (!isOurs()) await asking
     if (isOurs()) return
     forgetLooks()
     throw new Error('vk:cursor in Redis is kept by a listener of another database')
   }
 
+  function refreshIdentity() {
+    if (performance.now() - askedAt < IDENTIFY_MS) return
+    askedAt = performance.now()
+    asking ??= askIdentity().finally(() => {
+      asking = undefined
+    })
+  }
+
   async function askIdentity() {
     const sentAt = performance.now()
     const changes = await changesSince(undefined).catch(() => undefined)
+    away.postgres = !changes
     if (changes) identity = { cluster: changes.cursor.cluster, askedAt: sentAt }
   }
 
@@ -185,6 +197,7 @@ export function createListener({
       beat()
       return (follow ? look() : read()).catch((reason) => {
         readError = reason
+        if (!follow) away.postgres = true
         endTrust()
       })
     },
@@ -220,6 +233,7 @@ export function createListener({
         listening,
         age: provenAt === undefined ? null : performance.now() - provenAt,
         error: readError ?? error,
+        away: { ...away },
       }
     },
   }
