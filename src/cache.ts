@@ -22,8 +22,13 @@ export interface KeyCacheOptions<Context> {
   maxStaleness?: number
   /** ms a known key is still answered, as `stale`, once nothing is trusted and Postgres can't be read. Default 300,000. */
   staleIfError?: number
-  /** Does this error of `load` say that Postgres is away? A busy pool is no reason for a stale answer. Default: any does. */
-  isAway?: (error: unknown) => boolean
+  /** False for a process that reads no changes: nothing is evicted from its memory, so it keeps none. Default true. */
+  remembers?: boolean
+  /**
+   * Does this error of `load` say that Postgres is away, after `waited` ms in which no read of the changes was answered? A
+   * busy pool is no reason for a stale answer. Default: any does.
+   */
+  isAway?: (error: unknown, waited: number) => boolean
 }
 
 /** From where an answer came; `stale` is one that may be out of date, given because Postgres could not be read. */
@@ -84,6 +89,7 @@ export function createKeyCache<Context extends { valid_until: string | null; val
   maxEntries = 100_000,
   maxStaleness = 5000,
   staleIfError = STALE_IF_ERROR_MS,
+  remembers = true,
   isAway = () => true,
 }: KeyCacheOptions<Context>): KeyCache<Context> {
   const trust = createTrust(maxStaleness)
@@ -123,7 +129,7 @@ export function createKeyCache<Context extends { valid_until: string | null; val
 
   // only while this flight is the key's: an eviction has taken the place of one it overtook
   function remember(key: string, flight: Flight<Context>, context: Context | undefined, left: number) {
-    if (flights.get(key) !== flight) return
+    if (!remembers || flights.get(key) !== flight) return
     if (context) unknown.delete(key)
     else known.delete(key)
     const storedAt = performance.now()
@@ -166,7 +172,7 @@ export function createKeyCache<Context extends { valid_until: string | null; val
         context = await withinTime(reading, maxStaleness)
       } catch (error) {
         // Postgres is there if it has answered a read of the changes meanwhile
-        const away = trust.provenAt() < askedAt && isAway(error)
+        const away = trust.provenAt() < askedAt && isAway(error, performance.now() - askedAt)
         const stale = away ? await lastKnown(key) : undefined
         if (stale) return land(key, flight, 'stale', stale)
         // failed, and says why; or slow, and nothing better is known

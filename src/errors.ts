@@ -37,7 +37,6 @@ export class KeyledgerError extends Error {
 
 type Meaning = [code: string, status: number, hint?: string]
 
-// of an `unavailable` that says nothing about the server
 const BUSY = 'all connections are in use: allow the pool more of them'
 
 const unavailable: Meaning = [
@@ -112,7 +111,11 @@ export function fromServer({ code, message, ...more }: ServerError): KeyledgerEr
   if (detail && !code.startsWith('22')) said.push(detail)
   if (!known) said.unshift(code)
   const missing = code === '42501' && /for schema api$/.test(message) ? notInstalled : undefined
-  return new KeyledgerError(name, status, { detail: said.join(': '), hint: more.hint || missing || hint })
+  const error = new KeyledgerError(name, status, {
+    detail: said.join(': '),
+    hint: more.hint || missing || hint,
+  })
+  return code === 'PGRST003' ? poolBusy(error) : error
 }
 
 const unconnected = ['ECONNREFUSED', 'ENOTFOUND', 'EAI_AGAIN', 'EHOSTUNREACH', 'UND_ERR_CONNECT_TIMEOUT']
@@ -172,9 +175,21 @@ export function functionNotFound(fn: string, names: string[]): KeyledgerError {
 export const invalidInput = (detail: string, hint?: string, cause?: unknown) =>
   new KeyledgerError('invalid_input', 400, { detail, hint, cause })
 
-/** Does the error say that the server could not be reached, rather than that all connections to it are in use? */
+const busy = new WeakSet<KeyledgerError>()
+
+/** The error, marked: all connections were in use, which says nothing about the server. */
+export function poolBusy(error: KeyledgerError): KeyledgerError {
+  busy.add(error)
+  return error
+}
+
+/** Does the error say by itself that the server could not be reached? A full pool and a wait that ended don't. */
 export const isAway = (error: unknown): boolean =>
-  error instanceof KeyledgerError && ['unavailable', 'timeout'].includes(error.code) && error.hint !== BUSY
+  error instanceof KeyledgerError && error.code === 'unavailable' && !busy.has(error)
+
+/** Does it leave open whether the server could be reached? */
+export const mayBeAway = (error: unknown): boolean =>
+  error instanceof KeyledgerError && ['unavailable', 'timeout'].includes(error.code)
 
 const passing = ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout']
 

@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto'
 import { type KeyCache, withinTime } from './cache.ts'
 import { setServerTime } from './ids.ts'
-import type { Cursor } from './redis.ts'
+import type { Cursor, RedisTier } from './redis.ts'
 import type { Rpc } from './rpc.ts'
 import { BEAT_MS } from './trust.ts'
 import { createLoop, createSubscription, READ_MS } from './wake.ts'
@@ -31,6 +31,8 @@ export interface ListenerState {
   age: number | null
   /** Why the last read failed, else why LISTEN is not up. */
   error?: Error
+  /** Which could not be read last. */
+  away: { postgres: boolean; redis: boolean }
 }
 
 export interface Listener {
@@ -55,8 +57,6 @@ export const FOLLOWER_MS = 1000
 // how often a follower asks which database is its own, and for how long an answer serves while it can't
 const IDENTIFY_MS = 1000
 const IDENTITY_MS = 5000
-// an eviction that takes longer breaks the promise of the tier
-const EVICT_MS = 1000
 
 export function createListener({
   cache,
@@ -75,6 +75,7 @@ export function createListener({
   let identity: { cluster: string; askedAt: number } | undefined
   let asking: Promise<void> | undefined
   let askedAt = -Infinity
+  const away = { postgres: false, redis: false }
 
   async function changesSince(since: Cursor | undefined): Promise<Changes> {
     const sentAt = performance.now()
@@ -102,8 +103,8 @@ export function createListener({
     // Memory before Redis, which may take its time. Memory is not filled again from there with what is about to go: not
     // from a generation that is over, nor with these keys until they are gone.
     if (theirs) redis!.turn(generation)
-    const deleted = found && evict(keys)
-    cache.forget(keys, deleted)
+    const advanced = theirs && advance(found!, { cursor: theirs.cursor, generation }, keys)
+    cache.forget(keys, advanced)
     if (own.reset || !cursor) {
       cache.forgetAll()
       // not past what Redis has been rid of
@@ -114,34 +115,30 @@ export function createListener({
     cache.trust.prove(sentAt)
     provenAt = sentAt
     readError = undefined
+    away.postgres = false
 
-    if (!found || !theirs || !(await deleted)) return
-    const now = await redis!
-      .advance(found, { cursor: theirs.cursor, generation }, keys.length)
-      .catch(() => null)
+    const now = await advanced
     // written by us, or by another listener onto the same generation; a third one's generation has to be read first
     if (now?.generation === generation) redis!.prove(sentAt, generation)
-    else if (now !== null) loop.wake()
+    else if (advanced && now !== null) loop.wake()
   }
 
-  // begins when memory has forgotten; false if it failed, which has ended trust in the tier
-  async function evict(keys: string[]): Promise<boolean> {
+  // begins when memory has forgotten; null if it failed, which has ended trust in the tier
+  async function advance(...args: Parameters<RedisTier<unknown>['advance']>) {
     await undefined
-    const late = setTimeout(() => redis!.trust.end(), EVICT_MS)
-    return redis!
-      .del(keys)
-      .then(
-        () => true,
-        () => false,
-      )
-      .finally(() => clearTimeout(late))
+    return redis!.advance(...args).catch(() => null)
   }
 
   // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
   // since a look of ours, all that was committed before that look is evicted, whatever anybody's clock says.
   async function look() {
     const sentAt = performance.now()
-    const { coverage } = await redis!.covered()
+    refreshIdentity()
+    const { coverage } = await redis!.covered().catch((error) => {
+      away.redis = true
+      throw error
+    })
+    away.redis = false
     const last = looks.at(-1)
     if (!coverage || (last && (last.generation !== coverage.generation || last.beat > coverage.beat)))
       forgetLooks()
@@ -164,21 +161,24 @@ export function createListener({
   // The heartbeat must be of our own database: after a failover, or by mistake, a listener of another may keep it.
   async function identify(cluster: string) {
     const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
-    if (performance.now() - askedAt >= IDENTIFY_MS) {
-      askedAt = performance.now()
-      asking ??= askIdentity().finally(() => {
-        asking = undefined
-      })
-    }
     if (!isOurs()) await asking
     if (isOurs()) return
     forgetLooks()
     throw new Error('vk:cursor in Redis is kept by a listener of another database')
   }
 
+  function refreshIdentity() {
+    if (performance.now() - askedAt < IDENTIFY_MS) return
+    askedAt = performance.now()
+    asking ??= askIdentity().finally(() => {
+      asking = undefined
+    })
+  }
+
   async function askIdentity() {
     const sentAt = performance.now()
     const changes = await changesSince(undefined).catch(() => undefined)
+    away.postgres = !changes
     if (changes) identity = { cluster: changes.cursor.cluster, askedAt: sentAt }
   }
 
@@ -197,6 +197,7 @@ export function createListener({
       beat()
       return (follow ? look() : read()).catch((reason) => {
         readError = reason
+        if (!follow) away.postgres = true
         endTrust()
       })
     },
@@ -232,6 +233,7 @@ export function createListener({
         listening,
         age: provenAt === undefined ? null : performance.now() - provenAt,
         error: readError ?? error,
+        away: { ...away },
       }
     },
   }

@@ -4,7 +4,7 @@ import type { Cluster, Redis } from 'ioredis'
 import { createBatcher } from './batch.ts'
 import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS, type Tier } from './cache.ts'
 import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
-import { codeOf, isAway, KeyledgerError, keyStatus } from './errors.ts'
+import { codeOf, isAway, KeyledgerError, keyStatus, mayBeAway } from './errors.ts'
 import { createListener } from './listener.ts'
 import { createMetrics } from './metrics.ts'
 import {
@@ -43,8 +43,8 @@ export interface BillingModuleOptions
 
 export interface Health {
   /**
-   * `ok`; `degraded`: at work, but something below needs a look (a tier that is not trusted, LISTEN or Redis away, a
-   * queue, the news or the upkeep whose last call failed); `down`: not started or stopped, or Postgres can't be read
+   * `ok`; `degraded`: at work, but something below needs a look (a tier that is not trusted, LISTEN or Redis away, the
+   * look-ups, a queue, the news or the upkeep whose last call failed); `down`: not started or stopped, or Postgres can't be read
    * and what is known has grown too old (`staleIfError`) to answer any key by.
    */
   status: 'ok' | 'degraded' | 'down'
@@ -52,7 +52,14 @@ export interface Health {
   http_status: 200 | 503
   /** Keys are answered as they were before Postgres went away. */
   stale: boolean
-  cache: { memory: boolean; redis: boolean | null; entries: number; answers: Record<Tier, number> }
+  /** `error`: why keys could not be looked up in Postgres last, within 30 s. */
+  cache: {
+    memory: boolean
+    redis: boolean | null
+    entries: number
+    answers: Record<Tier, number>
+    error: string | null
+  }
   /** `listening` is null for a module that doesn't LISTEN; ages are ms since the last complete read was sent. */
   listener: { listening: boolean | null; age: number | null; error: string | null }
   /** Of the news of accounts; nulls while nobody listens to it. */
@@ -114,6 +121,8 @@ const MAX_KEY = 4096
 // a look-up that failed is not worth waiting for: what is known may do
 const LOOK_UP_MS = 100
 const MAX_LOOK_UPS = 10_000
+// three reads of the changes would have been answered in it
+const SILENT_MS = 1000
 const BALANCE = [
   ...['user_id', 'tenant_id', 'account_id', 'owner', 'currency', 'balance::text', 'free_credit::text'],
   ...['credit_limit::text', 'frozen_balance::text', 'outstanding_amount::text', 'overdue_amount::text'],
@@ -127,10 +136,18 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   const { staleIfError = STALE_IF_ERROR_MS, stopDeadline = 20_000 } = options
   if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
   if (redis) refuseReplicas(redis)
-  const tiers = { redis, redisSecret, maxEntries, maxStaleness, staleIfError, isAway }
-  const cache = createKeyCache<KeyContext>({ load: resolve, ...tiers })
+  const follows = listen === false
+  // the reads of changes have a connection of their own: while none is answered, it is not the pool that is busy
+  const hangs = (error: unknown, waited: number) =>
+    rpc.reserves === true && !follows && waited >= SILENT_MS && mayBeAway(error)
+  const cache = createKeyCache<KeyContext>({
+    load: resolve,
+    ...{ redis, redisSecret, maxEntries, maxStaleness, staleIfError },
+    remembers: !follows,
+    isAway: (error, waited) => isAway(error) || hangs(error, waited),
+  })
   const news = createNews(rpc)
-  const followed = listen === false ? { follow: true } : { connectionString: listen }
+  const followed = follows ? { follow: true } : { connectionString: listen }
   const listener = createListener({ cache, rpc, ...followed, channels: { keyledger_account: news.wake } })
   // Made-up keys cost few calls, and leave connections to the charges: their queue is short, and its lanes are two.
   const lookUps = createBatcher<string, KeyContext | UnknownKey>({
@@ -194,14 +211,18 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     const { entries, ...answers } = cache.stats()
     const memory = cache.trust.holds()
     const redis = cache.redis?.trust.holds() ?? null
-    const { age, error, ...heard } = listener.state()
+    const { age, error, away, ...heard } = listener.state()
     const listening = listen ? heard.listening : null
     const told = news.state()
     const queues = stats()
+    const lookUp = lookUps.stats().error
     const trusted = memory || redis === true
-    const answering = trusted || !error || listen === false || (age !== null && age <= staleIfError)
+    // a follower has no memory: what it knows is in Redis
+    const known = age !== null && age <= staleIfError && !(follows && away.redis)
+    const answering = trusted || !away.postgres || known
     const failing = [
       error,
+      lookUp,
       told.error,
       maintenance.error,
       ...Object.values(queues).map((queue) => queue.error),
@@ -212,7 +233,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       status,
       http_status: status === 'down' ? 503 : 200,
       stale: servedStale && !trusted,
-      cache: { memory, redis, entries, answers },
+      cache: { memory, redis, entries, answers, error: lookUp },
       listener: { listening, age, error: error ? codeOf(error) : null },
       news: { age: told.age, error: told.error ? codeOf(told.error) : null },
       queues,

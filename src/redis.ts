@@ -20,11 +20,10 @@ export interface Coverage {
   beat: number
 }
 
-/** `vk:cursor` as it was read, and over which connection; `raw` is '' where there is none. */
+/** `vk:cursor` as it was read; `raw` is '' where there is none. */
 export interface Found {
   raw: string
   coverage?: Coverage
-  connection: number
 }
 
 /** The right to store one entry, until someone deletes its key. */
@@ -44,13 +43,14 @@ export interface RedisTier<Context> {
   lease(key: string, raw: string | null): Promise<Lease | undefined>
   /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. `undefined` is an unknown key. */
   store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
-  /** Deletes entries and leases, a thousand a command. */
-  del(keys: string[]): Promise<void>
   covered(): Promise<Found>
   /** From now on only entries of this generation are any, and what is stored belongs to it. */
   turn(generation: string): void
-  /** Moves `vk:cursor` from `found` to `to`, unless it has changed meanwhile; answers what it holds afterwards. */
-  advance(found: Found, to: Omit<Coverage, 'beat'>, deleted: number): Promise<Coverage | undefined>
+  /**
+   * Deletes the entries and leases of `keys`, and moves `vk:cursor` from `found` to `to` unless it has changed meanwhile, both
+   * at once; answers what it holds afterwards.
+   */
+  advance(found: Found, to: Omit<Coverage, 'beat'>, keys: string[]): Promise<Coverage | undefined>
   /** Trusts entries of this generation, complete as of `sentAt`. */
   prove(sentAt: number, generation: string): void
   close(): void
@@ -100,7 +100,9 @@ if held ~= ARGV[1] then return held end
 redis.call('set', KEYS[1], ARGV[2]${set})
 return nil`
 const REPLACE_FOR = replace(", 'px', ARGV[3]")
-const REPLACE = replace('')
+// a thousand a command: Lua's stack has an end
+const DELETE_AND_REPLACE = `
+for i = 2, #KEYS, 1000 do redis.call('unlink', unpack(KEYS, i, math.min(i + 999, #KEYS))) end${replace('')}`
 
 /**
  * Every command fails fast: at once where the connection is down, after 200 ms where it doesn't answer. A failure
@@ -113,8 +115,6 @@ export function createRedisTier<Context>(
   const trust = createTrust(maxStaleness)
   const seal = createSeal(secrets)
   let generation = ''
-  let connection = 0
-  let inDoubt = false
   let silentSince: number | undefined
 
   // In a Cluster all in one slot: a shard that fails over takes the cursor along with the entries it speaks for.
@@ -122,7 +122,6 @@ export function createRedisTier<Context>(
   const cursorAt = at(CURSOR)
 
   const lost = () => {
-    connection++
     silentSince = undefined
     trust.end()
   }
@@ -221,40 +220,23 @@ export function createRedisTier<Context>(
       await ask(() => redis.eval(REPLACE_FOR, 1, at(key), token, entry, ttl))
     },
 
-    async del(keys) {
-      const names = keys.map(at)
-      const parts = Array.from({ length: Math.ceil(names.length / 1000) }, (_, i) =>
-        names.slice(i * 1000, (i + 1) * 1000),
-      )
-      await Promise.all(parts.map((part) => ask(() => redis.unlink(part))))
-    },
-
     async covered() {
       const raw = (await ask(() => redis.get(cursorAt))) ?? ''
-      return { raw, coverage: inDoubt ? undefined : read(raw), connection }
+      return { raw, coverage: read(raw) }
     },
 
     turn(next) {
       generation = next
     },
 
-    // Compare-and-set keeps the promise of `Coverage` in every interleaving of writers: what each deleted, it deleted
-    // after reading `found`, so only onto `found` may it add. A slow one finds another value and changes nothing; so
-    // does one overtaken by a flush. Over a new connection Redis may have come back older, without the deletes but
-    // with `found` (a replica, a dump): then replay, and if the command may have reached it, start a new generation.
-    async advance(found, to, deleted) {
-      if (connection !== found.connection) throw new Error('redis: connection lost')
+    // The deletes and the cursor are one script. ioredis may send it again, to a Redis that came back older with `found`:
+    // whichever Redis takes the cursor has lost the entries too. A slow writer finds another value, and only deletes.
+    async advance(found, to, keys) {
       const coverage = { ...to, beat: (read(found.raw)?.beat ?? 0) + 1 }
       const next = seal.close(cursorAt, JSON.stringify(coverage))
-      try {
-        const held = await ask(() => redis.eval(REPLACE, 1, cursorAt, found.raw, next))
-        if (connection !== found.connection) throw new Error('redis: connection lost')
-        inDoubt = false
-        return held === null ? coverage : read(String(held))
-      } catch (error) {
-        inDoubt ||= deleted > 0
-        throw error
-      }
+      const names = [cursorAt, ...keys.map(at)]
+      const held = await ask(() => redis.eval(DELETE_AND_REPLACE, names.length, ...names, found.raw, next))
+      return held === null ? coverage : read(String(held))
     },
 
     prove(sentAt, proven) {

@@ -6,6 +6,7 @@ import {
   functionNotFound,
   KeyledgerError,
   neverSent,
+  poolBusy,
   type ServerError,
 } from './errors.ts'
 import {
@@ -107,16 +108,20 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     preamble: preambleOf(reservedTimeout),
   }
 
-  async function connect({ pool, timeout }: Lane): Promise<pg.PoolClient> {
-    const connecting = pool().connect()
+  async function connect(lane: Lane): Promise<pg.PoolClient> {
+    const { timeout } = lane
+    const pool = lane.pool()
+    // else a connection is opened for us, and may hang as the server does
+    const full = pool.idleCount === 0 && pool.totalCount >= pool.options.max
+    const connecting = pool.connect()
     try {
-      return await within(timeout, connecting, noConnection)
+      return await within(timeout, connecting, full ? poolFull : noConnection)
     } catch (error) {
       connecting.then(
         (late) => late.release(),
         () => {},
       )
-      throw neverSent(isTaken(error) ? noConnection(timeout) : toError(error))
+      throw neverSent(isTaken(error) ? poolFull(timeout) : toError(error))
     }
   }
 
@@ -165,6 +170,8 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 
   return {
+    reserves: true,
+
     async call<T>(fn: string, given: Record<string, unknown> = {}, options: CallOptions = {}) {
       const { select } = options
       const args = withoutRawKey(fn, given)
@@ -286,6 +293,8 @@ const noConnection = (ms: number) =>
     detail: `no free connection within ${ms} ms`,
     hint: 'allow the pool more connections (`max`), or give pgRpc a longer `timeout`',
   })
+
+const poolFull = (ms: number) => poolBusy(noConnection(ms))
 
 const noAnswer = (ms: number) =>
   new KeyledgerError('timeout', 504, {

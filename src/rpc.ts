@@ -55,6 +55,8 @@ export interface RowsQuery<Column extends string = string> {
  * Integers beyond 2^53 and decimals lose digits as JSON numbers: select them `::text`.
  */
 export interface Rpc {
+  /** Has a connection for calls that are `reserved`: one that isn't answered says that the server is away. */
+  readonly reserves?: boolean
   /**
    * Calls `api.<fn>` with arguments by name. A composite or jsonb comes as it is, a set as an array, a scalar as its
    * value, void as null. An argument left out or undefined takes its default; null is SQL's null.

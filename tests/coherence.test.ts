@@ -109,6 +109,114 @@ test('a busy pool is not Postgres away', () => {
   assert.ok(isAway(fromServer({ code: '57P03', message: 'starting up' })))
 })
 
+test('a full pool of pgRpc, and a wait that ended, do not say that Postgres is away', async () => {
+  const pool = new pg.Pool({ connectionString: db.loginUrl, max: 1 }).on('error', () => {})
+  open.push(() => pool.end())
+  const rpc = rpcOf({ pool, timeout: 200 })
+  const client = await pool.connect()
+  const error = await failure(rpc.call('new_id'))
+  client.release()
+  assert.is(error.code, 'unavailable')
+  assert.not(isAway(error))
+  assert.not(isAway(new KeyledgerError('timeout', 504)))
+})
+
+test('a follower whose pool is full does not answer a revoked key as stale', async () => {
+  const leader = moduleOf({ rpc: rpcOf(), redis: redisClient() })
+  await leader.start()
+  const pool = new pg.Pool({ connectionString: db.loginUrl, max: 2 }).on('error', () => {})
+  open.push(() => pool.end())
+  const follower = moduleOf({ rpc: rpcOf({ pool, timeout: 1000 }), redis: redisClient(), listen: false })
+  await follower.start()
+  const world = await seed(db.operator)
+  await until(() => follower.health().cache.redis, 'trust')
+  await until(() => follower.health().maintenance.at, 'the upkeep')
+  await follower.validate(world.key)
+  await until(async () => (await admin.get(`vk:${world.keyHash}`))?.includes('"code":null'), 'the entry')
+  await follower.validate(world.key)
+  assert.is(follower.health().cache.entries, 0, 'nothing evicts its memory')
+  const busy = await Promise.all([pool.connect(), pool.connect()])
+  try {
+    await revoke(world.keyId)
+    await until(
+      async () => !(await admin.get(`vk:${world.keyHash}`))?.includes('"code":null'),
+      'the eviction',
+    )
+    assert.is((await failure(follower.validate(world.key))).code, 'unavailable')
+    assert.is(follower.health().cache.answers.stale, 0)
+  } finally {
+    for (const client of busy) client.release()
+  }
+})
+
+test('PostgREST whose pool is full is waited for, and no reason for a stale answer', async () => {
+  const real = rpcOf()
+  let full = false
+  const rpc = {
+    rows: real.rows,
+    close: real.close,
+    async call(fn: string, args?: Record<string, unknown>, options?: object) {
+      if (!full) return real.call<unknown>(fn, args, options)
+      // longer than the cache waits
+      await until(() => performance.now() - since > 2500, 'the pool')
+      throw fromServer({ code: 'PGRST003', message: 'Timed out acquiring connection from connection pool.' })
+    },
+  } as Rpc
+  let since = 0
+  const billing = moduleOf({ rpc, maxStaleness: 1500 })
+  await billing.start()
+  const world = await seed(db.operator)
+  await billing.validate(world.key)
+  since = performance.now()
+  full = true
+  await revoke(world.keyId)
+  await until(() => !billing.health().cache.memory, 'trust to end')
+  since = performance.now()
+  assert.is((await failure(billing.validate(world.key))).code, 'unavailable')
+  assert.is(billing.health().cache.answers.stale, 0)
+  full = false
+})
+
+test('a follower that reaches neither Redis nor Postgres is down', async () => {
+  const leader = moduleOf({ rpc: rpcOf(), redis: redisClient() })
+  await leader.start()
+  const [toRedis, toPostgres] = [await startProxy(redis.url), await startProxy(db.loginUrl)]
+  open.push(
+    () => toRedis.close(),
+    () => toPostgres.close(),
+  )
+  const rpc = rpcOf({ connectionString: toPostgres.url })
+  const follower = moduleOf({ rpc, redis: redisClient(toRedis.url), listen: false, staleIfError: 1000 })
+  await follower.start()
+  await until(() => follower.health().status === 'ok', 'health')
+  toRedis.mode = toPostgres.mode = 'refuse'
+  toRedis.cut()
+  await until(() => follower.health().cache.redis === false, 'Redis to be gone')
+  assert.is(follower.health().status, 'degraded', 'Postgres answers')
+  toPostgres.cut()
+  await until(() => follower.health().status === 'down', 'health to be down')
+  assert.is(follower.health().http_status, 503)
+  toRedis.mode = toPostgres.mode = 'pass'
+  await until(() => follower.health().http_status === 200, 'health to be back')
+})
+
+test('look-ups that are refused are in health', async () => {
+  const billing = moduleOf({ rpc: rpcOf() })
+  await billing.start()
+  await until(() => billing.health().status === 'ok', 'health')
+  const world = await seed(db.operator)
+  await db.sql('revoke execute on function api.resolve_virtual_keys from keyledger_gateway')
+  try {
+    assert.is((await failure(billing.validate(world.key))).code, 'unavailable')
+    const { status, http_status, cache } = billing.health()
+    assert.equal([status, http_status, cache.error], ['degraded', 200, 'permission_denied'])
+  } finally {
+    await db.sql('grant execute on function api.resolve_virtual_keys to keyledger_gateway')
+  }
+  await billing.validate(world.key)
+  assert.is(billing.health().cache.error, null)
+})
+
 for (const [what, away, changesRead, expected] of [
   ['an error that is no absence', false, false, 'rejected'],
   ['an absence', true, false, 'stale'],

@@ -9,7 +9,6 @@ import { createListener } from '../src/listener.ts'
 import { type Coverage, createRedisTier } from '../src/redis.ts'
 import { type Between, type Client, type ClientOptions, startClient } from './support/client.ts'
 import { database } from './support/database.ts'
-import { failure } from './support/failure.ts'
 import { startProxy, type TcpProxy } from './support/proxy.ts'
 import { seed, type World } from './support/seed.ts'
 
@@ -93,6 +92,17 @@ async function readAgain({ cache, listener }: Client) {
     'a read',
   )
   await trusted({ cache })
+}
+
+/** What becomes of the client's next script that deletes entries, in place of `send`. */
+function nextDelete({ redis }: Client, act: (send: () => Promise<unknown>) => Promise<unknown>) {
+  const { eval: run } = redis
+  redis.eval = ((...args: unknown[]) => {
+    const send = () => run.apply(redis, args as never)
+    if (args[1] === 1) return send()
+    redis.eval = run
+    return act(send)
+  }) as typeof run
 }
 
 const refused = (client: Client, world: World) =>
@@ -373,15 +383,13 @@ test('memory is dropped when its own cursor says nothing any more', async () => 
 test('memory is evicted before Redis, and is not filled again from there meanwhile', async () => {
   const one = await client('poll')
   const world = await warm(one)
-  const { unlink } = one.redis
   let sendDelete: (() => void) | undefined
-  one.redis.unlink = (async (...keys: unknown[]) => {
-    one.redis.unlink = unlink
-    await new Promise<void>((resolve) => {
+  const held = new Promise<void>((resolve) => {
+    nextDelete(one, (send) => {
       sendDelete = resolve
+      return held.then(send)
     })
-    return unlink.call(one.redis, keys as string[])
-  }) as typeof unlink
+  })
   await revoke(world)
   await until(() => sendDelete, 'the delete')
   // Redis has the entry, and is trusted
@@ -400,12 +408,10 @@ test('memory is evicted before Redis, and is not filled again from there meanwhi
 test('an eviction of Redis that takes long ends trust in it', async () => {
   const one = await client('poll')
   const world = await warm(one)
-  const { unlink } = one.redis
-  one.redis.unlink = (() => new Promise(() => {})) as typeof unlink
+  nextDelete(one, () => new Promise(() => {}))
   await revoke(world)
   await until(() => !one.cache.redis!.trust.holds(), 'trust to end')
   assert.not((await one.validate(world.keyHash)).accepted)
-  one.redis.unlink = unlink
   await trusted(one)
   one.cache.forget([`vk:${world.keyHash}`])
   assert.not((await one.validate(world.keyHash)).accepted)
@@ -512,14 +518,11 @@ test('a change while Redis cannot be reached is evicted before Redis is trusted 
 test('a delete that fails ends trust in Redis until it is replayed', async () => {
   const one = await client('poll')
   const world = await warm(one)
-  // as in a Cluster, where the shard of the key may be away, and that of the cursor not
-  const { unlink } = one.redis
   let failed = false
-  one.redis.unlink = () => {
-    one.redis.unlink = unlink
+  nextDelete(one, () => {
     failed = true
     return Promise.reject(new Error('away'))
-  }
+  })
   await revoke(world)
   await until(() => failed, 'the delete')
   await refused(one, world)
@@ -528,9 +531,46 @@ test('a delete that fails ends trust in Redis until it is replayed', async () =>
   assert.not((await one.validate(world.keyHash)).accepted)
 })
 
-test('a cursor that may have been written to an older Redis starts a new generation', async () => {
+test('a cursor that ioredis sends again, to an older Redis, takes the entries along', async () => {
   const away = await proxy(redis.url)
-  const connection = new Redis(away.url, { retryStrategy: () => 50 }).on('error', () => {})
+  const [one, other] = [
+    await client('poll', { redisUrl: away.url }),
+    await client('poll', { redisUrl: away.url }),
+  ]
+  const world = await warm(one)
+  await trusted(other)
+  const raw = (await entry(world))!
+  const found = (await admin.get('vk:cursor'))!
+  // the older Redis has seen nothing of what was done since
+  let sent = false
+  nextDelete(one, (send) => {
+    away.mode = 'hang'
+    sent = true
+    return send()
+  })
+  nextDelete(other, () => Promise.reject(new Error('away')))
+  await revoke(world)
+  await until(() => sent, 'the script')
+  await until(
+    () => !one.cache.redis!.trust.holds() && !other.cache.redis!.trust.holds(),
+    'the loss to be seen',
+  )
+  assert.is(await entry(world), raw)
+  assert.ok(JSON.parse(found).beat <= (await covered())!.beat)
+  const { beat } = (await covered())!
+  away.mode = 'pass'
+  away.cut()
+  await until(async () => (await covered())!.beat > beat, 'the cursor to move')
+  assert.is.not(await entry(world), raw)
+  for (const each of [one, other]) {
+    await trusted(each)
+    each.cache.forget([`vk:${world.keyHash}`])
+    assert.not((await each.validate(world.keyHash)).accepted)
+  }
+})
+
+test('the cursor moves only from where it was found, and with it the keys go', async () => {
+  const connection = new Redis(redis.url).on('error', () => {})
   const tier = createRedisTier(connection, { maxStaleness: 5000 })
   started.push({
     async stop() {
@@ -540,30 +580,20 @@ test('a cursor that may have been written to an older Redis starts a new generat
   })
   await until(() => connection.status === 'ready', 'redis')
   const to = { cursor: { cluster: 'c', snapshot: 's' }, generation: 'g' }
+  const keys = Array.from({ length: 20_000 }, (_, i) => `vk:${i}`)
+  for (const key of keys) admin.set(key, 'x')
+  await admin.set('vk:other', 'x')
   const first = await tier.covered()
-  assert.is((await tier.advance(first, to, 0))!.beat, 1)
-  assert.is(await tier.advance(first, to, 0).then((now) => now!.beat), 1, 'not onto another value')
-
-  const ready = async () => {
-    await until(() => connection.status !== 'ready', 'the loss to be seen')
-    await until(() => connection.status === 'ready', 'redis')
-  }
-  const foundBefore = await tier.covered()
-  away.cut()
-  await ready()
-  await failure(tier.advance(foundBefore, to, 0))
-  assert.is((await tier.covered()).raw, foundBefore.raw, 'not over another connection')
-
-  const found = await tier.covered()
-  away.mode = 'hang'
-  await failure(tier.advance(found, to, 1))
-  away.cut()
-  away.mode = 'pass'
-  await ready()
-  const doubtful = await tier.covered()
-  assert.is(doubtful.coverage, undefined)
-  assert.ok(await tier.advance(doubtful, { ...to, generation: 'h' }, 0))
-  assert.is((await tier.covered()).coverage!.generation, 'h')
+  assert.is((await tier.advance(first, to, keys))!.beat, 1)
+  assert.equal((await admin.keys('*')).sort(), ['vk:cursor', 'vk:other'])
+  await admin.set('vk:0', 'x')
+  assert.is(
+    (await tier.advance(first, { ...to, generation: 'h' }, ['vk:0']))!.generation,
+    'g',
+    'not onto another',
+  )
+  assert.not(await admin.exists('vk:0'), 'but rid of the key')
+  assert.is((await tier.covered()).coverage!.beat, 1)
 })
 
 test('a process without a listener follows the heartbeat in Redis', async () => {

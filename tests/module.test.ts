@@ -415,6 +415,7 @@ test('a started module answers from memory, follows changes, and says how it is'
         redis: null,
         entries: 1,
         answers: { memory: 2, redis: 0, database: 1, stale: 0 },
+        error: null,
       },
       listener: { listening: true, age: health.listener.age, error: null },
       news: { age: null, error: null },
