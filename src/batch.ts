@@ -72,6 +72,8 @@ interface Item<Answer> {
   id: unknown
   bytes: number
   until: number
+  /** How often its account was busy. */
+  busy?: number
   answer: Promise<Answer>
   resolve: (answer: Answer) => void
   reject: (error: unknown) => void
@@ -92,6 +94,8 @@ interface Group<Answer> {
 
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 2000
+// so often an account that is busy goes with others again, before it goes alone
+const BUSY_TOGETHER = 2
 // fewer are not worth a call of their own while another lane is free to take them
 const WORTH_A_CALL = 32
 // an error that nobody knows is the whole batch's for so many tries; then smaller batches show whose it is
@@ -219,6 +223,15 @@ export function createBatcher<Element, Answer>({
     }
   }
 
+  // Before what came since, with others again: it was another call's for a moment, and costs these nothing.
+  function requeue(account: string, items: Items) {
+    begun.delete(account)
+    queued += items.length
+    inFlight -= items.length
+    waiting.set(account, [...items, ...(waiting.get(account) ?? [])])
+    begin()
+  }
+
   /** Settles every item, or puts it back; never rejects. */
   async function deliver(group: Group<Answer>): Promise<void> {
     let { items, pause } = group
@@ -264,7 +277,7 @@ export function createBatcher<Element, Answer>({
     const busy = new Map<string, Items>()
     for (const [i, item] of items.entries()) {
       if (isBusy(answers[i]!)) {
-        slow.add(item.account)
+        item.busy = (item.busy ?? 0) + 1
         busy.set(item.account, [...(busy.get(item.account) ?? []), item])
         continue
       }
@@ -275,7 +288,14 @@ export function createBatcher<Element, Answer>({
     const pause = Math.min(2 * group.pause, LONGEST_PAUSE_MS)
     const at = performance.now() + group.pause * (0.5 + Math.random() / 2)
     // only a group of one account has later elements, so they follow the one that is busy
-    for (const each of busy.values()) putBack({ ...group, items: each, at, pause, error: accountBusy() })
+    for (const [account, each] of busy) {
+      if (each[0]!.busy! <= BUSY_TOGETHER && !group.next && !abandoned) {
+        requeue(account, each)
+        continue
+      }
+      slow.add(account)
+      putBack({ ...group, items: each, at, pause, error: accountBusy() })
+    }
     if (busy.size === 0) follow(group)
   }
 

@@ -472,6 +472,7 @@ begin
     join data.usage_log l on l.account_id = b.account_id
       and b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
       and case when isfinite(b.counted_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
+      and l.id >= data.uuid_floor(b.counted_floor)
     cross join lateral (select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
     where (for_account_id is null or b.account_id = for_account_id) and w.starts >= b.counted_from
     group by b.account_id, b.id, w.starts
