@@ -133,8 +133,8 @@ as $$
   select case when jsonb_typeof(element -> field) = 'string' then element ->> field end
 $$;
 
--- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes. Only numbers that may be such are looked at
--- closely: a zero may have thousands of decimals, which its scale alone tells.
+-- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes, and a zero may have thousands of decimals,
+-- which its scale alone tells. No text is made to find out.
 create or replace function data.has_absurd_numbers(value jsonb)
 returns boolean
 language plpgsql

@@ -33,8 +33,8 @@ as $$
 $$;
 
 -- Reads events: key, price and cost of each, before any account is locked, in account_id order. `codes` say why one must be parked,
--- `notes` what of one that is charged was left out: labels that are unfit, and a hold that this account doesn't have (lost with a
--- failover, or another account's).
+-- `notes` what is left out of one: labels that are unfit, and a hold that this account doesn't have (lost with a failover, or another
+-- account's).
 -- Ids are cast at once, and one by one only if that fails: catching each on its own is a fifth of the work.
 -- `offset 0` in an exists: else it may be hashed, by a plan of when its table was small, and read all of it.
 -- The caller's own statement reads the window: it then waits for a drop of months before it takes its snapshot, not after.
@@ -177,7 +177,8 @@ begin
 end
 $$;
 
--- An event as it is kept: the fields an event has, without unfit labels; other content past 64 kB is only said to have been too large.
+-- An event as it is kept: the fields an event has, without unfit labels. A field past its size, or with absurd numbers, is only said to
+-- have been so.
 create or replace function data.kept_event(event jsonb)
 returns jsonb
 language sql
