@@ -1,8 +1,10 @@
-// Runs the tests: `npm test [-- part of a file name …]`. On a Postgres of its own, or on DATABASE_URL's.
+// Runs the tests: `npm test [-- part of a file name …]`. In two lanes, each on a Postgres of its own; or one by one on
+// DATABASE_URL's.
 import { type ChildProcess, spawn } from 'node:child_process'
 import { readdirSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { stripVTControlCharacters } from 'node:util'
 import { once, type TestServer } from '../tests/support/database.ts'
 import { ensureRedis } from './redis.ts'
 import { migrate, prepareRoles, secret, startPostgres, withDatabase } from './servers.ts'
@@ -10,65 +12,77 @@ import { migrate, prepareRoles, secret, startPostgres, withDatabase } from './se
 const secondsPerFile = Number(process.env.SECONDS_PER_FILE ?? 300)
 const tests = join(dirname(dirname(fileURLToPath(import.meta.url))), 'tests')
 const wanted = process.argv.slice(2)
-const files = readdirSync(tests)
+const files = readdirSync(tests, { recursive: true, encoding: 'utf8' })
   .filter(
     (file) => file.endsWith('.test.ts') && (!wanted.length || wanted.some((part) => file.includes(part))),
   )
   .sort()
+const given = process.env.DATABASE_URL
+const lanes = given ? 1 : Math.min(2, files.length)
 const sum = { passed: 0, failed: 0, skipped: 0 }
+const failures: string[] = []
+const running = new Set<ChildProcess>()
+const queue = [...files]
 let interrupted = false
-let child: ChildProcess | undefined
 
 if (files.length) {
   for (const signal of ['SIGINT', 'SIGTERM'])
     process.on(signal, () => {
       interrupted = true
-      child?.kill('SIGTERM')
+      for (const child of running) child.kill('SIGTERM')
     })
   ensureRedis()
-  const adminUrl = process.env.DATABASE_URL || (await startPostgres()).url
-  const template = `keyledger_test_${secret().slice(0, 8)}`
-  try {
-    await migrate(withDatabase(adminUrl, template))
-    const { user, password } = await prepareRoles(withDatabase(adminUrl, template), template)
-    for (const file of files)
-      if (!interrupted) await run(file, { adminUrl, template, login: { user, password } })
-  } catch (error) {
-    sum.failed++
-    console.error(error)
-  } finally {
-    const databases = await once(
-      adminUrl,
-      `select datname from pg_database where starts_with(datname, '${template}')`,
-    )
-    for (const { datname } of databases) await once(adminUrl, `drop database ${datname} with (force)`)
-    await once(adminUrl, `drop role if exists ${template}`)
-  }
+  await Promise.all(Array.from({ length: lanes }, lane))
 } else {
   console.error(`no file in tests/ matches ${wanted.join(' ') || '*.test.ts'}`)
 }
 
 if (interrupted || sum.failed || !sum.passed) process.exitCode = 1
+if (failures.length) console.log(`\nFailed:\n${failures.join('\n')}`)
 if (sum.skipped) console.log(`${sum.skipped} skipped`)
 console.log(`${sum.passed} passed, ${sum.failed} failed`)
 
-// Each file in its own process, with the loader this process was started with.
+// A server with a template, and the files of the queue one by one on copies of it.
+async function lane() {
+  try {
+    const adminUrl = given || (await startPostgres()).url
+    const template = `keyledger_test_${secret().slice(0, 8)}`
+    try {
+      await migrate(withDatabase(adminUrl, template))
+      const { user, password } = await prepareRoles(withDatabase(adminUrl, template), template)
+      while (queue.length && !interrupted)
+        await run(queue.shift() as string, { adminUrl, template, login: { user, password } })
+    } finally {
+      const databases = await once(
+        adminUrl,
+        `select datname from pg_database where starts_with(datname, '${template}')`,
+      )
+      for (const { datname } of databases) await once(adminUrl, `drop database ${datname} with (force)`)
+      await once(adminUrl, `drop role if exists ${template}`)
+    }
+  } catch (error) {
+    sum.failed++
+    console.error(error)
+  }
+}
+
+// Each file in its own process, with the loader this process was started with. Its output comes whole, at its end.
 async function run(file: string, server: TestServer) {
-  console.log(`\n${file}`)
   const start = performance.now()
-  const run = spawn(process.execPath, [...process.execArgv, join(tests, file)], {
+  const child = spawn(process.execPath, [...process.execArgv, join(tests, file)], {
     env: { ...process.env, KEYLEDGER_TEST: JSON.stringify(server) },
-    stdio: ['ignore', 'pipe', 'inherit'],
+    stdio: ['ignore', 'pipe', 'pipe'],
   })
-  child = run
+  running.add(child)
   let output = ''
-  run.stdout.setEncoding('utf8').on('data', (text) => {
-    output += text
-    process.stdout.write(text)
-  })
-  const limit = setTimeout(() => run.kill('SIGKILL'), secondsPerFile * 1000)
-  const code = await new Promise((resolve) => run.on('close', (code, signal) => resolve(signal ?? code)))
+  for (const stream of [child.stdout, child.stderr])
+    stream.setEncoding('utf8').on('data', (text) => {
+      output += text
+    })
+  const limit = setTimeout(() => child.kill('SIGKILL'), secondsPerFile * 1000)
+  const code = await new Promise((resolve) => child.on('close', (code, signal) => resolve(signal ?? code)))
   clearTimeout(limit)
+  running.delete(child)
 
   // uvu's exit code is 0 when a `before` hook failed, and its summary is missing when the process died
   const count = (label: string) =>
@@ -78,11 +92,15 @@ async function run(file: string, server: TestServer) {
   sum.passed += passed
   sum.failed += failed
   sum.skipped += skipped
+  const seconds = ((performance.now() - start) / 1000).toFixed(1)
+  console.log(`\n${file} (${seconds} s)\n${output}`)
+  if (!failed) return
   const why = !total
     ? 'ended without a result'
     : code
       ? `${failed} failed`
       : 'a hook failed; uvu does not say how'
-  const seconds = ((performance.now() - start) / 1000).toFixed(1)
-  if (failed) console.log(`${file}: ${why} (exit ${code}, ${seconds} s)`)
+  console.log(`${file}: ${why} (exit ${code}, ${seconds} s)`)
+  const named = stripVTControlCharacters(output).match(/^\s*FAIL\s.*$(?:\n.*){1,2}/gm) ?? []
+  failures.push(`${file}: ${why}`, ...named)
 }
