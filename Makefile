@@ -15,7 +15,7 @@ node_modules/.package-lock.json: package.json package-lock.json
 check: install ## type check and lint
 	@npm run -s check
 
-test: install ## run the tests on real servers; ARGS='cache' runs tests/*cache*.test.ts, DATABASE_URL=… uses that server
+test: install ## run the tests on real servers; ARGS='cache' runs the files of tests/ with cache in their path, DATABASE_URL=… uses that server
 	@npm run -s test -- $(ARGS)
 
 test-versions: install ## run the tests on PostgreSQL 15, 16 and 18 as well (npm has them)

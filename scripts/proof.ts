@@ -30,7 +30,7 @@ export async function prove(databaseUrl: string, replayed: Replayed, funds: bigi
          (select coalesce(sum(-amount), 0)::numeric(28, 10)::text from api.billing_transactions where kind = 'usage') as charged,
          (select count(*)::integer from api.usage_logs) as events,
          (select count(*)::integer from api.holds where status = 'open') as open_holds,
-         (select count(*)::integer from api.rejected_usage) as parked`,
+         (select count(*)::integer from api.parked_usage) as parked`,
     )
     const findings = await rows(
       'select account_id, problem, seq, expected, actual from api.verify_balances()',

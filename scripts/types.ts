@@ -24,7 +24,7 @@ const shapes: Record<string, string> = {
   release_holds: '(ReleaseAnswer | BusyAnswer)[]',
   'release_holds.requests': 'ReleaseRequest[]',
   resolve_virtual_keys: '(KeyContext | UnknownKey)[]',
-  replay_rejected_usage: '(UsageAnswer & { rejected_id: string })[]',
+  replay_parked_usage: '(UsageAnswer & { parked_id: string })[]',
 }
 
 // as they are in JSON; what has no shape of ours is unknown

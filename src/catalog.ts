@@ -154,19 +154,8 @@ export interface Views {
     ended_by: string | null
     end_reason: string | null
   }
-  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next one. */
-  prices: {
-    id: number | null
-    config_node_id: string | null
-    meter: string | null
-    unit_price: number | null
-    unit_size: number | null
-    currency: string | null
-    effective_from: string | null
-    created_at: string | null
-  }
   /** Events that could not be charged, with the code that says why; kept until resolved. */
-  rejected_usage: {
+  parked_usage: {
     id: string | null
     event: unknown
     usage_id: string | null
@@ -179,6 +168,17 @@ export interface Views {
     resolution: string | null
     reason: string | null
     actor: string | null
+  }
+  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next one. */
+  prices: {
+    id: number | null
+    config_node_id: string | null
+    meter: string | null
+    unit_price: number | null
+    unit_size: number | null
+    currency: string | null
+    effective_from: string | null
+    created_at: string | null
   }
   /** Who changed the status of a tenant, user_profile, virtual_key or config_node, when and why; old_status is null for one that began so. */
   status_changes: {
@@ -338,12 +338,12 @@ export interface Functions {
     }
   }
   /** Gives up parked events that will never be charged, frees what their holds set aside, and keeps who did it and why (`reason`). */
-  dismiss_rejected_usage: {
+  dismiss_parked_usage: {
     args: {
       ids: string[]
       reason: string
     }
-    result: Views['rejected_usage'][]
+    result: Views['parked_usage'][]
   }
   /** Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage: call it twice. */
   drop_usage_partitions: {
@@ -470,12 +470,12 @@ export interface Functions {
     result: Views['budgets']
   }
   /** Charges parked events again, after a price or an account was fixed. */
-  replay_rejected_usage: {
+  replay_parked_usage: {
     args: {
       ids?: string[] | null
       max_events?: number | null
     }
-    result: (UsageAnswer & { rejected_id: string })[]
+    result: (UsageAnswer & { parked_id: string })[]
   }
   /** Resolves a virtual key to who pays, and what they have. */
   resolve_billing_account: {

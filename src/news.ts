@@ -3,11 +3,11 @@ import { withinTime } from './cache.ts'
 import { invalidInput } from './errors.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
-import type { AccountEvents } from './types.ts'
+import type { AccountNewss } from './types.ts'
 import { createLoop, type Loop, READ_MS } from './wake.ts'
 
-export type NewsKind = keyof AccountEvents
-export type NewsListener<Kind extends NewsKind> = (event: AccountEvents[Kind]) => unknown
+export type NewsKind = keyof AccountNewss
+export type NewsListener<Kind extends NewsKind> = (event: AccountNewss[Kind]) => unknown
 
 export interface NewsState {
   /** ms since the last complete read was sent; null before the first, and while nobody listens. */
@@ -57,7 +57,7 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
     return own
   }
 
-  function tell(event: AccountEvents[NewsKind]) {
+  function tell(event: AccountNewss[NewsKind]) {
     for (const listener of [...(listeners.get(event.kind) ?? [])]) {
       // in a promise, so that what one throws is as what it rejects with, and stops no other
       new Promise((resolve) => resolve(listener(event as never))).catch((error) =>

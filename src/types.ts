@@ -183,7 +183,7 @@ export interface HoldAnswer {
 }
 
 /** A crossing of an account's funds or of a budget, at the moment of the posting that caused it. */
-export interface AccountEvent<Kind extends string> {
+export interface NewsOf<Kind extends string> {
   /** The same in every process that is told, so that copies can be dropped. Grows with the account's entries. */
   id: number
   kind: Kind
@@ -209,15 +209,15 @@ export interface BudgetNews {
 }
 
 /** What `on` tells, by kind. */
-export interface AccountEvents {
+export interface AccountNewss {
   /** Funds fell to the account's threshold or below it. */
-  low_balance: AccountEvent<'low_balance'> & { threshold: string }
+  low_balance: NewsOf<'low_balance'> & { threshold: string }
   /** Funds fell to 0 or below. */
-  exhausted: AccountEvent<'exhausted'>
+  exhausted: NewsOf<'exhausted'>
   /** Funds rose above 0. */
-  back_in_funds: AccountEvent<'back_in_funds'>
+  back_in_funds: NewsOf<'back_in_funds'>
   /** What counts against a budget in its present window has reached its amount; a budget of 0 says nothing. */
-  budget_exhausted: AccountEvent<'budget_exhausted'> & { budget: BudgetNews }
+  budget_exhausted: NewsOf<'budget_exhausted'> & { budget: BudgetNews }
   /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
   reset: { kind: 'reset' }
 }
@@ -226,7 +226,7 @@ export interface AccountEvents {
 export interface AccountNews {
   cursor: Cursor
   /** Oldest first. */
-  events: AccountEvents[Exclude<keyof AccountEvents, 'reset'>][]
+  events: AccountNewss[Exclude<keyof AccountNewss, 'reset'>][]
   /** Some may have been missed since the cursor given: read the accounts you care about. */
   reset: boolean
 }

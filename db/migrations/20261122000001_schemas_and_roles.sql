@@ -17,7 +17,7 @@ begin
   ) o
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
-      'account_balance', 'account_event', 'account_now', 'accounting_snapshot', 'actor', 'after', 'amount',
+      'account_balance', 'account_news', 'account_now', 'accounting_snapshot', 'actor', 'after', 'amount',
       'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'broken_fact',
       'budget', 'budget_code', 'budget_shown', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller',
       'charged_before', 'check_entry', 'check_written', 'codes_now', 'config_node', 'count_sealed_month',
@@ -33,8 +33,8 @@ begin
       'outbox_horizon', 'park', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters',
       'purge_ended', 'purge_outboxes', 'read_cursor', 'read_hold_requests', 'read_key_imports', 'read_openings',
       'read_usage_events', 'recount_budgets', 'reference_is_used_once', 'refuse', 'refuse_dropped_usage',
-      'refuse_parked_usage', 'refuse_previous_hash', 'rejected_usage', 'rejected_usage_sets_aside',
-      'rejected_usage_unresolved', 'replay_ahead', 'replay_parked', 'require_array', 'require_positive_amount',
+      'refuse_parked_usage', 'refuse_previous_hash', 'parked_usage', 'parked_usage_sets_aside',
+      'parked_usage_unresolved', 'replay_ahead', 'replay_parked', 'require_array', 'require_positive_amount',
       'require_reason', 'resolve_parked', 'seal', 'seq_before', 'sha256', 'shown', 'shown_hold', 'shrink_parked',
       'spend_time', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant', 'tenant_role_kept',
       'tenant_role_named', 'tenant_updated', 'text_of', 'to_amount', 'to_cost', 'to_expires_in', 'to_moment',
@@ -48,10 +48,10 @@ begin
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at', 'billing_accounts',
       'billing_transactions', 'budgets', 'cache_changes', 'check_budget', 'close_period', 'config_nodes',
-      'create_virtual_key', 'dismiss_rejected_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
+      'create_virtual_key', 'dismiss_parked_usage', 'drop_usage_partitions', 'explain_charge', 'extend_holds',
       'freeze_funds', 'grant_credit', 'holds', 'id_at', 'import_virtual_keys', 'installation_warnings',
       'ledger_problem', 'maintain', 'new_id', 'place_holds', 'prices', 'record_openings', 'record_usage',
-      'refund_charge', 'rejected_usage', 'release_holds', 'remove_budget', 'replay_rejected_usage',
+      'refund_charge', 'parked_usage', 'release_holds', 'remove_budget', 'replay_parked_usage',
       'resolve_billing_account', 'resolve_virtual_key', 'resolve_virtual_keys', 'reverse_top_up',
       'revoke_virtual_key', 'rotate_virtual_key', 'set_budget', 'set_credit_limit', 'set_low_balance_threshold',
       'set_status', 'set_time_zone', 'spend', 'statement', 'status_changes', 'tenants', 'top_up', 'unfreeze_funds',

@@ -41,7 +41,7 @@ select m.first, m.first, m.first
 from (select date_trunc('month', now(), 'UTC') - interval '1 month' as first) m;
 
 -- events kept until they can be charged; id is a digest of the event, so that a retry meets its first try
-create table data.rejected_usage (
+create table data.parked_usage (
   id uuid primary key,
   event jsonb not null,
   usage_id uuid,
@@ -60,16 +60,16 @@ create table data.rejected_usage (
   constraint dismissed_by_somebody_for_a_reason check (
     (reason is not null) = (resolution is not distinct from 'dismissed') and (actor is null) = (reason is null))
 );
-create index rejected_usage_unresolved on data.rejected_usage (usage_id) where resolved_at is null;
-create index rejected_usage_sets_aside on data.rejected_usage (account_id, hold_id) where hold_id is not null;
+create index parked_usage_unresolved on data.parked_usage (usage_id) where resolved_at is null;
+create index parked_usage_sets_aside on data.parked_usage (account_id, hold_id) where hold_id is not null;
 
 alter table data.usage_log enable row level security;
 alter table data.usage_window enable row level security;
-alter table data.rejected_usage enable row level security;
+alter table data.parked_usage enable row level security;
 
 comment on table data.usage_log is 'Each charged event, by month of its id; append-only.';
 comment on table data.usage_window is 'The range of event and hold times accepted, and how far retention has come.';
-comment on table data.rejected_usage is 'Events that could not be charged yet, kept whole.';
+comment on table data.parked_usage is 'Events that could not be charged yet, kept whole.';
 
 reset role;
 

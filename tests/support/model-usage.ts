@@ -39,12 +39,12 @@ export const usage: Kinds = {
     return many('record_usage', events, sayCharge, (world, events) => record(world, events))
   },
 
-  replay_rejected_usage(dice, world) {
+  replay_parked_usage(dice, world) {
     const parked = one(dice, world.parked)
     return {
-      name: 'replay_rejected_usage',
+      name: 'replay_parked_usage',
       role: 'keyledger_operator',
-      text: `select api.replay_rejected_usage(${named}) as answers`,
+      text: `select api.replay_parked_usage(${named}) as answers`,
       values: naming(parked),
       accounts: parked ? [parked.event.account_id] : [],
       alone: true,
@@ -66,12 +66,12 @@ export const usage: Kinds = {
     }
   },
 
-  dismiss_rejected_usage(dice, world) {
+  dismiss_parked_usage(dice, world) {
     const parked = one(dice, world.parked)
     return {
-      name: 'dismiss_rejected_usage',
+      name: 'dismiss_parked_usage',
       role: 'keyledger_operator',
-      text: `select resolution from api.dismiss_rejected_usage(${named}, 'never')`,
+      text: `select resolution from api.dismiss_parked_usage(${named}, 'never')`,
       values: naming(parked),
       accounts: [],
       alone: true,
@@ -113,7 +113,7 @@ export const usage: Kinds = {
 }
 
 // a parked event, as the database finds it and as the model does
-const named = 'array(select id from api.rejected_usage where usage_id = $1 and event = $2::jsonb)'
+const named = 'array(select id from api.parked_usage where usage_id = $1 and event = $2::jsonb)'
 const naming = (parked?: model.Parked) => [parked?.event.id ?? newId(), JSON.stringify(parked?.event ?? null)]
 const find = (world: World, parked?: model.Parked) =>
   world.parked.find(({ event }) => event.id === parked?.event.id && same(event, parked.event))

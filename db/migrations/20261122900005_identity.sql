@@ -1,0 +1,303 @@
+-- migrate:up
+-- Identity is written through views: triggers keep ids and owners fixed, and lock parents before children.
+
+set local role keyledger_owner;
+
+-- Trigger functions run as whoever writes, through a view too, so they are security definer: that role has no right on data.
+
+-- Every write of a child locks its parents `for share`, from the child up (a plain `update` has locked the row before any
+-- trigger can run, so child first is the one order every statement keeps), nodes last. A parent's change therefore waits for
+-- its newest child, and the statement that evicts the parent's keys sees it.
+
+create or replace function data.lock_key_parents()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tenant_id uuid;
+begin
+  select u.tenant_id into v_tenant_id from data.user_profile u where u.id = new.user_id for share;
+  perform from data.tenant t where t.id = v_tenant_id for share;
+  if tg_op = 'UPDATE' then
+    -- a new hash is as a new key that has mounts already: who unmounts a node must see it too
+    perform
+    from data.virtual_key_config_node m
+    join data.config_node n on n.id = m.config_node_id
+    where m.virtual_key_id = new.id
+    order by n.id
+    for share;
+  end if;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert or update of key_hash on data.virtual_key
+  for each row execute function data.lock_key_parents();
+
+create or replace function data.lock_user_parent()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from data.tenant t where t.id = new.tenant_id for share;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert or update of tenant_id on data.user_profile
+  for each row execute function data.lock_user_parent();
+
+create or replace function data.lock_mount_parents()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform from data.virtual_key k where k.id = new.virtual_key_id for share;
+  perform from data.config_node n where n.id = new.config_node_id for share;
+  return new;
+end
+$$;
+create or replace trigger lock_parents before insert or update on data.virtual_key_config_node
+  for each row execute function data.lock_mount_parents();
+
+-- An operator's mistake is refused in words, before a constraint names a table that no role sees.
+-- The trigger's arguments are the columns that must not be null.
+create or replace function data.check_written()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_row jsonb := to_jsonb(new);
+  v_missing text := (select min(a.name) from unnest(tg_argv) as a (name) where v_row ->> a.name is null);
+  v_currency text := v_row ->> 'currency';
+begin
+  if v_missing is not null then
+    perform data.refuse(422, 'value_required', format('%s: %s is null', tg_table_name, v_missing),
+      'give it in each row, or in none; for a default where a row has none, send "Prefer: missing=default" '
+      '(postgrest-js: defaultToNull: false)');
+  end if;
+  perform data.refuse(422, 'invalid_currency', tg_table_name || ': a currency is three capital letters of ISO 4217',
+    format('write "%s"', case when v_currency ~* '^[a-z]{3}$' then upper(v_currency) else 'USD' end));
+  return null;
+end
+$$;
+create or replace trigger check_written before insert or update on data.tenant
+  for each row when (num_nulls(new.id, new.name, new.currency, new.status) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('id', 'name', 'currency', 'status');
+create or replace trigger check_written before insert or update on data.user_profile
+  for each row
+  when (num_nulls(new.id, new.tenant_role, new.currency, new.status) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('id', 'tenant_role', 'currency', 'status');
+create or replace trigger check_written before insert or update on data.config_node
+  for each row when (num_nulls(new.id, new.name, new.status) > 0)
+  execute function data.check_written('id', 'name', 'status');
+create or replace trigger check_written before insert or update on data.virtual_key_config_node
+  for each row when (num_nulls(new.virtual_key_id, new.config_node_id) > 0)
+  execute function data.check_written('virtual_key_id', 'config_node_id');
+create or replace trigger check_written before insert on data.price
+  for each row when (
+    num_nulls(new.config_node_id, new.meter, new.unit_price, new.unit_size, new.currency, new.effective_from) > 0
+    or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('config_node_id', 'meter', 'unit_price', 'unit_size', 'currency', 'effective_from');
+
+-- what never changes
+create or replace function data.keep_owner_identity()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if new.id <> old.id then
+    perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
+  end if;
+  if new.currency <> old.currency then
+    perform data.refuse(409, 'currency_is_fixed', tg_table_name || ' ' || old.id, 'an account keeps the currency it was opened in');
+  end if;
+  if old.status = 'closed' and new.status <> 'closed' then
+    perform data.refuse(409, 'closed_is_final', tg_table_name || ' ' || old.id, 'suspend what may come back');
+  end if;
+  return new;
+end
+$$;
+create or replace trigger keep_identity before update on data.tenant
+  for each row execute function data.keep_owner_identity();
+create or replace trigger keep_identity before update on data.user_profile
+  for each row execute function data.keep_owner_identity();
+
+create or replace function data.keep_node_identity()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
+  return null;
+end
+$$;
+create or replace trigger keep_identity before update on data.config_node
+  for each row when (new.id <> old.id) execute function data.keep_node_identity();
+
+-- An admin of one tenant is no admin of the next: a user who moves becomes a member, unless the same update names tenant_role. A
+-- trigger is not told which columns an update names, so one that fires for tenant_role alone says so to the next, which takes it back.
+create or replace function data.tenant_role_named()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform set_config('keyledger.tenant_role_named', 'true', true);
+  return new;
+end
+$$;
+
+-- fired in the order of their names
+create or replace trigger tenant_role_1_named before update of tenant_role on data.user_profile
+  for each row execute function data.tenant_role_named();
+
+create or replace function data.tenant_role_kept()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if new.tenant_id is distinct from old.tenant_id
+    and coalesce(current_setting('keyledger.tenant_role_named', true), '') <> 'true'
+  then
+    new.tenant_role := 'member';
+  end if;
+  perform set_config('keyledger.tenant_role_named', '', true);
+  return new;
+end
+$$;
+create or replace trigger tenant_role_2_kept before update of tenant_id, tenant_role on data.user_profile
+  for each row execute function data.tenant_role_kept();
+
+create or replace function data.keep_key_identity()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (new.id, new.user_id) is distinct from (old.id, old.user_id) then
+    perform data.refuse(409, 'id_is_fixed', 'virtual_key ' || old.id, 'create a key for the other user');
+  end if;
+  if old.status = 'revoked' and new.status <> 'revoked' then
+    perform data.refuse(409, 'revoked_is_final', 'virtual_key ' || old.id, 'create a new key');
+  end if;
+  return new;
+end
+$$;
+create or replace trigger keep_identity before update on data.virtual_key
+  for each row execute function data.keep_key_identity();
+
+-- a hash is a key's, or was one's, never both: by its own statement, which sees what committed while the unique index made it wait
+create or replace function data.refuse_previous_hash()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from data.previous_key_hash p where p.key_hash = new.key_hash) then
+    raise unique_violation using
+      message = 'new row for relation "virtual_key" violates check "hash_was_never_used"',
+      table = 'virtual_key', constraint = 'hash_was_never_used';
+  end if;
+  return null;
+end
+$$;
+create or replace trigger refuse_previous_hash after insert or update of key_hash on data.virtual_key
+  for each row execute function data.refuse_previous_hash();
+
+-- a status has its history, with the reason that set_status was given
+create or replace function data.note_status()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into data.status_change (entity, entity_id, old_status, new_status, actor, reason)
+  values (tg_table_name, new.id, case when tg_op = 'UPDATE' then old.status end, new.status, data.actor(),
+    nullif(current_setting('keyledger.reason', true), ''));
+  return null;
+end
+$$;
+create or replace trigger note_status after update on data.tenant
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.tenant
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.user_profile
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.user_profile
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.virtual_key
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.virtual_key
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger note_status after update on data.config_node
+  for each row when (new.status <> old.status) execute function data.note_status();
+create or replace trigger note_status_inserted after insert on data.config_node
+  for each row when (new.status <> 'active') execute function data.note_status();
+create or replace trigger append_only before update or delete on data.status_change
+  for each row execute function data.forbid_change();
+create or replace trigger append_only_truncate before truncate on data.status_change
+  for each statement execute function data.forbid_change();
+
+-- a key's row of use opens with the key
+create or replace function data.open_virtual_key_use()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into data.virtual_key_use (virtual_key_id) values (new.id);
+  return null;
+end
+$$;
+create or replace trigger open_virtual_key_use after insert on data.virtual_key
+  for each row execute function data.open_virtual_key_use();
+
+-- an owner's account opens with the owner; a clash of ids fails on the primary key
+create or replace function data.open_account()
+returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)
+  values (
+    new.id,
+    case tg_table_name when 'tenant' then new.id end,
+    case tg_table_name when 'user_profile' then new.id end,
+    new.currency
+  );
+  return null;
+end
+$$;
+create or replace trigger open_account after insert on data.tenant
+  for each row execute function data.open_account();
+create or replace trigger open_account after insert on data.user_profile
+  for each row execute function data.open_account();
+
+reset role;
+
+-- migrate:down
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

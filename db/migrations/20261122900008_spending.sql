@@ -1,0 +1,174 @@
+-- migrate:up
+-- What budgets have left: windows in an account's time zone, and counters of what was used in each.
+
+set local role keyledger_owner;
+
+-- The moment a local time begins: of one that the clock goes back to, the first; of one it skips, the moment it skips.
+create or replace function data.local_moment(
+  local timestamp,
+  time_zone text
+)
+returns timestamptz
+language plpgsql
+immutable parallel safe
+as $$
+declare
+  v_moment timestamptz := local at time zone time_zone;
+begin
+  if (v_moment - interval '1 hour') at time zone time_zone = local then
+    return v_moment - interval '1 hour';
+  end if;
+  return v_moment;
+end
+$$;
+
+-- When the window began that a moment is in; api.budgets says the same of now. Weeks begin on Monday.
+create or replace function data.window_start(
+  period text,
+  time_zone text,
+  at timestamptz
+)
+returns timestamptz
+language plpgsql
+immutable parallel safe
+as $$
+begin
+  if period = 'total' then
+    return '-infinity';
+  end if;
+  return data.local_moment(date_trunc(period, at at time zone time_zone), time_zone);
+end
+$$;
+
+-- the code by which a budget of that scope refuses
+create or replace function data.budget_code(scope text)
+returns text
+language sql
+immutable parallel safe
+as $$
+  select case scope when 'virtual_key' then 'key' else scope end || '_budget_exceeded'
+$$;
+
+-- What these keys' and users' budgets on an account, and its tenant's, have left. The caller holds the account's lock, or wants advice.
+-- Narrow scopes first: in the order in which they refuse.
+create or replace function data.budgets_left(
+  account_id uuid,
+  virtual_key_ids uuid[],
+  user_ids uuid[],
+  at timestamptz
+)
+returns table (
+  scope text,
+  scope_id uuid,
+  remaining numeric
+)
+language plpgsql
+stable
+as $$
+#variable_conflict use_column
+begin
+  return query
+  with open_hold as materialized (
+    select h.virtual_key_id, k.user_id, h.unspent
+    from (
+      select s.virtual_key_id, sum(s.amount - s.captured) as unspent
+      from (
+        select o.virtual_key_id, o.amount, o.captured
+        from data.hold o
+        where o.account_id = budgets_left.account_id and o.status = 'open' and o.expires_at > at
+        union all
+        select p.virtual_key_id, p.amount, p.captured
+        from data.hold p
+        where p.account_id = budgets_left.account_id and p.status = 'parked'
+      ) s
+      group by s.virtual_key_id
+    ) h
+    cross join lateral (select v.user_id from data.virtual_key v where v.id = h.virtual_key_id offset 0) k
+  )
+  select b.scope, b.scope_id, b.amount - coalesce(s.spent, 0) - coalesce((
+    select sum(h.unspent)
+    from open_hold h
+    where case b.scope when 'virtual_key' then h.virtual_key_id = b.scope_id when 'user' then h.user_id = b.scope_id else true end
+  ), 0)
+  from data.budget b
+  cross join lateral (select x.time_zone from data.account_balance x where x.account_id = b.account_id offset 0) a
+  left join lateral (
+    select c.spent
+    from data.budget_spend c
+    where c.account_id = b.account_id and c.budget_id = b.id and c.window_start = data.window_start(b.period, a.time_zone, at)
+    offset 0
+  ) s on true
+  where b.account_id = budgets_left.account_id
+    and case b.scope when 'virtual_key' then b.scope_id = any (virtual_key_ids) when 'user' then b.scope_id = any (user_ids) else true end
+  order by array_position(array['virtual_key', 'user', 'tenant'], b.scope), b.id;
+end
+$$;
+
+-- When an event counts against budgets: at its own time or its hold's, whichever is later. A clock that is behind, or an id made long
+-- ago, would else put today's use into a window that is over.
+create or replace function data.spend_time(
+  id uuid,
+  hold_id uuid
+)
+returns timestamptz
+language sql
+immutable parallel safe
+as $$
+  select greatest(data.uuid_time(id), data.uuid_time(hold_id))
+$$;
+
+-- Counts usage that data.post has just logged for these accounts, each event in the window of its data.spend_time. A retry's rows have an
+-- older entry's seq, and don't count again. A budget that is used up by this is news.
+create or replace function data.count_spend(
+  accounts data.account_balance[],
+  usage data.usage_log[]
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_reached data.budget_spend[];
+begin
+  with used as (
+    select b.account_id, b.id, b.amount, w.starts, sum(l.cost) as cost
+    from (
+      select distinct u.account_id, u.id, a.balance_version, a.time_zone
+      from unnest(accounts) a
+      join unnest(count_spend.usage) u on u.account_id = a.account_id
+      where a.has_budgets
+    ) e
+    cross join lateral (select * from data.usage_log x where x.account_id = e.account_id and x.id = e.id offset 0) l
+    cross join lateral (
+      select * from data.budget x
+      where x.account_id = l.account_id
+        and x.scope_id = case x.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else x.scope_id end
+      offset 0
+    ) b
+    cross join lateral (select data.window_start(b.period, e.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
+    where l.transaction_seq = e.balance_version and w.starts >= b.counted_from
+    group by b.account_id, b.id, b.amount, w.starts
+  ), counted as (
+    insert into data.budget_spend as s (account_id, budget_id, window_start, spent)
+    select u.account_id, u.id, u.starts, u.cost from used u
+    order by u.account_id, u.id, u.starts
+    on conflict (account_id, budget_id, window_start) do update set spent = s.spent + excluded.spent
+    returning s as spend
+  )
+  select array_agg(c.spend) into v_reached
+  from counted c
+  join used u on (u.account_id, u.id, u.starts) = ((c.spend).account_id, (c.spend).budget_id, (c.spend).window_start)
+  where (c.spend).spent >= u.amount and (c.spend).spent - u.cost < u.amount;
+  if v_reached is not null then
+    perform data.tell_exhausted_budgets(v_reached);
+  end if;
+end
+$$;
+
+reset role;
+
+-- migrate:down
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -1,0 +1,81 @@
+-- migrate:up
+-- The ids that are accepted, and the months of usage that are kept.
+
+set local role keyledger_owner;
+
+-- The window as it is now, whatever snapshot the caller reads: months are gone for every snapshot, and until the caller's
+-- transaction ends no more of them go.
+create or replace function data.usage_window_now()
+returns data.usage_window
+language plpgsql
+volatile
+as $$
+declare
+  v_window data.usage_window;
+begin
+  select * into v_window from data.usage_window;
+  return v_window;
+end
+$$;
+
+-- refuse usage of a month that was dropped
+create or replace function data.refuse_dropped_usage(id uuid)
+returns void
+language plpgsql
+as $$
+declare
+  v_dropped_before timestamptz := (data.usage_window_now()).dropped_before;
+begin
+  if refuse_dropped_usage.id < data.uuid_floor(v_dropped_before) then
+    perform data.refuse(410, 'usage_dropped', 'usage of before ' || v_dropped_before || ' is no longer kept',
+      'its entry is in billing_transactions, and its sums in a statement');
+  end if;
+end
+$$;
+
+-- makes the months from the window's floor to two months ahead, then lets the window reach them; one call at a time, by the window's row
+create or replace function data.make_usage_partitions()
+returns text[]
+language plpgsql
+set timezone = 'UTC'
+as $$
+declare
+  v_month timestamptz;
+  v_end timestamptz;
+  v_name text;
+  v_made text[] := '{}';
+begin
+  select w.floor into v_month from data.usage_window w for update;
+  v_month := date_trunc('month', v_month);
+  v_end := date_trunc('month', now()) + interval '3 months';
+  while v_month < v_end loop
+    v_name := 'usage_log_' || to_char(v_month, 'YYYY_MM');
+    if to_regclass(format('data.%I', v_name)) is null then
+      -- attached, not created as a partition: that would lock every writer out
+      execute format('create table data.%I (like data.usage_log including all)', v_name);
+      execute format('alter table data.%I enable row level security', v_name);
+      execute format(
+        'alter table data.usage_log attach partition data.%I for values from (%L) to (%L)',
+        v_name, data.uuid_floor(v_month), data.uuid_floor(v_month + interval '1 month'));
+      execute format(
+        'create trigger append_only_truncate before truncate on data.%I for each statement execute function data.forbid_change()',
+        v_name);
+      v_made := v_made || v_name;
+    end if;
+    v_month := v_month + interval '1 month';
+  end loop;
+  update data.usage_window w set ceiling = v_end where w.ceiling < v_end;
+  return v_made;
+end
+$$;
+
+select data.make_usage_partitions();
+
+reset role;
+
+-- migrate:down
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

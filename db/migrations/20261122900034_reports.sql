@@ -1,0 +1,208 @@
+-- migrate:up
+-- Why a charge is what it is, and what was spent on what.
+
+set local role keyledger_owner;
+
+-- steps (data.to_cost) as a decimal: exact if it ends within 30 places, else cut off there
+create or replace function data.exact_cost(steps numeric)
+returns jsonb
+language sql
+immutable parallel safe
+as $$
+  select jsonb_build_object(
+    'amount', trim_scale(div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
+    'is_exact', mod(steps * 1000000000000000000000000000000, 3600000000) = 0)
+$$;
+
+create or replace function api.explain_charge(
+  account_id uuid,
+  usage_id uuid
+)
+returns jsonb
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+declare
+  v_usage api.usage_logs;
+  v_entry api.billing_transactions;
+  v_meters jsonb;
+  v_steps numeric;
+  v_refunds jsonb;
+begin
+  -- both through the views: a member is shown what they may see there, so maybe the event and not the whole entry
+  select * into v_usage from api.usage_logs l where l.account_id = explain_charge.account_id and l.id = usage_id;
+  if not found then
+    perform data.refuse_dropped_usage(usage_id);
+    perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
+      'send the id of an event charged to this account; one not charged yet is in parked_usage');
+  end if;
+  select * into v_entry from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
+
+  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
+    || data.exact_cost(m.steps) order by m.meter)
+  into v_steps, v_meters
+  from (
+    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
+      coalesce(e.value::numeric * p.unit_price::numeric * (3600000000 / p.unit_size), 0) as steps
+    from jsonb_each(v_usage.meters) e
+    left join lateral (
+      select r.id, r.unit_price::text, r.unit_size, r.effective_from
+      from data.price r
+      where r.id = any (v_usage.price_ids) and r.meter = e.key
+    ) p on true
+  ) m;
+
+  select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
+    'reference', t.reference, 'reason', t.reason, 'created_at', t.created_at) order by t.seq)
+  into v_refunds
+  from data.billing_transaction t
+  where t.account_id = v_usage.account_id and t.refund_of_seq = v_usage.transaction_seq
+    and (t.refund_of_usage_id = v_usage.id or (t.refund_of_usage_id is null and v_entry.seq is not null));
+
+  return jsonb_build_object(
+    'event', jsonb_build_object(
+      'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', v_usage.used_at, 'recorded_at', v_usage.recorded_at,
+      'meters', v_usage.meters, 'hold_id', v_usage.hold_id, 'final', v_usage.final, 'request_id', v_usage.request_id,
+      'metadata', v_usage.metadata),
+    'virtual_key', (select jsonb_build_object('id', k.id, 'name', k.name, 'key_prefix', k.key_prefix)
+      from data.virtual_key k where k.id = v_usage.virtual_key_id),
+    'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
+      from data.user_profile u where u.id = v_usage.user_id),
+    'config_node', (select jsonb_build_object('id', n.id, 'name', n.name) from data.config_node n where n.id = v_usage.config_node_id),
+    'meters', v_meters,
+    'sum', data.exact_cost(v_steps),
+    'rounded', data.to_cost(v_steps)::text,
+    'cost', v_usage.cost::text,
+    'currency', (select a.currency from data.account_balance a where a.account_id = v_usage.account_id),
+    'agrees', data.to_cost(v_steps) = v_usage.cost,
+    'hold', (select jsonb_build_object('id', h.id, 'amount', h.amount::text, 'captured', h.captured::text, 'status', h.status)
+      from data.hold h where h.account_id = v_usage.account_id and h.id = v_usage.hold_id),
+    'entry', case when v_entry.seq is null then jsonb_build_object('seq', v_usage.transaction_seq) else jsonb_build_object(
+      'seq', v_entry.seq, 'kind', v_entry.kind, 'created_at', v_entry.created_at, 'usage_count', v_entry.usage_count,
+      'amount', v_entry.amount::text,
+      'balance_delta', v_entry.balance_delta::text,
+      'free_credit_delta', v_entry.free_credit_delta::text,
+      'outstanding_delta', v_entry.outstanding_delta::text,
+      'grants', (select coalesce(jsonb_agg(jsonb_build_object('seq', d.grant_seq, 'amount', d.amount::text) order by d.grant_seq), '[]')
+        from data.grant_draw d where d.account_id = v_entry.account_id and d.seq = v_entry.seq),
+      'hash', encode(v_entry.hash, 'hex')) end,
+    'refunds', coalesce(v_refunds, '[]')
+  );
+end
+$$;
+comment on function api.explain_charge(uuid, uuid) is
+'Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
+`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size, effective_from}, amount,
+is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum` of
+them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an
+amount never ends (it is cut off at 30 decimals; the rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count`
+events: what each bucket and which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
+usage_not_found; 410 usage_dropped.';
+grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
+
+create or replace function api.spend(
+  "by" text,
+  "from" timestamptz,
+  "to" timestamptz,
+  account_id uuid default null
+)
+returns table (
+  key text,
+  name text,
+  currency text,
+  events bigint,
+  quantity numeric,
+  cost numeric
+)
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+-- planned for this period: only its months are read
+set plan_cache_mode = force_custom_plan
+as $$
+declare
+  v_tag text := substr(spend."by", 10);
+  v_first uuid;
+  v_beyond uuid;
+begin
+  if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter') and spend."by" !~ '^metadata\..', true) then
+    perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>', 'choose one of them');
+  end if;
+  if not coalesce(spend."from" < spend."to" and isfinite(spend."from") and isfinite(spend."to"), false) then
+    perform data.refuse(422, 'invalid_period', 'from must be before to', 'send two moments: from is part of the period, to is not');
+  end if;
+  -- ids carry whole milliseconds: the first one not before the moment
+  v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend."from", '1970-01-01Z') + interval '999 microseconds'));
+  v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend."to", '9999-01-01Z') + interval '999 microseconds'));
+  perform data.refuse_dropped_usage(v_first);
+
+  if spend."by" = 'meter' then
+    return query
+    select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
+    from api.usage_logs l
+    join data.account_balance a on a.account_id = l.account_id
+    cross join lateral (
+      -- each meter adds what it adds to the rounded sum so far, by name; the last one the rest: so an event's meters are its cost
+      select s.meter, s.quantity,
+        case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
+          - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
+      from (
+        select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
+        from (
+          select e.key as meter, e.value::numeric as quantity,
+            coalesce(e.value::numeric * r.unit_price * (3600000000 / r.unit_size), 0) as own_steps
+          from jsonb_each(l.meters) e
+          left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
+        ) p
+        window w as (order by p.meter)
+      ) s
+    ) m
+    where l.id >= v_first and l.id < v_beyond and (spend.account_id is null or l.account_id = spend.account_id)
+    group by m.meter, a.currency
+    order by 6 desc, 1;
+    return;
+  end if;
+
+  return query
+  select g.key, coalesce(k.name, u.display_name, n.name), g.currency, g.events, null::numeric, g.cost
+  from (
+    select
+      case spend."by"
+        when 'virtual_key' then l.virtual_key_id::text
+        when 'user' then l.user_id::text
+        when 'config_node' then l.config_node_id::text
+        else l.metadata ->> v_tag
+      end as key,
+      a.currency::text as currency, count(*) as events, sum(l.cost) as cost
+    from api.usage_logs l
+    join data.account_balance a on a.account_id = l.account_id
+    where l.id >= v_first and l.id < v_beyond and (spend.account_id is null or l.account_id = spend.account_id)
+    group by 1, 2
+  ) g
+  left join data.virtual_key k on k.id = case when spend."by" = 'virtual_key' then g.key::uuid end
+  left join data.user_profile u on u.id = case when spend."by" = 'user' then g.key::uuid end
+  left join data.config_node n on n.id = case when spend."by" = 'config_node' then g.key::uuid end
+  order by g.cost desc, g.key;
+end
+$$;
+comment on function api.spend(text, timestamptz, timestamptz, uuid) is
+'Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
+`account_id` picks one account, null takes all the reader may see. Of events used from `from` on and before `to`, of one account or of all
+the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
+tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways add up to the same sum:
+by meter, an event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity * price. `quantity` is the
+meter''s. 410 usage_dropped from before the months kept (statements have its sums); 422 invalid_by, invalid_period.';
+grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
+
+reset role;
+
+-- migrate:down
+do $$
+begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+end
+$$;

@@ -1,0 +1,6 @@
+// docs/proxy.md, executed by a reader who has pasted what `make dev` prints.
+import { document } from '../readme/document.ts'
+
+const { test } = await document('docs/proxy.md', { dev: true })
+
+test.run()
