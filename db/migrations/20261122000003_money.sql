@@ -130,6 +130,13 @@ create index hold_open on data.hold (account_id, expires_at) where status = 'ope
 create index hold_parked on data.hold (account_id) where status = 'parked';
 create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
+-- a hold that was asked for: its place in the call, the hold it would be, and why it is refused
+create type data.hold_request as (ord bigint, id text, hold data.hold, code text, user_id uuid);
+-- a hold that is to be ended or extended: its place in the call, and why it can't be read
+create type data.hold_id as (ord bigint, id_text text, account_id uuid, id uuid, expires_in integer, code text);
+-- the money available past a moment at which grants expire, and how much of the holds until then draws from those grants only
+create type data.backing as (at timestamptz, available numeric, spare numeric);
+
 -- sealed statements, cut by seq; by the clock: credit that had expired is gone, also where its entry comes after the cut (`expiry_due`).
 -- No foreign key to account_balance: its check would keep the account locked until the page commits.
 create table data.accounting_snapshot (
