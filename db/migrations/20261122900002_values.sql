@@ -193,13 +193,13 @@ begin
 end
 $$;
 
--- Says whether ids, sorted, are all the same; nulls don't count.
+-- Says whether all ids are the first; nulls don't count.
 create or replace function data.is_one(ids uuid[])
 returns boolean
 language sql
 immutable parallel safe
 as $$
-  select known[1] is not distinct from known[cardinality(known)] from array_remove(ids, null) known
+  select array_remove(array_remove(ids, null), ids[1]) = '{}'
 $$;
 
 reset role;

@@ -44,6 +44,7 @@ $$;
 create or replace function data.post(
   account data.account_balance,
   kind text,
+  actor text default data.actor(),
   balance_delta numeric default 0,
   free_credit_delta numeric default 0,
   outstanding_delta numeric default 0,
@@ -62,7 +63,7 @@ language plpgsql
 as $$
 declare
   v_at timestamptz := greatest(clock_timestamp(), account.head_at);
-  v_funds numeric := account.available + account.frozen_balance;
+  v_funds numeric := account.free_credit + account.balance + account.credit_limit - account.outstanding_amount;
   v_limit numeric := coalesce(post.credit_limit, account.credit_limit);
   v_balance numeric := account.balance + post.balance_delta;
   v_free_credit numeric := account.free_credit + post.free_credit_delta;
@@ -86,7 +87,7 @@ begin
     v_balance - account.balance + v_free_credit - account.free_credit - (v_debt - account.outstanding_amount),
     v_balance - account.balance, v_free_credit - account.free_credit, v_debt - account.outstanding_amount,
     v_balance, v_free_credit, v_debt, v_limit,
-    post.reference, data.actor(), post.reason, post.usage_count, post.usage_list,
+    post.reference, post.actor, post.reason, post.usage_count, post.usage_list,
     post.refund_of_seq, post.refund_of_usage_id, post.metadata, account.head_hash, null, v_at
   );
   v_entry.hash := data.entry_hash(v_entry);

@@ -4,7 +4,7 @@
 set local role keyledger_owner;
 
 -- Ends holds past their expiry, of a locked account. At most 10,000 a call, soonest first: after an outage there may be more
--- than a call has time for. The others set nothing aside either; data.available_now counts them.
+-- than a call has time for. The others set nothing aside either: data.account_now subtracts them.
 create or replace function data.end_due_holds(account data.account_balance)
 returns data.account_balance
 language plpgsql
@@ -75,7 +75,10 @@ end
 $$;
 
 -- Posts the expiry of grants past theirs, of a locked account: one entry, which draws the rest of each grant.
-create or replace function data.end_due_grants(account data.account_balance)
+create or replace function data.end_due_grants(
+  account data.account_balance,
+  actor text
+)
 returns data.account_balance
 language plpgsql
 set plan_cache_mode = force_generic_plan
@@ -98,14 +101,11 @@ begin
       order by c.expires_at
       limit 10000
     ) g);
-  if v_grants = '{}' then
-    return account;
-  end if;
   select sum(d.remaining), jsonb_agg(d.seq order by d.seq) into v_expired, v_seqs from unnest(v_grants) d;
   update data.credit_grant g
   set remaining = 0
   where g.account_id = account.account_id and g.seq = any (array(select d.seq from unnest(v_grants) d));
-  account := data.post(account, 'credit_expiry', free_credit_delta => -v_expired,
+  account := data.post(account, 'credit_expiry', actor, free_credit_delta => -v_expired,
     metadata => jsonb_build_object('grant_seq', v_seqs));
   insert into data.grant_draw (account_id, seq, grant_seq, amount)
   select account.account_id, account.balance_version, d.seq, d.remaining from unnest(v_grants) d;
@@ -116,18 +116,21 @@ begin
 end
 $$;
 
--- Locks an account and posts what is due. Answers its row; a row of nulls where there is no such account.
+-- Locks an account and posts all that is due. Answers its row, whose `available` counts nothing that is due; a row of nulls where
+-- there is no such account.
 -- A call for one account waits for the lock, as long as lock_timeout says. A call for several doesn't (`wait` false): it would
 -- make all others wait who need the accounts it has. A row of nulls then also means that another call has the account.
 create or replace function data.settle(
   account_id uuid,
-  wait boolean default true
+  wait boolean default true,
+  actor text default data.actor()
 )
 returns data.account_balance
 language plpgsql
 as $$
 declare
   v_account data.account_balance;
+  v_had_dues boolean := false;
 begin
   select a.* into v_account from data.account_balance a where a.account_id = settle.account_id for update skip locked;
   if not found and settle.wait then
@@ -141,9 +144,18 @@ begin
     limit 1
   ) then
     v_account := data.end_due_holds(v_account);
+    v_had_dues := true;
   end if;
-  if v_account.free_credit > 0 then
-    v_account := data.end_due_grants(v_account);
+  if v_account.free_credit > 0 and exists (
+    select from data.credit_grant g
+    where g.account_id = v_account.account_id and g.remaining > 0 and g.expires_at <= clock_timestamp()
+  ) then
+    v_account := data.end_due_grants(v_account, actor);
+    v_had_dues := true;
+  end if;
+  if v_had_dues then
+    -- more may be due than one call ends
+    v_account.available := (select n.available from data.account_now n where n.account_id = v_account.account_id);
   end if;
   return v_account;
 end
@@ -189,28 +201,6 @@ begin
       'account_id is the id of the tenant or user that pays');
   end if;
   return v_account;
-end
-$$;
-
--- The money an account could pay with now: holds and grants that are due, and not settled yet, don't count.
-create or replace function data.available_now(account data.account_balance)
-returns numeric
-language plpgsql
-stable
-as $$
-begin
-  if account.frozen_balance > 0 and exists (
-    select from data.hold h
-    where h.account_id = account.account_id and h.status = 'open' and h.expires_at <= clock_timestamp()
-    order by h.expires_at
-    limit 1
-  ) or account.free_credit > 0 and exists (
-    select from data.credit_grant g
-    where g.account_id = account.account_id and g.remaining > 0 and g.expires_at <= clock_timestamp()
-  ) then
-    return (select n.available from data.account_now n where n.account_id = account.account_id);
-  end if;
-  return account.available;
 end
 $$;
 

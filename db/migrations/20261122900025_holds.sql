@@ -62,10 +62,15 @@ as $$
 declare
   v_requests data.hold_request[] := place_for_account.requests;
   v_account_id uuid := ((v_requests[1]).hold).account_id;
+  v_request data.hold_request;
+  v_needs_lock boolean := false;
   v_account data.account_balance;
   v_refusal jsonb;
 begin
-  if exists (select from unnest(v_requests) r where r.code is null) then
+  foreach v_request in array v_requests loop
+    v_needs_lock := v_needs_lock or v_request.code is null;
+  end loop;
+  if v_needs_lock then
     v_account := data.settle(v_account_id, wait => false);
     if v_account.account_id is null and place_for_account.wait then
       v_account := data.settle(v_account_id);
@@ -96,6 +101,7 @@ as $$
 declare
   v_requests data.hold_request[];
   v_account_ids uuid[];
+  v_wait boolean;
   v_first integer := 1;
   v_last integer;
   v_of_account jsonb[];
@@ -105,9 +111,10 @@ begin
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   v_requests := data.read_hold_requests(requests);
   v_account_ids := array(select (r.hold).account_id from unnest(v_requests) r);
+  v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.place_for_account(v_requests[v_first:v_last], wait => data.is_one(v_account_ids));
+    v_of_account := data.place_for_account(v_requests[v_first:v_last], v_wait);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;
@@ -137,7 +144,7 @@ create or replace function data.hold_code(
 )
 returns text
 language sql
-stable
+volatile
 as $$
   select case
     when is_busy then 'account_busy'
@@ -161,7 +168,7 @@ create or replace function data.answer_hold(
 )
 returns jsonb
 language sql
-immutable
+stable
 as $$
   select jsonb_strip_nulls(jsonb_build_object(
     'id', request.id_text,
@@ -189,14 +196,16 @@ set jit = off
 as $$
 declare
   v_account data.account_balance := data.settle((requests[1]).account_id, wait);
-  v_is_busy boolean := v_account.account_id is null
-    and exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
+  v_is_busy boolean := false;
   v_request data.hold_id;
   v_hold data.hold;
   v_code text;
   v_freed numeric := 0;
   v_answers jsonb[];
 begin
+  if v_account.account_id is null then
+    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
+  end if;
   foreach v_request in array release_for_account.requests loop
     select h.* into v_hold from data.hold h where h.account_id = v_account.account_id and h.id = v_request.id;
     v_code := data.hold_code(v_request, v_is_busy, v_account.account_id, v_hold);
@@ -226,6 +235,7 @@ as $$
 declare
   v_requests data.hold_id[];
   v_account_ids uuid[];
+  v_wait boolean;
   v_first integer := 1;
   v_last integer;
   v_of_account jsonb[];
@@ -235,9 +245,10 @@ begin
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   v_requests := data.read_hold_ids(requests);
   v_account_ids := array(select r.account_id from unnest(v_requests) r);
+  v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.release_for_account(v_requests[v_first:v_last], wait => data.is_one(v_account_ids));
+    v_of_account := data.release_for_account(v_requests[v_first:v_last], v_wait);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;
@@ -268,8 +279,7 @@ set jit = off
 as $$
 declare
   v_account data.account_balance := data.settle((requests[1]).account_id, wait);
-  v_is_busy boolean := v_account.account_id is null
-    and exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
+  v_is_busy boolean := false;
   v_backing data.backing[] := case when v_account.free_credit > 0 then data.backing_past_grants(v_account.account_id) end;
   v_extended data.backing[];
   v_request data.hold_id;
@@ -278,6 +288,9 @@ declare
   v_code text;
   v_answers jsonb[];
 begin
+  if v_account.account_id is null then
+    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
+  end if;
   foreach v_request in array extend_for_account.requests loop
     if v_request.code is null and v_request.expires_in is null then
       v_request.code := 'invalid_expires_in';
@@ -319,6 +332,7 @@ as $$
 declare
   v_requests data.hold_id[];
   v_account_ids uuid[];
+  v_wait boolean;
   v_first integer := 1;
   v_last integer;
   v_of_account jsonb[];
@@ -328,9 +342,10 @@ begin
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(requests)]);
   v_requests := data.read_hold_ids(requests);
   v_account_ids := array(select r.account_id from unnest(v_requests) r);
+  v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.extend_for_account(v_requests[v_first:v_last], wait => data.is_one(v_account_ids));
+    v_of_account := data.extend_for_account(v_requests[v_first:v_last], v_wait);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;

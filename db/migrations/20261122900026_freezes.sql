@@ -36,7 +36,7 @@ begin
     return data.shown_hold(account_id, v_hold.id);
   end if;
 
-  v_available := least(data.available_now(v_account), (
+  v_available := least(v_account.available, (
     select min(b.available) from unnest(data.backing_past_grants(account_id)) b));
   if amount > v_available then
     perform data.refuse(402, 'insufficient_funds', 'available without credit that expires: ' || v_available,

@@ -76,7 +76,8 @@ $$;
 create or replace function data.record_for_account(
   events data.usage_event[],
   sent jsonb,
-  wait boolean
+  wait boolean,
+  actor text
 )
 returns jsonb[]
 language plpgsql
@@ -86,10 +87,12 @@ set jit = off
 as $$
 declare
   v_account_id uuid := ((events[1]).usage).account_id;
-  v_usage data.usage_log[] := array(select e.usage from unnest(record_for_account.events) e where e.code is null);
-  v_unfit data.usage_event[] := array(select e from unnest(record_for_account.events) e where e.code is not null);
   v_account data.account_balance;
   v_is_busy boolean := false;
+  v_needs_lock boolean := false;
+  v_usage data.usage_log[] := '{}';
+  v_idle_keys uuid[] := '{}';
+  v_unfit data.usage_event[] := '{}';
   v_charged jsonb[];
   v_answered jsonb[];
   v_event data.usage_event;
@@ -97,18 +100,29 @@ declare
   v_next_charged integer := 0;
   v_next_unfit integer := 0;
 begin
-  if v_usage <> '{}' or exists (select from unnest(v_unfit) u where (u.usage).hold_id is not null) then
-    v_account := data.settle(v_account_id, wait);
-    v_is_busy := v_account.account_id is null
-      and exists (select from data.account_balance a where a.account_id = v_account_id);
+  foreach v_event in array record_for_account.events loop
+    v_needs_lock := v_needs_lock or v_event.code is null or (v_event.usage).hold_id is not null;
+    if v_event.code is not null then
+      v_unfit := v_unfit || v_event;
+    else
+      v_usage := v_usage || v_event.usage;
+      if v_event.key_is_idle then
+        v_idle_keys := v_idle_keys || (v_event.usage).virtual_key_id;
+      end if;
+    end if;
+  end loop;
+  if v_needs_lock then
+    v_account := data.settle(v_account_id, wait, actor);
+    if v_account.account_id is null then
+      v_is_busy := exists (select from data.account_balance a where a.account_id = v_account_id);
+    end if;
   end if;
   if v_is_busy then
     v_unfit := array(select u from unnest(v_unfit) u where (u.usage).hold_id is null);
   elsif v_usage <> '{}' then
-    v_charged := data.charge(v_account, v_usage);
-    if exists (select from unnest(record_for_account.events) e where e.code is null and e.key_is_idle) then
-      perform data.mark_used(
-        array(select (e.usage).virtual_key_id from unnest(record_for_account.events) e where e.key_is_idle), v_usage);
+    v_charged := data.charge(v_account, v_usage, actor);
+    if v_idle_keys <> '{}' then
+      perform data.mark_used(v_idle_keys, v_usage);
     end if;
   end if;
   if v_unfit <> '{}' then
@@ -147,8 +161,10 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
+  v_actor text := data.actor();
   v_events data.usage_event[];
   v_account_ids uuid[];
+  v_wait boolean;
   v_first integer := 1;
   v_last integer;
   v_of_account jsonb[];
@@ -158,9 +174,10 @@ begin
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
   select data.read_usage_events(events, w) into v_events from data.usage_window w;
   v_account_ids := array(select (e.usage).account_id from unnest(v_events) e);
+  v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_events) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.record_for_account(v_events[v_first:v_last], events, wait => data.is_one(v_account_ids));
+    v_of_account := data.record_for_account(v_events[v_first:v_last], events, v_wait, v_actor);
     for i in v_first .. v_last loop
       v_answers[(v_events[i]).ord] := v_of_account[i - v_first + 1];
     end loop;

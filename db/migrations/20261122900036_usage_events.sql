@@ -73,7 +73,7 @@ create or replace function data.left_out_note(
 )
 returns jsonb
 language sql
-immutable
+stable
 as $$
   select case when not request_id_fits or not metadata_fits or hold_is_unknown then
     jsonb_strip_nulls(jsonb_build_object(
@@ -172,8 +172,8 @@ as $$
   offset 0 -- or each use would read again
 $$;
 
--- Reads events in the order of their accounts: prices each, and says why one can't be charged. The caller's own statement reads
--- the window: it then waits for a drop of months before it takes its snapshot, not after.
+-- Reads events in the order of their accounts and ids: prices each, and says why one can't be charged. The caller's own statement
+-- reads the window: it then waits for a drop of months before it takes its snapshot, not after.
 create or replace function data.read_usage_events(
   events jsonb,
   taken data.usage_window,
@@ -217,7 +217,7 @@ begin
     cross join lateral (
       select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
     ) p
-    order by r.account_id, r.ord);
+    order by r.account_id, r.id, r.ord);
 exception when invalid_text_representation or check_violation then
   if not strict then
     raise;

@@ -3,44 +3,37 @@
 
 set local role keyledger_owner;
 
--- Logs an account's usage under the seq of the entry to come. A conflict is a retry: its first try was charged. Answers what is
--- new: how many, their cost, their seals in id order (the entry's usage_list), and those that draw a hold.
+-- Logs an account's usage, in id order, under the seq of the entry to come. A conflict is a retry: its first try was charged.
+-- Answers the rows that are new.
 create or replace function data.log_usage(
   account data.account_balance,
-  usage data.usage_log[],
-  out events integer,
-  out cost numeric,
-  out list bytea,
-  out drawing data.usage_log[]
+  usage data.usage_log[]
 )
-returns record
+returns data.usage_log[]
 language plpgsql
 as $$
 declare
   v_now timestamptz := clock_timestamp();
-  v_new data.usage_log;
+  v_row data.usage_log;
+  v_rows data.usage_log[] := '{}';
+  v_logged integer;
 begin
-  events := 0;
-  cost := 0;
-  list := '';
-  for v_new in
-    insert into data.usage_log (
-      account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, hold_id, final, meters, price_ids,
-      cost, request_id, metadata, recorded_at)
-    select u.account_id, u.id, account.balance_version + 1, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id,
-      u.final, u.meters, u.price_ids, u.cost, u.request_id, u.metadata, v_now
-    from unnest(log_usage.usage) with ordinality u
-    order by u.id, u.ordinality
-    on conflict do nothing
-    returning *
-  loop
-    events := events + 1;
-    cost := cost + v_new.cost;
-    list := list || data.usage_seal(v_new);
-    if v_new.hold_id is not null then
-      drawing := drawing || v_new;
-    end if;
+  foreach v_row in array log_usage.usage loop
+    v_row.transaction_seq := account.balance_version + 1;
+    v_row.recorded_at := v_now;
+    v_rows := v_rows || v_row;
   end loop;
+  insert into data.usage_log select r.* from unnest(v_rows) r on conflict do nothing;
+  get diagnostics v_logged = row_count;
+  if v_logged < cardinality(v_rows) then
+    v_rows := array(
+      select l::data.usage_log
+      from data.usage_log l
+      where l.account_id = account.account_id and l.id = any (array(select r.id from unnest(v_rows) r))
+        and l.transaction_seq = account.balance_version + 1
+      order by l.id);
+  end if;
+  return v_rows;
 end
 $$;
 
@@ -64,7 +57,7 @@ begin
     from unnest(draw_holds.usage) u
     group by u.hold_id
   ), drawn as (
-    select h.id, h.amount - h.captured as unspent, least(w.cost, h.amount - h.captured) as draw,
+    select h.account_id, h.id, h.amount - h.captured as unspent, least(w.cost, h.amount - h.captured) as draw,
       -- a parked hold ends with the last parked event that names it
       w.final and (h.status = 'open' or not exists (
         select from data.parked_usage r
@@ -80,7 +73,7 @@ begin
       status = case when d.final then 'captured' else h.status end,
       ended_at = case when d.final then v_now end
     from drawn d
-    where h.account_id = draw_holds.account_id and h.id = d.id
+    where h.account_id = d.account_id and h.id = d.id
   )
   select coalesce(sum(case when d.final then d.unspent else d.draw end), 0) into v_freed from drawn d;
   return v_freed;
@@ -152,36 +145,43 @@ $$;
 -- Charges usage of an account that settle has locked: one entry for all that is new. Answers each event, in order.
 create or replace function data.charge(
   account data.account_balance,
-  usage data.usage_log[]
+  usage data.usage_log[],
+  actor text
 )
 returns jsonb[]
 language plpgsql
 as $$
 declare
   v_parked_holds uuid[];
-  v_events integer;
-  v_cost numeric;
-  v_list bytea;
-  v_drawing data.usage_log[];
+  v_new data.usage_log[];
+  v_cost numeric := 0;
+  v_list bytea := '';
+  v_drawing data.usage_log[] := '{}';
   v_freed numeric := 0;
   v_event data.usage_log;
+  v_place bigint;
   v_answer jsonb;
   v_answers jsonb[];
-  v_place bigint;
 begin
   if exists (select from data.parked_usage r where r.resolved_at is null) then
     v_parked_holds := data.resolve_parked(account.account_id, array(select u.id from unnest(charge.usage) u));
   end if;
-  select l.events, l.cost, l.list, l.drawing into v_events, v_cost, v_list, v_drawing
-  from data.log_usage(account, charge.usage) l;
-  if v_drawing is not null then
+  v_new := data.log_usage(account, charge.usage);
+  foreach v_event in array v_new loop
+    v_cost := v_cost + v_event.cost;
+    v_list := v_list || data.usage_seal(v_event);
+    if v_event.hold_id is not null then
+      v_drawing := v_drawing || v_event;
+    end if;
+  end loop;
+  if v_drawing <> '{}' then
     v_freed := data.draw_holds(account.account_id, v_drawing);
   end if;
-  if v_events > 0 then
-    account := data.post(account, 'usage', outstanding_delta => v_cost, frozen_delta => -v_freed,
-      usage_count => v_events, usage_list => v_list);
+  if v_new <> '{}' then
+    account := data.post(account, 'usage', charge.actor, outstanding_delta => v_cost, frozen_delta => -v_freed,
+      usage_count => cardinality(v_new), usage_list => v_list);
     if account.has_budgets then
-      perform data.count_spend(array[account], charge.usage);
+      perform data.count_spend(array[account], v_new);
     end if;
   end if;
   if v_parked_holds <> '{}' then
@@ -194,10 +194,10 @@ begin
       'available', account.available::text, 'seq', account.balance_version);
   end loop;
   -- fewer new rows than events: the others met their first try
-  if v_events < cardinality(charge.usage) then
+  if cardinality(v_new) < cardinality(charge.usage) then
     for v_place, v_answer in
       select d.place, d.answer
-      from data.answer_duplicates(account, charge.usage, case when v_events > 0 then account.balance_version end) d
+      from data.answer_duplicates(account, charge.usage, case when v_new <> '{}' then account.balance_version end) d
     loop
       v_answers[v_place] := v_answer;
     end loop;

@@ -72,31 +72,49 @@ begin
 end
 $$;
 
--- The holds that were placed before, by these requests' ids or by a copy in this call: for each request its first try, or the
--- place of the first copy. By key, each: a join may read all the holds there are.
+-- The first tries of these requests, each in its place: holds that were placed before by their ids. Null if there are none.
 create or replace function data.first_tries(
-  requests data.hold_request[],
-  out first_tries data.hold[],
-  out places integer[]
+  account_id uuid,
+  requests data.hold_request[]
 )
-returns record
+returns data.hold[]
 language plpgsql
 stable
 as $$
+declare
+  v_ids uuid[] := '{}';
+  v_request data.hold_request;
 begin
-  first_tries := array(
-    select (select h from data.hold h where h.account_id = (r.hold).account_id and h.id = (r.hold).id)
-    from unnest(requests) with ordinality as r (ord, id, hold, code, user_id, place)
-    order by r.place);
-  if cardinality(requests) > 1 then
-    places := array(
-      select c.first
-      from (
-        select r.place, min(r.place) over (partition by (r.hold).id)::integer as first
-        from unnest(requests) with ordinality as r (ord, id, hold, code, user_id, place)
-      ) c
-      order by c.place);
+  foreach v_request in array first_tries.requests loop
+    v_ids := v_ids || (v_request.hold).id;
+  end loop;
+  if not exists (
+    select from data.hold h where h.account_id = first_tries.account_id and h.id = any (v_ids))
+  then
+    return null;
   end if;
+  -- by key, each: a join may read all the holds there are
+  return array(
+    select (select h from data.hold h where h.account_id = first_tries.account_id and h.id = i.id)
+    from unnest(v_ids) with ordinality as i (id, place)
+    order by i.place);
+end
+$$;
+
+-- For each request, the place of the first of this call with its id.
+create or replace function data.first_places(requests data.hold_request[])
+returns integer[]
+language plpgsql
+immutable
+as $$
+begin
+  return array(
+    select c.first
+    from (
+      select r.place, min(r.place) over (partition by (r.hold).id)::integer as first
+      from unnest(requests) with ordinality as r (ord, id, hold, code, user_id, place)
+    ) c
+    order by c.place);
 end
 $$;
 
@@ -174,9 +192,12 @@ declare
   v_answer jsonb;
   v_answers jsonb[];
 begin
-  select t.first_tries, t.places into v_first_tries, v_places from data.first_tries(admit.requests) t;
+  v_first_tries := data.first_tries(((admit.requests[1]).hold).account_id, admit.requests);
+  if cardinality(admit.requests) > 1 then
+    v_places := data.first_places(admit.requests);
+  end if;
   if account.account_id is not null then
-    v_available := data.available_now(account);
+    v_available := account.available;
     v_backing := data.backing_of_requests(account, admit.requests, v_now);
     v_budgets := data.budgets_of_requests(account, admit.requests, v_now);
   end if;

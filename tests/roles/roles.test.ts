@@ -70,12 +70,12 @@ const views: Record<string, Record<string, string>> = {
       'select, insert (endpoint, id, model, name, provider, status), update (endpoint, id, model, name, provider, status)',
   },
   holds: { [gateway]: read, [operator]: read, [member]: read },
+  parked_usage: { [operator]: read },
   prices: {
     [gateway]: read,
     [operator]: 'select, insert (config_node_id, currency, effective_from, meter, unit_price, unit_size)',
     [member]: read,
   },
-  parked_usage: { [operator]: read },
   status_changes: { [operator]: read, [member]: read },
   tenants: {
     [operator]:
