@@ -38,6 +38,45 @@ begin
 end
 $$;
 
+-- The money an account has, of which holds set a part aside.
+create or replace function data.funds_of(account data.account_balance)
+returns numeric
+language sql
+immutable parallel safe
+as $$
+  select account.free_credit + account.balance + account.credit_limit - account.outstanding_amount
+$$;
+
+-- Says whether an account that had these funds has crossed 0, or fallen to its threshold.
+create or replace function data.crosses(
+  before numeric,
+  account data.account_balance
+)
+returns boolean
+language sql
+immutable parallel safe
+as $$
+  select (before > 0) <> (data.funds_of(account) > 0)
+    or (before > account.low_balance_threshold and data.funds_of(account) <= account.low_balance_threshold)
+$$;
+
+-- Opens the grant of a credit_grant entry; its metadata hold the priority and the end.
+create or replace function data.add_grant(
+  account_id uuid,
+  seq bigint,
+  amount numeric,
+  metadata jsonb
+)
+returns void
+language plpgsql
+as $$
+begin
+  insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
+  values (add_grant.account_id, add_grant.seq, add_grant.amount, add_grant.amount,
+    (metadata ->> 'priority')::integer, data.epoch_time((metadata ->> 'expires_at')::numeric));
+end
+$$;
+
 -- Posts one entry to an account that settle has locked, and answers the account as it is then.
 -- Restores the normal form: debt only where free credit and balance are spent to the limit. Draws grants, extends the chain, and
 -- tells a crossing of the account's funds. `credit_limit` null leaves it; `frozen_delta` is what holds set aside or give back.
@@ -63,7 +102,7 @@ language plpgsql
 as $$
 declare
   v_at timestamptz := greatest(clock_timestamp(), account.head_at);
-  v_funds numeric := account.free_credit + account.balance + account.credit_limit - account.outstanding_amount;
+  v_funds numeric := data.funds_of(account);
   v_limit numeric := coalesce(post.credit_limit, account.credit_limit);
   v_balance numeric := account.balance + post.balance_delta;
   v_free_credit numeric := account.free_credit + post.free_credit_delta;
@@ -80,7 +119,6 @@ begin
   v_free_credit := v_free_credit - v_from_grants;
   v_balance := v_balance - v_from_balance;
   v_debt := v_debt - v_from_grants - v_from_balance;
-
   -- the columns of billing_transaction in their order; the hash comes next
   v_entry := (
     account.account_id, account.balance_version + 1, post.kind,
@@ -92,32 +130,21 @@ begin
   );
   v_entry.hash := data.entry_hash(v_entry);
   insert into data.billing_transaction values (v_entry.*);
-
   update data.account_balance a
-  set balance = v_balance,
-    free_credit = v_free_credit,
-    outstanding_amount = v_debt,
-    credit_limit = v_limit,
+  set (balance, free_credit, outstanding_amount, credit_limit) = (v_balance, v_free_credit, v_debt, v_limit),
+    (balance_version, head_hash, head_at) = (v_entry.seq, v_entry.hash, v_at),
     frozen_balance = a.frozen_balance + post.frozen_delta,
-    balance_version = v_entry.seq,
-    head_hash = v_entry.hash,
-    head_at = v_at,
     last_charged_at = case when post.kind = 'usage' then v_at else a.last_charged_at end
   where a.account_id = v_entry.account_id
   returning a.* into account;
 
   if post.kind = 'credit_grant' then
-    insert into data.credit_grant (account_id, seq, amount, remaining, priority, expires_at)
-    values (v_entry.account_id, v_entry.seq, post.free_credit_delta, post.free_credit_delta,
-      (post.metadata ->> 'priority')::integer, data.epoch_time((post.metadata ->> 'expires_at')::numeric));
+    perform data.add_grant(v_entry.account_id, v_entry.seq, post.free_credit_delta, post.metadata);
   end if;
   if v_from_grants > 0 then
     perform data.draw_grants(v_entry.account_id, v_entry.seq, v_from_grants);
   end if;
-  if (v_funds > 0) <> (account.available + account.frozen_balance > 0)
-    or (v_funds > account.low_balance_threshold
-      and account.available + account.frozen_balance <= account.low_balance_threshold)
-  then
+  if data.crosses(v_funds, account) then
     perform data.tell_crossings(array[v_entry.account_id], array[v_funds]);
   end if;
   return account;

@@ -88,6 +88,7 @@ set enable_mergejoin = off
 set jit = off
 as $$
 declare
+  v_now timestamptz := clock_timestamp();
   v_grants data.credit_grant[];
   v_expired numeric;
   v_seqs jsonb;
@@ -97,7 +98,7 @@ begin
     select g::data.credit_grant
     from (
       select c.* from data.credit_grant c
-      where c.account_id = account.account_id and c.remaining > 0 and c.expires_at <= clock_timestamp()
+      where c.account_id = account.account_id and c.remaining > 0 and c.expires_at <= v_now
       order by c.expires_at
       limit 10000
     ) g);

@@ -51,13 +51,11 @@ $$;
 -- Places holds of one account, or answers why not. `wait`: as data.settle. Only a request that may be admitted needs the lock.
 create or replace function data.place_for_account(
   requests data.hold_request[],
-  wait boolean
+  wait boolean,
+  actor text
 )
 returns jsonb[]
 language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set jit = off
 as $$
 declare
   v_requests data.hold_request[] := place_for_account.requests;
@@ -71,9 +69,9 @@ begin
     v_needs_lock := v_needs_lock or v_request.code is null;
   end loop;
   if v_needs_lock then
-    v_account := data.settle(v_account_id, wait => false);
+    v_account := data.settle(v_account_id, false, actor);
     if v_account.account_id is null and place_for_account.wait then
-      v_account := data.settle(v_account_id);
+      v_account := data.settle(v_account_id, true, actor);
       v_requests := data.read_keys_again(v_requests);
     end if;
     if v_account.account_id is null then
@@ -99,6 +97,7 @@ set enable_seqscan = off
 set jit = off
 as $$
 declare
+  v_actor text := data.actor();
   v_requests data.hold_request[];
   v_account_ids uuid[];
   v_wait boolean;
@@ -114,7 +113,7 @@ begin
   v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.place_for_account(v_requests[v_first:v_last], v_wait);
+    v_of_account := data.place_for_account(v_requests[v_first:v_last], v_wait, v_actor);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;
@@ -135,95 +134,6 @@ call has the account, and this one has others; nothing was held, so send that ac
 for it, then fails with SQLSTATE 55P03 (lock_timeout).';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
--- Says why a hold can't be ended or extended: null if it can.
-create or replace function data.hold_code(
-  request data.hold_id,
-  is_busy boolean,
-  account_id uuid,
-  hold data.hold
-)
-returns text
-language sql
-volatile
-as $$
-  select case
-    when is_busy then 'account_busy'
-    when request.code is not null then request.code
-    when account_id is null then 'account_not_found'
-    when hold.id is null then 'hold_not_found'
-    when hold.status <> 'open' then 'hold_' || hold.status
-    when hold.expires_at <= clock_timestamp() then 'hold_expired'
-    -- an operator's freeze stays open, as it was
-    when hold.expires_at is null then 'hold_frozen'
-  end
-$$;
-
--- The answer to one request to end or extend a hold; `code` null: done.
-create or replace function data.answer_hold(
-  request data.hold_id,
-  done text,
-  code text,
-  available numeric,
-  expires_at timestamptz default null
-)
-returns jsonb
-language sql
-stable
-as $$
-  select jsonb_strip_nulls(jsonb_build_object(
-    'id', request.id_text,
-    'status', case
-      when code is null then done
-      when code = 'account_busy' then 'busy'
-      when code in ('hold_frozen', 'insufficient_funds') then 'refused'
-      else 'closed'
-    end,
-    'code', code,
-    'expires_at', expires_at,
-    'available', available::text))
-$$;
-
--- Releases holds of one account, and answers each, in order. `wait`: as data.settle.
-create or replace function data.release_for_account(
-  requests data.hold_id[],
-  wait boolean
-)
-returns jsonb[]
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set jit = off
-as $$
-declare
-  v_account data.account_balance := data.settle((requests[1]).account_id, wait);
-  v_is_busy boolean := false;
-  v_request data.hold_id;
-  v_hold data.hold;
-  v_code text;
-  v_freed numeric := 0;
-  v_answers jsonb[];
-begin
-  if v_account.account_id is null then
-    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
-  end if;
-  foreach v_request in array release_for_account.requests loop
-    select h.* into v_hold from data.hold h where h.account_id = v_account.account_id and h.id = v_request.id;
-    v_code := data.hold_code(v_request, v_is_busy, v_account.account_id, v_hold);
-    if v_code is null then
-      update data.hold h
-      set status = 'released', ended_at = clock_timestamp()
-      where h.account_id = v_hold.account_id and h.id = v_hold.id;
-      v_freed := v_freed + v_hold.amount - v_hold.captured;
-    end if;
-    v_answers := v_answers || data.answer_hold(v_request, 'released', v_code, v_account.available + v_freed);
-  end loop;
-  update data.account_balance a
-  set frozen_balance = a.frozen_balance - v_freed
-  where a.account_id = v_account.account_id and v_freed > 0;
-  return v_answers;
-end
-$$;
-
 create or replace function api.release_holds(requests jsonb)
 returns jsonb
 language plpgsql
@@ -231,8 +141,12 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '500ms'
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 declare
+  v_actor text := data.actor();
   v_requests data.hold_id[];
   v_account_ids uuid[];
   v_wait boolean;
@@ -248,7 +162,7 @@ begin
   v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.release_for_account(v_requests[v_first:v_last], v_wait);
+    v_of_account := data.release_for_account(v_requests[v_first:v_last], v_wait, v_actor);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;
@@ -265,62 +179,6 @@ yet needs it), hold_not_found, invalid_…. `refused` as hold_frozen: an operato
 answers it.';
 grant execute on function api.release_holds(jsonb) to keyledger_gateway;
 
--- Extends holds of one account, and answers each, in order. `wait`: as data.settle. Past each moment at which credit expires
--- that a hold comes to outlive, its money must still be there.
-create or replace function data.extend_for_account(
-  requests data.hold_id[],
-  wait boolean
-)
-returns jsonb[]
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set jit = off
-as $$
-declare
-  v_account data.account_balance := data.settle((requests[1]).account_id, wait);
-  v_is_busy boolean := false;
-  v_backing data.backing[] := case when v_account.free_credit > 0 then data.backing_past_grants(v_account.account_id) end;
-  v_extended data.backing[];
-  v_request data.hold_id;
-  v_hold data.hold;
-  v_end timestamptz;
-  v_code text;
-  v_answers jsonb[];
-begin
-  if v_account.account_id is null then
-    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
-  end if;
-  foreach v_request in array extend_for_account.requests loop
-    if v_request.code is null and v_request.expires_in is null then
-      v_request.code := 'invalid_expires_in';
-    end if;
-    select h.* into v_hold from data.hold h where h.account_id = v_account.account_id and h.id = v_request.id;
-    v_code := data.hold_code(v_request, v_is_busy, v_account.account_id, v_hold);
-    v_end := greatest(v_hold.expires_at, clock_timestamp() + make_interval(secs => v_request.expires_in));
-    if v_code is null and v_backing <> '{}' then
-      v_extended := data.backing_extended(v_backing, v_hold.expires_at, v_end, v_hold.amount - v_hold.captured);
-      if exists (
-        select from unnest(v_extended) b where b.at >= v_hold.expires_at and b.at < v_end and b.available < 0)
-      then
-        v_code := 'insufficient_funds';
-      else
-        v_backing := v_extended;
-      end if;
-    end if;
-    if v_code is null then
-      update data.hold h
-      set expires_at = v_end
-      where h.account_id = v_hold.account_id and h.id = v_hold.id
-      returning h.* into v_hold;
-    end if;
-    v_answers := v_answers || data.answer_hold(v_request, 'extended', v_code, v_account.available,
-      case when v_code is null or v_code = 'insufficient_funds' then v_hold.expires_at end);
-  end loop;
-  return v_answers;
-end
-$$;
-
 create or replace function api.extend_holds(requests jsonb)
 returns jsonb
 language plpgsql
@@ -328,8 +186,12 @@ volatile
 security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '500ms'
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 declare
+  v_actor text := data.actor();
   v_requests data.hold_id[];
   v_account_ids uuid[];
   v_wait boolean;
@@ -345,7 +207,7 @@ begin
   v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_requests) loop
     v_last := data.run_end(v_account_ids, v_first);
-    v_of_account := data.extend_for_account(v_requests[v_first:v_last], v_wait);
+    v_of_account := data.extend_for_account(v_requests[v_first:v_last], v_wait, v_actor);
     for i in v_first .. v_last loop
       v_answers[(v_requests[i]).ord] := v_of_account[i - v_first + 1];
     end loop;

@@ -72,6 +72,8 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '4s'
 as $$
 declare
+  v_now timestamptz := clock_timestamp();
+  v_actor text := data.actor();
   v_hold data.hold;
 begin
   perform data.lock_account(account_id);
@@ -82,7 +84,7 @@ begin
   end if;
   if v_hold.status = 'open' then
     update data.hold h
-    set status = 'released', ended_at = clock_timestamp(), ended_by = data.actor(), end_reason = unfreeze_funds.reason
+    set status = 'released', ended_at = v_now, ended_by = v_actor, end_reason = unfreeze_funds.reason
     where h.account_id = v_hold.account_id and h.id = v_hold.id;
     update data.account_balance a
     set frozen_balance = a.frozen_balance - v_hold.amount

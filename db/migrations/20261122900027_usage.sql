@@ -81,9 +81,6 @@ create or replace function data.record_for_account(
 )
 returns jsonb[]
 language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set jit = off
 as $$
 declare
   v_account_id uuid := ((events[1]).usage).account_id;
@@ -96,6 +93,7 @@ declare
   v_charged jsonb[];
   v_answered jsonb[];
   v_event data.usage_event;
+  v_answer jsonb;
   v_answers jsonb[];
   v_next_charged integer := 0;
   v_next_unfit integer := 0;
@@ -131,19 +129,15 @@ begin
 
   foreach v_event in array record_for_account.events loop
     if v_is_busy and (v_event.code is null or (v_event.usage).hold_id is not null) then
-      v_answers := v_answers
-        || jsonb_build_object('id', (v_event.usage).id, 'status', 'busy', 'code', 'account_busy');
-      continue;
+      v_answer := jsonb_build_object('id', (v_event.usage).id, 'status', 'busy', 'code', 'account_busy');
     elsif v_event.code is null then
       v_next_charged := v_next_charged + 1;
-      v_answers := v_answers || v_charged[v_next_charged];
+      v_answer := v_charged[v_next_charged] || coalesce(v_event.note, '{}');
     else
       v_next_unfit := v_next_unfit + 1;
-      v_answers := v_answers || v_answered[v_next_unfit];
+      v_answer := v_answered[v_next_unfit] || coalesce(v_event.note, '{}');
     end if;
-    if v_event.note is not null then
-      v_answers[cardinality(v_answers)] := v_answers[cardinality(v_answers)] || v_event.note;
-    end if;
+    v_answers := v_answers || v_answer;
   end loop;
   return v_answers;
 end
@@ -158,6 +152,8 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '500ms'
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 set jit = off
 as $$
 declare

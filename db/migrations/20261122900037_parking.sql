@@ -84,6 +84,7 @@ language plpgsql
 as $$
 declare
   v_hold data.hold;
+  v_now timestamptz := clock_timestamp();
   v_are_resolved boolean;
   v_goes_on boolean;
   v_freed numeric := 0;
@@ -97,10 +98,10 @@ begin
     from data.parked_usage r
     where r.account_id = v_hold.account_id and r.hold_id = v_hold.id;
     continue when v_are_resolved is not true;
-    v_goes_on := v_goes_on and v_hold.expires_at > clock_timestamp();
+    v_goes_on := v_goes_on and v_hold.expires_at > v_now;
     update data.hold h
     set status = case when v_goes_on then 'open' else 'released' end,
-      ended_at = case when not v_goes_on then clock_timestamp() end,
+      ended_at = case when not v_goes_on then v_now end,
       ended_by = case when not v_goes_on then end_parked_holds.ended_by end,
       end_reason = case when not v_goes_on then end_parked_holds.reason end
     where h.account_id = v_hold.account_id and h.id = v_hold.id;

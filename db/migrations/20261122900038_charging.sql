@@ -6,7 +6,8 @@ set local role keyledger_owner;
 -- Logs an account's usage, in id order, under the seq of the entry to come. A conflict is a retry: its first try was charged.
 -- Answers the rows that are new.
 create or replace function data.log_usage(
-  account data.account_balance,
+  account_id uuid,
+  seq bigint,
   usage data.usage_log[]
 )
 returns data.usage_log[]
@@ -19,7 +20,7 @@ declare
   v_logged integer;
 begin
   foreach v_row in array log_usage.usage loop
-    v_row.transaction_seq := account.balance_version + 1;
+    v_row.transaction_seq := log_usage.seq;
     v_row.recorded_at := v_now;
     v_rows := v_rows || v_row;
   end loop;
@@ -29,8 +30,8 @@ begin
     v_rows := array(
       select l::data.usage_log
       from data.usage_log l
-      where l.account_id = account.account_id and l.id = any (array(select r.id from unnest(v_rows) r))
-        and l.transaction_seq = account.balance_version + 1
+      where l.account_id = log_usage.account_id and l.id = any (array(select r.id from unnest(v_rows) r))
+        and l.transaction_seq = log_usage.seq
       order by l.id);
   end if;
   return v_rows;
@@ -45,8 +46,6 @@ create or replace function data.draw_holds(
 )
 returns numeric
 language plpgsql
-set enable_hashjoin = off
-set enable_mergejoin = off
 as $$
 declare
   v_now timestamptz := clock_timestamp();
@@ -166,7 +165,7 @@ begin
   if exists (select from data.parked_usage r where r.resolved_at is null) then
     v_parked_holds := data.resolve_parked(account.account_id, array(select u.id from unnest(charge.usage) u));
   end if;
-  v_new := data.log_usage(account, charge.usage);
+  v_new := data.log_usage(account.account_id, account.balance_version + 1, charge.usage);
   foreach v_event in array v_new loop
     v_cost := v_cost + v_event.cost;
     v_list := v_list || data.usage_seal(v_event);

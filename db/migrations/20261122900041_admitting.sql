@@ -23,6 +23,24 @@ as $$
     end
 $$;
 
+-- The answer to a request, of its hold or its first try; `available` is null if the account was not locked.
+create or replace function data.answer_request(
+  id text,
+  answer jsonb,
+  hold data.hold,
+  available numeric
+)
+returns jsonb
+language sql
+stable
+as $$
+  select answer || jsonb_strip_nulls(jsonb_build_object(
+    'id', id,
+    'amount', hold.amount::text,
+    'available', available::text,
+    'expires_at', case when answer ->> 'status' not in ('refused', 'busy') then hold.expires_at end))
+$$;
+
 -- The first budget that a hold doesn't fit: of its key, its user, or its tenant. Null if it fits all.
 create or replace function data.budget_exceeded(
   budgets data.budget_left[],
@@ -167,8 +185,37 @@ begin
 end
 $$;
 
+-- Says why a hold can't be admitted: a refusal, or null if it can.
+create or replace function data.refusal_of(
+  hold data.hold,
+  user_id uuid,
+  available numeric,
+  backing data.backing[],
+  budgets data.budget_left[]
+)
+returns jsonb
+language plpgsql
+immutable
+as $$
+declare
+  v_over data.budget_left;
+begin
+  if hold.amount > available or backing is not null and hold.amount > data.backed(backing, hold.expires_at) then
+    return '{"status": "refused", "code": "insufficient_funds"}';
+  end if;
+  if budgets is not null then
+    v_over := data.budget_exceeded(budgets, hold, user_id);
+  end if;
+  if v_over.scope is not null then
+    return jsonb_build_object(
+      'status', 'refused', 'code', data.budget_code(v_over.scope), 'remaining', v_over.remaining::text);
+  end if;
+  return null;
+end
+$$;
+
 -- Places the holds of an account that settle has locked, as far as its money goes, in the order they came; answers each.
--- `account` is a row of nulls if it could not be locked, and need not be: then no request is admitted.
+-- `account` is a row of nulls if no request may be admitted, or if it could not be locked: `refusal` says why.
 create or replace function data.admit(
   account data.account_balance,
   requests data.hold_request[],
@@ -179,16 +226,15 @@ language plpgsql
 as $$
 declare
   v_now timestamptz := clock_timestamp();
-  v_available numeric;
+  v_available numeric := account.available;
   v_backing data.backing[];
   v_budgets data.budget_left[];
-  v_over data.budget_left;
   v_first_tries data.hold[];
   v_places integer[];
+  v_request data.hold_request;
   v_first_try data.hold;
   v_hold data.hold;
   v_new data.hold[] := '{}';
-  v_held numeric := 0;
   v_answer jsonb;
   v_answers jsonb[];
 begin
@@ -197,57 +243,42 @@ begin
     v_places := data.first_places(admit.requests);
   end if;
   if account.account_id is not null then
-    v_available := account.available;
     v_backing := data.backing_of_requests(account, admit.requests, v_now);
     v_budgets := data.budgets_of_requests(account, admit.requests, v_now);
   end if;
   for i in 1 .. cardinality(admit.requests) loop
-    v_hold := (admit.requests[i]).hold;
+    v_request := admit.requests[i];
+    v_hold := v_request.hold;
     v_first_try := coalesce(v_first_tries[i], v_first_tries[v_places[i]]);
+    -- its time begins now, not before the wait for the lock
+    v_hold.expires_at := data.after(v_now, v_hold.expires_at - v_hold.created_at);
+    v_hold.created_at := v_now;
+    v_answer := case
+      when v_first_try.id is not null then data.answer_first_try(v_first_try, v_hold)
+      when v_request.code is not null then jsonb_build_object('status', 'refused', 'code', v_request.code)
+      when account.account_id is null then refusal
+      else data.refusal_of(v_hold, v_request.user_id, v_available, v_backing, v_budgets)
+    end;
     if v_first_try.id is not null then
-      v_answer := data.answer_first_try(v_first_try, v_hold);
       v_hold := v_first_try;
-    elsif (admit.requests[i]).code is not null then
-      v_answer := jsonb_build_object('status', 'refused', 'code', (admit.requests[i]).code);
-    elsif account.account_id is null then
-      v_answer := refusal;
-    else
-      -- its time begins now, not before the wait for the lock
-      v_hold.expires_at := data.after(v_now, v_hold.expires_at - v_hold.created_at);
-      v_hold.created_at := v_now;
+    elsif v_answer is null then
+      v_answer := '{"status": "held"}';
+      v_available := v_available - v_hold.amount;
+      if v_backing is not null then
+        v_backing := data.backing_after(v_backing, v_hold.expires_at, v_hold.amount);
+      end if;
       if v_budgets is not null then
-        v_over := data.budget_exceeded(v_budgets, v_hold, (admit.requests[i]).user_id);
+        v_budgets := data.budgets_after(v_budgets, v_hold, v_request.user_id);
       end if;
-      if v_hold.amount > v_available or v_backing is not null and v_hold.amount > data.backed(v_backing, v_hold.expires_at) then
-        v_answer := jsonb_build_object('status', 'refused', 'code', 'insufficient_funds');
-      elsif v_over.scope is not null then
-        v_answer := jsonb_build_object(
-          'status', 'refused', 'code', data.budget_code(v_over.scope), 'remaining', v_over.remaining::text);
-      else
-        v_answer := jsonb_build_object('status', 'held');
-        v_available := v_available - v_hold.amount;
-        v_held := v_held + v_hold.amount;
-        if v_backing is not null then
-          v_backing := data.backing_after(v_backing, v_hold.expires_at, v_hold.amount);
-        end if;
-        if v_budgets is not null then
-          v_budgets := data.budgets_after(v_budgets, v_hold, (admit.requests[i]).user_id);
-        end if;
-        v_new := v_new || v_hold;
-        v_first_tries[i] := v_hold;
-      end if;
+      v_new := v_new || v_hold;
+      v_first_tries[i] := v_hold;
     end if;
-    v_answers := v_answers || (v_answer || jsonb_strip_nulls(jsonb_build_object(
-      'id', (admit.requests[i]).id,
-      'amount', v_hold.amount::text,
-      'available', v_available::text,
-      'expires_at', case when v_answer ->> 'status' not in ('refused', 'busy') then v_hold.expires_at end)));
+    v_answers := v_answers || data.answer_request(v_request.id, v_answer, v_hold, v_available);
   end loop;
-
-  if v_held > 0 then
+  if v_new <> '{}' then
     insert into data.hold select n.* from unnest(v_new) n;
     update data.account_balance a
-    set frozen_balance = a.frozen_balance + v_held
+    set frozen_balance = a.frozen_balance + (account.available - v_available)
     where a.account_id = account.account_id;
   end if;
   return v_answers;
