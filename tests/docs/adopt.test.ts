@@ -48,7 +48,7 @@ async function connected(url: string) {
   return async (text: string, values?: unknown[]) => (await client.query(text, values)).rows
 }
 
-test('Beside your own schemas: refused as it says, then installed with what it says', async () => {
+test('Beside your own schemas: refused as it says, then installed by its command', async () => {
   const name = `${db.name}_beside`
   const url = withDatabase(db.url, name)
   await once(db.url, `create database ${name}`)

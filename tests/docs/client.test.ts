@@ -1,4 +1,4 @@
-// docs/client.md, executed by a reader who has pasted what `make dev` prints; and that it lists all options and methods.
+// docs/client.md, executed by a reader who has pasted the lines of `make dev`; it lists all options and methods.
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import * as assert from 'uvu/assert'

@@ -19,6 +19,7 @@ test('the engine is the first files of code, by name and in order', () => {
   assert.equal(engine, code.slice(0, engine.length))
 })
 
-test('what it names is there: make targets, files, headings', () => namesWhatIsThere('docs/design.md', page))
+test('it names make targets, files and headings that are there', () =>
+  namesWhatIsThere('docs/design.md', page))
 
 test.run()

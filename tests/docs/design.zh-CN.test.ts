@@ -10,7 +10,7 @@ const page = readFileSync(join(root, 'docs/design.zh-CN.md'), 'utf8')
 
 test('it has no block that should be run', () => assert.equal(blocksOf(page), []))
 
-test('what it names is there: make targets, files, headings', () =>
+test('it names make targets, files and headings that are there', () =>
   namesWhatIsThere('docs/design.zh-CN.md', page))
 
 test.run()

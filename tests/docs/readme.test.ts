@@ -12,7 +12,7 @@ import { once } from '../support/database.ts'
 // the demo has a test of its own
 const { test, db, PATH, blocks } = await document('README.md', { except: ['Try it', 'Install'], dev: true })
 
-test('Try it: what it shows of the demo has the lines that the demo prints', () => {
+test('Try it: the demo prints the lines that it shows', () => {
   const figures = { overspent: '0.0000000000', chargedTotal: '1.0000000000', expectedTotal: '1.0000000000' }
   const run: Run = {
     ...{ requests: 5000, title: 'keyledger: a generated trace', hasRedis: true },
