@@ -109,7 +109,9 @@ tried('its migrations make a database', async () => {
   }
 })
 
-const readme = readFileSync(join(root, 'README.md'), 'utf8')
+const readme = ['README.md', 'docs/client.md']
+  .map((file) => readFileSync(join(root, file), 'utf8'))
+  .join('\n')
 const programs = [...readme.matchAll(/^```ts\n\/\/ (\S+)\n(.*?)^```$/gms)].map(([, file, code]) => ({
   file: file!,
   code: code!,

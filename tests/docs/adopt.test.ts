@@ -1,4 +1,4 @@
-// docs/adopt.md, executed: the paths that need a server of their own kind are tried here, the rest block by block.
+// docs/adopt.md, executed: paths that need a server of their own kind are tried here, the others block by block.
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -21,14 +21,15 @@ import { failure } from '../support/failure.ts'
 import { startPgBouncer } from '../support/pgbouncer.ts'
 import { seed } from '../support/seed.ts'
 
-const except = ['Beside what is there', 'Without a superuser', 'Supabase', 'PgBouncer']
+const except = ['Beside your own schemas', 'Without a superuser', 'Supabase', 'PgBouncer']
 const { test, db, PATH, blocks } = await document('docs/adopt.md', { except, dev: true })
 const documented = readFileSync(join(root, 'docs/adopt.md'), 'utf8')
 const codeOf = (section: string, language: string) =>
   blocks.filter((block) => block.section === section && block.language === language).map(({ code }) => code)
 
-const dbmate = (section: string, url: string) =>
-  spawnSync('sh', ['-c', codeOf(section, 'sh')[0]!], {
+const [install] = codeOf('Beside your own schemas', 'sh')
+const dbmate = (url: string) =>
+  spawnSync('sh', ['-c', install!], {
     cwd: root,
     env: { ...process.env, PATH, DATABASE_URL: url },
     encoding: 'utf8',
@@ -47,7 +48,7 @@ async function connected(url: string) {
   return async (text: string, values?: unknown[]) => (await client.query(text, values)).rows
 }
 
-test('Beside what is there: refused as it says, then installed with what it says', async () => {
+test('Beside your own schemas: refused as it says, then installed by its command', async () => {
   const name = `${db.name}_beside`
   const url = withDatabase(db.url, name)
   await once(db.url, `create database ${name}`)
@@ -57,11 +58,11 @@ test('Beside what is there: refused as it says, then installed with what it says
     create table schema_migrations (version varchar primary key);
     create schema data; create schema api; create table data.tenant (id int); create table api.holds (id int);
     create table data.theirs (id int)`)
-  const refused = dbmate('Beside what is there', url)
+  const refused = dbmate(url)
   assert.is(refused.status, 2)
-  assert.match(refused.stderr, codeOf('Beside what is there', 'text')[0]!.trim())
+  assert.match(refused.stderr, codeOf('Beside your own schemas', 'text')[0]!.trim())
   await sql('drop table data.tenant, api.holds')
-  const { status, stderr } = dbmate('Beside what is there', url)
+  const { status, stderr } = dbmate(url)
   assert.is(status, 0, stderr)
   assert.equal(await sql('select * from schema_migrations'), [])
   await sql('select * from data.theirs; select * from api.tenants')
@@ -77,7 +78,7 @@ async function managed() {
   const [give, letIn, share] = codeOf('Without a superuser', 'sql')
   await admin(give!.replace('…', password))
   const dba = withDatabase(server.url, 'app', { user: 'dba', password })
-  const { status, stderr } = dbmate('Without a superuser', dba)
+  const { status, stderr } = dbmate(dba)
   assert.is(status, 0, stderr)
   return { server, admin, dba, letIn: letIn!, share: share!, password }
 }
@@ -98,11 +99,11 @@ test('Without a superuser: two rights are enough, and the next database asks for
   await admin('create database app2')
   await admin('grant create on database app2 to dba2')
   const dba2 = withDatabase(server.url, 'app2', { user: 'dba2', password })
-  const again = dbmate('Without a superuser', dba2)
+  const again = dbmate(dba2)
   if (again.status !== 0) {
     assert.match(again.stderr, share.trim().replace(';', ''))
     await sql(share)
-    assert.is(dbmate('Without a superuser', dba2).status, 0)
+    assert.is(dbmate(dba2).status, 0)
   }
 })
 
@@ -113,12 +114,12 @@ test('Without a superuser: a schema of somebody else is not touched before its o
   const inside = await connected(withDatabase(server.url, 'app3'))
   await inside('create schema api authorization theirs')
   const dba = withDatabase(server.url, 'app3', { user: 'dba', password })
-  const refused = dbmate('Without a superuser', dba)
+  const refused = dbmate(dba)
   assert.is(refused.status, 2)
   assert.match(refused.stderr, letIn.trim().replace(';', ''))
   assert.equal(await inside(`select from pg_namespace where nspname = 'data'`), [])
   await inside(`set role theirs; ${letIn}; reset role`)
-  const { status, stderr } = dbmate('Without a superuser', dba)
+  const { status, stderr } = dbmate(dba)
   assert.is(status, 0, stderr)
   const [{ owner }] = (await inside(
     `select nspowner::regrole::text as owner from pg_namespace where nspname = 'api'`,
@@ -135,7 +136,7 @@ test('Without a superuser: schemas that are keyledger_owner’s already want no 
   const dba = withDatabase(server.url, 'app', { user: 'dba', password })
   await (await connected(dba))('create role keyledger_owner nologin')
   await (await connected(withDatabase(server.url, 'app')))('create schema data authorization keyledger_owner')
-  const { status, stderr } = dbmate('Without a superuser', dba)
+  const { status, stderr } = dbmate(dba)
   assert.is(status, 0, stderr)
 })
 

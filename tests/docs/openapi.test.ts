@@ -1,4 +1,4 @@
-// What PostgREST's OpenAPI tells of the API: a summary of each function and view, and what each argument is.
+// PostgREST's OpenAPI of the API: it has a summary of each function and view, and explains each argument.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database } from '../support/database.ts'

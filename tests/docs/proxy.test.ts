@@ -1,4 +1,4 @@
-// docs/proxy.md, executed by a reader who has pasted what `make dev` prints.
+// docs/proxy.md, executed by a reader who has pasted the lines of `make dev`.
 import { document } from '../readme/document.ts'
 
 const { test } = await document('docs/proxy.md', { dev: true })

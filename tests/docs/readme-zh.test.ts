@@ -1,4 +1,4 @@
-// The README in Chinese: it has the blocks and headings of the English one, which is the one that is executed.
+// The README in Chinese: it has the blocks and headings of the English one, which another test executes.
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { suite } from 'uvu'
@@ -25,7 +25,7 @@ test('the headings have the levels of those of README.md, with as many blocks un
   assert.equal(of(chinese), of(english))
 })
 
-test('what it names is there: make targets, files, headings', () =>
+test('it names make targets, files and headings that are there', () =>
   namesWhatIsThere('README.zh-CN.md', chinese))
 
 test.run()

@@ -1,4 +1,4 @@
-// examples/statement.ts: the page of a statement says what the document says, whatever texts are in it.
+// examples/statement.ts: the page has all figures of the document, and each text as it is.
 import { execFile } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'

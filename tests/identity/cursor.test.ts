@@ -181,8 +181,10 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   assert.is((await changes(later)).reset, false)
 })
 
-test('data restored alone into tables that are there: the horizon says so, as the README has it', async () => {
-  const [told] = /update data\.outbox_horizon [^`]*/.exec(readFileSync(join(root, 'README.md'), 'utf8'))!
+test('data restored alone into tables that are there: the horizon says so, as docs/operate.md has it', async () => {
+  const [told] = /update data\.outbox_horizon [^`]*/.exec(
+    readFileSync(join(root, 'docs/operate.md'), 'utf8'),
+  )!
   const { cursor } = await changes()
   assert.not((await changes(cursor)).reset)
   await db.sql(told)

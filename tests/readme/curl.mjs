@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// What the README asks of curl, for a machine without it.
+// The options of curl that documents use, for a machine without it.
 import { readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 

@@ -1,11 +1,11 @@
-// What the README's reader has at hand: a psql, and a shell, each going on from block to block.
+// The psql and the shell of a document's reader: each goes on from block to block.
 import { type ChildProcess, spawn } from 'node:child_process'
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import type pg from 'pg'
 import { until } from '../../scripts/supervise.ts'
 
-/** Runs SQL and the few commands of psql that the README has; gives what `psql --quiet` prints. */
+/** Runs SQL and the few commands of psql that documents have; gives the output of `psql --quiet`. */
 export function psql(client: pg.Client) {
   const variables: Record<string, string> = {}
   const value = (name: string) => {
@@ -42,9 +42,9 @@ export function psql(client: pg.Client) {
   }
 }
 
-/** A shell in `cwd`. `run` gives what the block prints, later also what it left running in the background prints. */
+/** A shell in `cwd`. `run` gives the output of the block, and later also that of its programs in the background. */
 export function shell(cwd: string, env: NodeJS.ProcessEnv) {
-  // of a process group of its own, which ends with it, and it ends with this process
+  // it has a process group of its own, which ends with it; it ends with this process
   const child: ChildProcess = spawn('sh', { cwd, env, detached: true, stdio: ['pipe', 'pipe', 'inherit'] })
   let said = ''
   child.stdout!.setEncoding('utf8').on('data', (data) => {
