@@ -200,7 +200,7 @@ export interface Views {
     status: string | null
     created_at: string | null
   }
-  /** Each charged event: who used what, what it cost, and the ledger entry (transaction_seq) that charged it. */
+  /** Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it. */
   usage_logs: {
     used_at: string | null
     account_id: string | null
@@ -337,7 +337,7 @@ export interface Functions {
       created_at: string | null
     }
   }
-  /** Gives up parked events that will never be charged, frees what their holds set aside, and keeps who did it and why (`reason`). */
+  /** Gives up parked events for good, frees the money of their holds, and keeps the actor and the `reason`. */
   dismiss_parked_usage: {
     args: {
       ids: string[]
@@ -422,21 +422,21 @@ export interface Functions {
     args: Record<string, never>
     result: string
   }
-  /** Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold. */
+  /** Sets money aside for requests to come: never past `available`, nor on free credit that expires first. */
   place_holds: {
     args: {
       requests: PlaceHoldRequest[]
     }
     result: HoldAnswer[]
   }
-  /** Opens accounts with what they had elsewhere: each account's first entry. */
+  /** Opens accounts with the balances they had elsewhere: each account's first entry. */
   record_openings: {
     args: {
       openings: Opening[]
     }
     result: OpeningAnswer[]
   }
-  /** Charges what was used, exactly once per id. */
+  /** Charges usage, exactly once per id. */
   record_usage: {
     args: {
       events: RecordedEvent[]
@@ -455,7 +455,7 @@ export interface Functions {
     }
     result: Views['billing_transactions']
   }
-  /** Gives back what open holds still set aside. */
+  /** Gives back the money that open holds still set aside. */
   release_holds: {
     args: {
       requests: ReleaseRequest[]
@@ -537,7 +537,7 @@ export interface Functions {
     }
     result: (KeyContext | UnknownKey)[]
   }
-  /** Takes back a top-up that the bank took back (chargeback, payment refund): by `seq`, or by its payment's `top_up_reference`. */
+  /** Takes back a top-up that the bank took back (a chargeback): by `seq`, or by its `top_up_reference`. */
   reverse_top_up: {
     args: {
       account_id: string

@@ -1,9 +1,10 @@
 -- migrate:up
 -- The ledger's one writer: it posts one entry to one account. settle locks the account first.
 --
--- Callers fix their plans (plan_cache_mode, enable_seqscan): by index for any number of rows, and made once. Else a plan made
--- on an empty table scans it until the next analyze, and planning anew is a fifth of a call (measured). A statement that joins
--- may use nested loops only: a hash join reads all the holds there are. tests/ledger/plans.test.ts counts the rows each reads.
+-- Callers fix their plans (plan_cache_mode, enable_seqscan): by index for any number of rows, and
+-- made once. Else a plan made on an empty table scans it until the next analyze, and planning anew
+-- is a fifth of a call (measured). A statement that joins may use nested loops only: a hash join
+-- reads all the holds there are. tests/ledger/plans.test.ts counts the rows each reads.
 
 set local role keyledger_owner;
 
@@ -78,8 +79,9 @@ end
 $$;
 
 -- Posts one entry to an account that settle has locked, and answers the account as it is then.
--- Restores the normal form: debt only where free credit and balance are spent to the limit. Draws grants, extends the chain, and
--- tells a crossing of the account's funds. `credit_limit` null leaves it; `frozen_delta` is what holds set aside or give back.
+-- Restores the normal form: debt only where free credit and balance are spent to the limit. Draws
+-- grants, extends the chain, and tells a crossing of the account's funds. `credit_limit` null
+-- leaves it; `frozen_delta` is the sum that holds set aside (above 0) or give back (below).
 create or replace function data.post(
   account data.account_balance,
   kind text,
@@ -156,6 +158,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

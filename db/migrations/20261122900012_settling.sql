@@ -1,10 +1,12 @@
 -- migrate:up
--- Settling: an account's lock, and under it all that is due by the clock: holds and grants past their time.
+-- Settling: an account's lock, and under it all that is due by the clock: holds and grants past
+-- their time.
 
 set local role keyledger_owner;
 
--- Ends holds past their expiry, of a locked account. At most 10,000 a call, soonest first: after an outage there may be more
--- than a call has time for. The others set nothing aside either: data.account_now subtracts them.
+-- Ends holds past their expiry, of a locked account. At most 10,000 a call, soonest first: after an
+-- outage there may be more than a call has time for. The others set nothing aside either:
+-- data.account_now subtracts them.
 create or replace function data.end_due_holds(account data.account_balance)
 returns data.account_balance
 language plpgsql
@@ -40,7 +42,8 @@ begin
 end
 $$;
 
--- Shrinks parked holds, newest first, by the money that is missing: they don't expire, so credit may expire under one.
+-- Shrinks parked holds, newest first, by the money that is missing: they don't expire, so credit
+-- may expire under one.
 create or replace function data.shrink_parked(
   account data.account_balance,
   missing numeric
@@ -74,7 +77,8 @@ begin
 end
 $$;
 
--- Posts the expiry of grants past theirs, of a locked account: one entry, which draws the rest of each grant.
+-- Posts the expiry of grants past theirs, of a locked account: one entry, which draws the rest of
+-- each grant.
 create or replace function data.end_due_grants(
   account data.account_balance,
   actor text
@@ -93,7 +97,8 @@ declare
   v_expired numeric;
   v_seqs jsonb;
 begin
-  -- at most 10,000 a call, as with holds; the cast keeps the grants from becoming text in the session's DateStyle
+  -- at most 10,000 a call, as with holds; the cast keeps the grants from becoming text in the
+  -- session's DateStyle
   v_grants := array(
     select g::data.credit_grant
     from (
@@ -117,10 +122,11 @@ begin
 end
 $$;
 
--- Locks an account and posts all that is due. Answers its row, whose `available` counts nothing that is due; a row of nulls where
--- there is no such account.
--- A call for one account waits for the lock, as long as lock_timeout says. A call for several doesn't (`wait` false): it would
--- make all others wait who need the accounts it has. A row of nulls then also means that another call has the account.
+-- Locks an account and posts all that is due. Answers its row, whose `available` counts nothing
+-- that is due; a row of nulls where there is no such account. A call for one account waits for the
+-- lock, as long as lock_timeout says. A call for several doesn't (`wait` false): it would make all
+-- others wait who need the accounts it has. A row of nulls then also means that another call has
+-- the account.
 create or replace function data.settle(
   account_id uuid,
   wait boolean default true,
@@ -137,7 +143,8 @@ begin
   if not found and settle.wait then
     select a.* into v_account from data.account_balance a where a.account_id = settle.account_id for update;
   end if;
-  -- in the order of the index of open holds: a plan made on a small table might take the other index, of all holds
+  -- in the order of the index of open holds: a plan made on a small table might take the other
+  -- index, of all holds
   if v_account.frozen_balance > 0 and exists (
     select from data.hold h
     where h.account_id = v_account.account_id and h.status = 'open' and h.expires_at <= clock_timestamp()
@@ -186,8 +193,8 @@ begin
 end
 $$;
 
--- Settles an account for a rare posting; refuses an unknown one. The callers wait 4 s at most, and as long again for a call
--- that waited behind another: below the 10 s that a client gives a call.
+-- Settles an account for a rare posting; refuses an unknown one. The callers wait 4 s at most, and
+-- as long again for a call that waited behind another: below the 10 s that a client gives a call.
 create or replace function data.lock_account(account_id uuid)
 returns data.account_balance
 language plpgsql
@@ -210,6 +217,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

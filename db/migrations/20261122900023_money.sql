@@ -3,8 +3,8 @@
 
 set local role keyledger_owner;
 
--- The seq of the entry that used a reference, under the account's lock: null when it is new, refused when its content differs.
--- `amount` null: any.
+-- The seq of the entry that used a reference, under the account's lock: null when it is new,
+-- refused when its content differs. `amount` null: any.
 create or replace function data.first_try(
   account_id uuid,
   kind text,
@@ -29,14 +29,16 @@ begin
       is distinct from (first_try.kind, first_try.refund_of_seq, first_try.refund_of_usage_id, first_try.metadata,
         coalesce(first_try.amount, v_first.amount)::data.money)
   then
-    perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || v_first.seq || ' with other content',
+    perform data.refuse(409, 'reference_mismatch',
+      'reference is used by entry ' || v_first.seq || ' with other content',
       'use a new reference, or repeat the first call exactly');
   end if;
   return v_first.seq;
 end
 $$;
 
--- Posts one rare entry, or finds its first try; checks the version the caller decided on. Answers the entry as shown.
+-- Posts one rare entry, or finds its first try; checks the version the caller decided on. Answers
+-- the entry as shown.
 create or replace function data.post_one(
   account_id uuid,
   kind text,
@@ -59,7 +61,8 @@ declare
     post_one.reference, post_one.metadata);
 begin
   if v_seq is null and expected_version <> v_account.balance_version then
-    perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version, 'read the account again');
+    perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version,
+      'read the account again');
   end if;
   if v_seq is null then
     v_account := data.post(v_account, post_one.kind, balance_delta => post_one.balance_delta,
@@ -93,9 +96,9 @@ end
 $$;
 comment on function api.top_up(uuid, numeric, text, text, jsonb) is
 'Adds paid money to an account; debt is paid first.
-Adds `amount` to `account_id`; `reason` and `metadata` are kept with the entry. `reference` is the payment''s id: repeated with the same
-content it answers the first entry, with other content 409 reference_mismatch. Answers the ledger entry. 404 account_not_found; 422
-invalid_amount.';
+Adds `amount` to `account_id`; `reason` and `metadata` are kept with the entry. `reference` is the
+payment''s id: repeated with the same content it answers the first entry, with other content 409
+reference_mismatch. Answers the ledger entry. 404 account_not_found; 422 invalid_amount.';
 grant execute on function api.top_up(uuid, numeric, text, text, jsonb) to keyledger_operator;
 
 create or replace function api.adjust_balance(
@@ -126,10 +129,11 @@ end
 $$;
 comment on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) is
 'Corrects an account by a signed amount, with a reason.
-Adds `amount`, which may be negative, to `account_id`; `reason` and `metadata` are kept with the entry, `reference` makes it repeatable.
-What a negative amount takes beyond the credit limit becomes debt. `expected_version` is the balance_version the decision was made on: 409
-version_conflict if the account has moved. Answers the ledger entry. 404 account_not_found; 409 reference_mismatch; 422 invalid_amount,
-invalid_reason.';
+Adds `amount`, which may be negative, to `account_id`; `reason` and `metadata` are kept with the
+entry, `reference` makes it repeatable. An amount below 0 that goes beyond the credit limit becomes
+debt. `expected_version` is the balance_version the decision was made on: 409 version_conflict if
+the account has moved. Answers the ledger entry. 404 account_not_found; 409 reference_mismatch; 422
+invalid_amount, invalid_reason.';
 grant execute on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) to keyledger_operator;
 
 create or replace function api.grant_credit(
@@ -153,10 +157,12 @@ begin
     select from data.billing_transaction t
     where t.account_id = grant_credit.account_id and t.reference = grant_credit.reference))
   then
-    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment in the future', 'leave it out for credit that does not expire');
+    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment in the future',
+      'leave it out for credit that does not expire');
   end if;
   if priority is null then
-    perform data.refuse(422, 'invalid_priority', 'priority must be an integer', 'lower numbers are spent first; the default is 100');
+    perform data.refuse(422, 'invalid_priority', 'priority must be an integer',
+      'lower numbers are spent first; the default is 100');
   end if;
   return data.post_one(
     account_id, 'credit_grant', free_credit_delta => amount, reference => reference, reason => reason,
@@ -165,9 +171,10 @@ end
 $$;
 comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) is
 'Gives promotional credit, spent before paid money; debt is paid first.
-Grants `amount` to `account_id`; `reason` is kept with the entry, `reference` makes it repeatable. Spent lowest `priority` first, then
-soonest `expires_at`, then oldest; what is left at `expires_at` expires by itself. Answers the ledger entry. 404 account_not_found; 409
-reference_mismatch; 422 invalid_amount, invalid_expires_at, invalid_priority.';
+Grants `amount` to `account_id`; `reason` is kept with the entry, `reference` makes it repeatable.
+Spent lowest `priority` first, then soonest `expires_at`, then oldest; the rest at `expires_at`
+expires by itself. Answers the ledger entry. 404 account_not_found; 409 reference_mismatch; 422
+invalid_amount, invalid_expires_at, invalid_priority.';
 grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) to keyledger_operator;
 
 
@@ -176,6 +183,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -39,8 +39,8 @@ begin
 end
 $$;
 
--- Gives part of a charge back to the grants it was drawn from, the last drawn first, as far as they have not expired. Answers
--- how much they took.
+-- Gives part of a charge back to the grants it was drawn from, the last drawn first, as far as they
+-- have not expired. Answers how much they took.
 create or replace function data.return_to_grants(
   account_id uuid,
   seq bigint,
@@ -114,17 +114,20 @@ begin
 
   -- over all refunds of the entry, and of the event, whatever their references
   select coalesce(sum(t.amount), 0), least(-v_charge.amount - coalesce(sum(t.amount), 0),
-    (select l.cost from data.usage_log l where l.account_id = refund_charge.account_id and l.id = refund_charge.usage_id)
+    (select l.cost from data.usage_log l
+      where l.account_id = refund_charge.account_id and l.id = refund_charge.usage_id)
       - coalesce(sum(t.amount) filter (where t.refund_of_usage_id = refund_charge.usage_id), 0))
   into v_refunded, v_left
   from data.billing_transaction t
   where t.account_id = refund_charge.account_id and t.refund_of_seq = v_charge.seq and t.kind = 'refund';
   amount := coalesce(amount, v_left);
   if amount > v_left or v_left <= 0 then
-    perform data.refuse(409, 'refund_exceeds_charge', 'left to refund: ' || v_left::text, 'refund at most what is left');
+    perform data.refuse(409, 'refund_exceeds_charge', 'left to refund: ' || v_left::text,
+      'refund at most what is left');
   end if;
 
-  -- debt is paid first; then money comes back before free credit, and the rest of a grant that expired goes to the balance
+  -- debt is paid first; then money comes back before free credit, and the rest of a grant that
+  -- expired goes to the balance
   v_debt := least(amount, v_account.outstanding_amount);
   v_money := -v_charge.amount + v_charge.free_credit_delta;
   v_to_grants := data.return_to_grants(account_id, v_charge.seq, least(
@@ -137,10 +140,12 @@ end
 $$;
 comment on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) is
 'Gives back a charge, whole or in part: of a usage entry by `seq`, or of one event by `usage_id`.
-Gives `amount` back to `account_id`; `reason` is kept with the entry. At most what was charged, over all refunds of the entry and of the
-event together; `amount` null: all that is left. Pays debt first; money comes back before free credit, which returns to grants not yet
-expired, else to the balance. Repeated with the same `reference` it answers the first entry. 404 account_not_found, charge_not_found; 409
-refund_exceeds_charge, reference_mismatch; 410 usage_dropped; 422 invalid_amount.';
+Gives `amount` back to `account_id`; `reason` is kept with the entry. At most the charge, over
+all refunds of the entry and of the event together; `amount` null: all that is left. Pays debt
+first; money comes back before free credit, which returns to grants not yet expired, else to the
+balance. Repeated with the same `reference` it answers the first entry. 404 account_not_found,
+charge_not_found; 409 refund_exceeds_charge, reference_mismatch; 410 usage_dropped; 422
+invalid_amount.';
 grant execute on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) to keyledger_operator;
 
 create or replace function api.reverse_top_up(
@@ -190,17 +195,19 @@ begin
   where t.account_id = reverse_top_up.account_id and t.refund_of_seq = v_top_up.seq;
   amount := coalesce(amount, v_left);
   if amount > v_left or v_left <= 0 then
-    perform data.refuse(409, 'reversal_exceeds_top_up', 'left to reverse: ' || v_left::text, 'reverse at most what is left');
+    perform data.refuse(409, 'reversal_exceeds_top_up', 'left to reverse: ' || v_left::text,
+      'reverse at most what is left');
   end if;
-  v_account := data.post(v_account, 'top_up_reversal', balance_delta => -amount, reference => reference, reason => reason,
-    refund_of_seq => v_top_up.seq);
+  v_account := data.post(v_account, 'top_up_reversal', balance_delta => -amount,
+    reference => reference, reason => reason, refund_of_seq => v_top_up.seq);
   return data.shown(account_id, v_account.balance_version);
 end
 $$;
 comment on function api.reverse_top_up(uuid, bigint, numeric, text, text, text) is
-'Takes back a top-up that the bank took back (chargeback, payment refund): by `seq`, or by its payment''s `top_up_reference`.
-Takes `amount` from `account_id`; `reason` is kept with the entry. At most what was topped up, over all reversals together; `amount` null:
-all that is left. What is spent already becomes debt. Repeated with the same `reference` it answers the first entry. 404 account_not_found,
+'Takes back a top-up that the bank took back (a chargeback): by `seq`, or by its `top_up_reference`.
+Takes `amount` from `account_id`; `reason` is kept with the entry. At most the top-up, over
+all reversals together; `amount` null: all that is left. Money that is spent already becomes debt.
+Repeated with the same `reference` it answers the first entry. 404 account_not_found,
 top_up_not_found; 409 reversal_exceeds_top_up, reference_mismatch; 422 invalid_amount.';
 grant execute on function api.reverse_top_up(uuid, bigint, numeric, text, text, text) to keyledger_operator;
 
@@ -209,6 +216,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

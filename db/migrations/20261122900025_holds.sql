@@ -27,8 +27,9 @@ from (
 ) h;
 comment on view api.holds is
 'Money set aside for requests: open, parked, captured, released or expired.
-A parked one waits for an event that could not be charged yet: it doesn''t expire, and ends when the event is charged or dismissed.
-One without expires_at is an operator''s freeze: `reference`, `reason` and `actor` say why and by whom, `ended_by` and `end_reason` its end.';
+A parked one waits for an event that could not be charged yet: it doesn''t expire, and ends when the
+event is charged or dismissed. A hold without expires_at is an operator''s freeze: `reference`,
+`reason` and `actor` say why and by whom, `ended_by` and `end_reason` its end.';
 grant select on api.holds to keyledger_gateway, keyledger_operator, keyledger_member;
 
 -- a hold as api.holds shows it
@@ -48,7 +49,8 @@ begin
 end
 $$;
 
--- Places holds of one account, or answers why not. `wait`: as data.settle. Only a request that may be admitted needs the lock.
+-- Places holds of one account, or answers why not. `wait`: as data.settle. Only a request that may
+-- be admitted needs the lock.
 create or replace function data.place_for_account(
   requests data.hold_request[],
   wait boolean,
@@ -123,15 +125,18 @@ begin
 end
 $$;
 comment on function api.place_holds(jsonb) is
-'Sets money aside for requests about to be made; never past `available`, and never on free credit that expires before the hold.
-Takes `requests`, [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}] and answers in the same order [{id,
-status: held | duplicate | refused | busy, code?, amount, available, expires_at}], at most 10,000. ids are UUIDv7 made by the caller, of
-now (id_not_of_now: over 2 minutes ahead or 1 hour behind); meters are priced at the id''s time. A repeated id is `duplicate`
-(`hold_status` says if it is still open, `mismatch` that its content differs). `available` is the account''s, free credit that expires
-before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and
-tenant_budget_exceeded come with what the budget has left (`remaining`); the holds of one call share it. `busy` (account_busy): another
-call has the account, and this one has others; nothing was held, so send that account''s alone. A call for one account waits half a second
-for it, then fails with SQLSTATE 55P03 (lock_timeout).';
+'Sets money aside for requests to come: never past `available`, nor on free credit that expires first.
+Takes `requests`, [{id, account_id, virtual_key_id, amount | config_node_id + meters, expires_in?}]
+and answers in the same order [{id, status: held | duplicate | refused | busy, code?, amount,
+available, expires_at}], at most 10,000. ids are UUIDv7 made by the caller, of now (id_not_of_now:
+over 2 minutes ahead or 1 hour behind); meters are priced at the id''s time. A repeated id is
+`duplicate` (`hold_status` says if it is still open, `mismatch` that its content differs).
+`available` is the account''s, free credit that expires before the hold included: insufficient_funds
+may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and
+tenant_budget_exceeded come with the rest of the budget (`remaining`); the holds of one call share
+it. `busy` (account_busy): another call has the account, and this one has others; nothing was held,
+so send that account''s alone. A call for one account waits half a second for it, then fails with
+SQLSTATE 55P03 (lock_timeout).';
 grant execute on function api.place_holds(jsonb) to keyledger_gateway;
 
 create or replace function api.release_holds(requests jsonb)
@@ -172,11 +177,12 @@ begin
 end
 $$;
 comment on function api.release_holds(jsonb) is
-'Gives back what open holds still set aside.
-Takes `requests`, [{id, account_id}] and answers [{id, status: released | closed | refused | busy, code?, available}]; `closed` means there
-was nothing open to give back, `code` says why: hold_released, hold_captured, hold_expired, hold_parked (an event that could not be charged
-yet needs it), hold_not_found, invalid_…. `refused` as hold_frozen: an operator''s freeze is the operator''s to end. `busy`: as place_holds
-answers it.';
+'Gives back the money that open holds still set aside.
+Takes `requests`, [{id, account_id}] and answers [{id, status: released | closed | refused | busy,
+code?, available}]; `closed` means there was nothing open to give back, `code` says why:
+hold_released, hold_captured, hold_expired, hold_parked (an event that could not be charged yet
+needs it), hold_not_found, invalid_…. `refused` as hold_frozen: an operator''s freeze is the
+operator''s to end. `busy`: as place_holds answers it.';
 grant execute on function api.release_holds(jsonb) to keyledger_gateway;
 
 create or replace function api.extend_holds(requests jsonb)
@@ -218,9 +224,10 @@ end
 $$;
 comment on function api.extend_holds(jsonb) is
 'Keeps open holds open for longer.
-Takes `requests`, [{id, account_id, expires_in?}] and answers [{id, status: extended | closed | refused | busy, code?, expires_at, available}];
-`expires_in` counts seconds from now (900), and never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where
-free credit it stands on expires first, hold_frozen for an operator''s freeze.';
+Takes `requests`, [{id, account_id, expires_in?}] and answers [{id, status: extended | closed |
+refused | busy, code?, expires_at, available}]; `expires_in` counts seconds from now (900), and
+never shortens a hold. `refused` leaves the hold open as it was: insufficient_funds where free
+credit it stands on expires first, hold_frozen for an operator''s freeze.';
 grant execute on function api.extend_holds(jsonb) to keyledger_gateway;
 
 reset role;
@@ -228,6 +235,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -5,7 +5,9 @@ set local role keyledger_owner;
 
 create or replace view api.usage_logs with (security_barrier) as
 select
-  to_timestamp(('x' || substr(l.id::text, 1, 8) || substr(l.id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision) as used_at,
+  to_timestamp(
+    ('x' || substr(l.id::text, 1, 8) || substr(l.id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision
+  ) as used_at,
   l.*
 from (
   select l.* from data.usage_log l where (select v.sees_all from data.viewer v)
@@ -15,10 +17,12 @@ from (
     and (l.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
       or l.user_id = (select v.user_id from data.viewer v))
 ) l;
-comment on view api.usage_logs is 'Each charged event: who used what, what it cost, and the ledger entry (transaction_seq) that charged it.';
+comment on view api.usage_logs is
+'Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it.';
 grant select on api.usage_logs to keyledger_operator, keyledger_member;
 
--- The answer to an event that can't be charged, if its id has been: by a first try with other content. Null if not.
+-- The answer to an event that can't be charged, if its id has been: by a first try with other
+-- content. Null if not.
 create or replace function data.charged_before(usage data.usage_log)
 returns jsonb
 language plpgsql
@@ -37,7 +41,8 @@ begin
 end
 $$;
 
--- Parks events of one account that can't be charged, and answers each, in order; one charged before is a duplicate.
+-- Parks events of one account that can't be charged, and answers each, in order; one charged before
+-- is a duplicate.
 create or replace function data.answer_unfit(
   events data.usage_event[],
   sent jsonb
@@ -71,8 +76,9 @@ begin
 end
 $$;
 
--- Records events of one account: charges those it can, parks the others, and answers each, in order. `wait`: as data.settle.
--- An event that can't be charged needs the account's lock only for its hold.
+-- Records events of one account: charges those it can, parks the others, and answers each, in
+-- order. `wait`: as data.settle. An event that can't be charged needs the account's lock only for
+-- its hold.
 create or replace function data.record_for_account(
   events data.usage_event[],
   sent jsonb,
@@ -183,13 +189,16 @@ begin
 end
 $$;
 comment on function api.record_usage(jsonb) is
-'Charges what was used, exactly once per id.
-Takes `events`, [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true), request_id?, metadata?}] and answers in
-the same order [{id, status: charged | duplicate | parked | busy, code?, cost, available, seq, left_out?, hold?}], at most 10,000. ids are
-UUIDv7 made by the caller: a repeated id charges nothing (`mismatch` says its content differs). What can''t be charged is parked and kept
-with its code, and the money of its hold stays set aside; its neighbours are charged. `left_out` names labels that were unfit (request_id:
-1 to 512 characters; metadata: an object of up to 16384 bytes); `hold` is unknown where the account has no such hold: the event is charged
-without it. An id more than 2 minutes ahead of the server''s clock is parked as id_not_of_now. `busy`: as place_holds answers it.';
+'Charges usage, exactly once per id.
+Takes `events`, [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true),
+request_id?, metadata?}] and answers in the same order [{id, status: charged | duplicate | parked |
+busy, code?, cost, available, seq, left_out?, hold?}], at most 10,000. ids are UUIDv7 made by the
+caller: a repeated id charges nothing (`mismatch` says its content differs). An event that can''t be
+charged is parked and kept with its code, and the money of its hold stays set aside; its neighbours
+are charged. `left_out` names labels that were unfit (request_id: 1 to 512 characters; metadata: an
+object of up to 16384 bytes); `hold` is unknown where the account has no such hold: the event is
+charged without it. An id more than 2 minutes ahead of the server''s clock is parked as
+id_not_of_now. `busy`: as place_holds answers it.';
 grant execute on function api.record_usage(jsonb) to keyledger_gateway;
 
 reset role;
@@ -197,6 +206,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -3,8 +3,9 @@
 
 set local role keyledger_owner;
 
--- Labels: what an event may carry for its reader. One that is unfit is left out, and the event is charged. Sizes and numbers are looked
--- at before any text is made. Null is none. Stable, since sizes are: else these would not be inlined.
+-- Labels: fields that an event may carry for its reader. An unfit label is left out, and the event
+-- is charged. Sizes and numbers are looked at before any text is made. Null is none. Stable, since
+-- sizes are: else these would not be inlined.
 create or replace function data.is_request_id(value jsonb)
 returns boolean
 language sql
@@ -32,7 +33,8 @@ as $$
   end
 $$;
 
--- The ids of each event. Cast at once (`strict`), and one by one only if that fails: to catch each is a fifth of the work.
+-- The ids of each event. Cast at once (`strict`), and one by one only if that fails: to catch each
+-- is a fifth of the work.
 create or replace function data.read_event_ids(
   events jsonb,
   strict boolean
@@ -64,8 +66,8 @@ as $$
   from jsonb_array_elements(events) with ordinality as e (event, ord)
 $$;
 
--- The parts of an event that are left out of its charge: unfit labels, and a hold that its account doesn't have (lost with a
--- failover, or another account's). Null if there are none.
+-- The parts of an event that are left out of its charge: unfit labels, and a hold that its account
+-- doesn't have (lost with a failover, or another account's). Null if there are none.
 create or replace function data.left_out_note(
   request_id_fits boolean,
   metadata_fits boolean,
@@ -84,7 +86,8 @@ as $$
   end
 $$;
 
--- Says why an event's own content can't be charged: null if it can. The ids are null where they are malformed.
+-- Says why an event's own content can't be charged: null if it can. The ids are null where they are
+-- malformed.
 create or replace function data.event_code(
   event jsonb,
   id uuid,
@@ -172,8 +175,9 @@ as $$
   offset 0 -- or each use would read again
 $$;
 
--- Reads events in the order of their accounts and ids: prices each, and says why one can't be charged. The caller's own statement
--- reads the window: it then waits for a drop of months before it takes its snapshot, not after.
+-- Reads events in the order of their accounts and ids: prices each, and says why one can't be
+-- charged. The caller's own statement reads the window: it then waits for a drop of months before
+-- it takes its snapshot, not after.
 create or replace function data.read_usage_events(
   events jsonb,
   taken data.usage_window,
@@ -231,6 +235,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -3,8 +3,8 @@
 
 set local role keyledger_owner;
 
--- An event as it is kept: its known fields, without unfit labels. Of a field past its size, or with absurd numbers, only that
--- is kept.
+-- An event as it is kept: its known fields, without unfit labels. Of a field past its size, or with
+-- absurd numbers, only that is kept.
 create or replace function data.kept_event(event jsonb)
 returns jsonb
 language sql
@@ -12,11 +12,15 @@ immutable
 as $$
   select case
     when jsonb_typeof(event) <> 'object' then
-      case when pg_column_size(event) <= 65536 and not data.has_absurd_numbers(event) then data.without_keys(event) else '"too large"' end
+      case
+        when pg_column_size(event) <= 65536 and not data.has_absurd_numbers(event) then data.without_keys(event)
+        else '"too large"'
+      end
     else (
       select coalesce(jsonb_object_agg(f.key, case
         when data.has_absurd_numbers(f.value) then '"absurd number"'
-        when pg_column_size(f.value) > case f.key when 'meters' then 16384 when 'metadata' then 131072 else 4096 end then '"too large"'
+        when pg_column_size(f.value) > case f.key when 'meters' then 16384 when 'metadata' then 131072 else 4096 end
+          then '"too large"'
         else data.without_keys(f.value)
       end), '{}')
       from jsonb_each(event) f
@@ -29,9 +33,9 @@ as $$
   end
 $$;
 
--- Keeps events of one account that can't be charged. An event's digest is its id, so a retry adds nothing; they are written in
--- its order, so that two calls don't wait for each other. An event's hold is parked as well. The caller has settled the account
--- if an event names a hold.
+-- Keeps events of one account that can't be charged. An event's digest is its id, so a retry adds
+-- nothing; they are written in its order, so that two calls don't wait for each other. An event's
+-- hold is parked as well. The caller has settled the account if an event names a hold.
 create or replace function data.park(
   events jsonb[],
   codes text[],
@@ -71,8 +75,8 @@ begin
 end
 $$;
 
--- Ends an account's parked holds whose last parked event is charged or dismissed. A hold that is still in time is open again,
--- if none of its events was final. The caller has settled the account.
+-- Ends an account's parked holds whose last parked event is charged or dismissed. A hold that is
+-- still in time is open again, if none of its events was final. The caller has settled the account.
 create or replace function data.end_parked_holds(
   account_id uuid,
   hold_ids uuid[],
@@ -115,8 +119,8 @@ begin
 end
 $$;
 
--- Resolves an account's parked events whose ids are being charged, in another text. Answers the holds they set money aside by.
--- The caller has settled the account.
+-- Resolves an account's parked events whose ids are being charged, in another text. Answers the
+-- holds they set money aside by. The caller has settled the account.
 create or replace function data.resolve_parked(
   account_id uuid,
   usage_ids uuid[]
@@ -131,7 +135,8 @@ begin
   for v_hold_id in
     update data.parked_usage r
     set resolution = 'duplicate', resolved_at = clock_timestamp(), tried_at = clock_timestamp()
-    where r.usage_id = any (resolve_parked.usage_ids) and r.account_id = resolve_parked.account_id and r.resolved_at is null
+    where r.usage_id = any (resolve_parked.usage_ids) and r.account_id = resolve_parked.account_id
+      and r.resolved_at is null
     returning r.hold_id
   loop
     v_hold_ids := v_hold_ids || v_hold_id;
@@ -145,6 +150,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -3,8 +3,8 @@
 
 set local role keyledger_owner;
 
--- Logs an account's usage, in id order, under the seq of the entry to come. A conflict is a retry: its first try was charged.
--- Answers the rows that are new.
+-- Logs an account's usage, in id order, under the seq of the entry to come. A conflict is a retry:
+-- its first try was charged. Answers the rows that are new.
 create or replace function data.log_usage(
   account_id uuid,
   seq bigint,
@@ -38,8 +38,8 @@ begin
 end
 $$;
 
--- Draws new usage from its holds, and ends those whose event is final. Answers how much of the account's frozen balance is free
--- by that. A freeze has no expiry, and is not drawn.
+-- Draws new usage from its holds, and ends those whose event is final. Answers how much of the
+-- account's frozen balance is free by that. A freeze has no expiry, and is not drawn.
 create or replace function data.draw_holds(
   account_id uuid,
   usage data.usage_log[]
@@ -79,7 +79,8 @@ begin
 end
 $$;
 
--- Says when keys were last used: at most once a minute each. Skips a row that another call is at: nobody waits here.
+-- Says when keys were last used: at most once a minute each. Skips a row that another call is at:
+-- nobody waits here.
 create or replace function data.mark_used(
   keys uuid[],
   usage data.usage_log[]
@@ -106,8 +107,9 @@ begin
 end
 $$;
 
--- The answers to usage whose first try was charged before, by another entry than `new_seq`, or twice in this call: its place in
--- `usage`, and the charge of the first try. `mismatch` says that its content differs.
+-- The answers to usage whose first try was charged before, by another entry than `new_seq`, or
+-- twice in this call: its place in `usage`, and the charge of the first try. `mismatch` says that
+-- its content differs.
 create or replace function data.answer_duplicates(
   account data.account_balance,
   usage data.usage_log[],
@@ -123,7 +125,8 @@ as $$
 begin
   return query
   select u.ordinality, jsonb_strip_nulls(jsonb_build_object(
-    'id', u.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', account.available::text, 'seq', l.transaction_seq,
+    'id', u.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', account.available::text,
+    'seq', l.transaction_seq,
     'mismatch', case when
       (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
         is distinct from
@@ -141,7 +144,8 @@ begin
 end
 $$;
 
--- Charges usage of an account that settle has locked: one entry for all that is new. Answers each event, in order.
+-- Charges usage of an account that settle has locked: one entry for all that is new. Answers each
+-- event, in order.
 create or replace function data.charge(
   account data.account_balance,
   usage data.usage_log[],
@@ -210,6 +214,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -3,8 +3,8 @@
 
 set local role keyledger_owner;
 
--- Reads hold requests in the order of their accounts: the hold each would be, by identity and prices, before any account is
--- locked. `code` says why one is refused.
+-- Reads hold requests in the order of their accounts: the hold each would be, by identity and
+-- prices, before any account is locked. `code` says why one is refused.
 create or replace function data.read_hold_requests(requests jsonb)
 returns data.hold_request[]
 language plpgsql
@@ -18,7 +18,8 @@ begin
     r.ord,
     data.text_of(r.request, 'id'),
     row(
-      r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open', statement_timestamp() + make_interval(secs => r.expires_in),
+      r.account_id, r.id, coalesce(p.cost, greatest(r.amount, 0)), 0, 'open',
+      statement_timestamp() + make_interval(secs => r.expires_in),
       r.virtual_key_id, r.config_node_id, p.quantities, statement_timestamp(), null, null, null, null, null, null
     )::data.hold,
     case
@@ -29,7 +30,8 @@ begin
       when r.id < v_oldest or r.id >= v_newest then 'id_not_of_now'
       when r.account_id is null then 'invalid_account_id'
       when r.virtual_key_id is null then 'invalid_virtual_key_id'
-      when r.config_node_id is null and coalesce(r.request -> 'config_node_id', 'null') <> 'null' then 'invalid_config_node_id'
+      when r.config_node_id is null and coalesce(r.request -> 'config_node_id', 'null') <> 'null'
+        then 'invalid_config_node_id'
       when r.expires_in is null then 'invalid_expires_in'
       when r.is_priced and r.config_node_id is null then 'invalid_config_node_id'
       when r.is_priced = (coalesce(r.request -> 'amount', 'null') <> 'null') then 'invalid_amount'
@@ -70,7 +72,8 @@ begin
 end
 $$;
 
--- Reads requests again whose call has waited for its account: their keys may have been revoked or moved meanwhile.
+-- Reads requests again whose call has waited for its account: their keys may have been revoked or
+-- moved meanwhile.
 create or replace function data.read_keys_again(requests data.hold_request[])
 returns data.hold_request[]
 language plpgsql
@@ -96,7 +99,8 @@ begin
 end
 $$;
 
--- Reads the holds that a call is to end or extend, in the order of their accounts. Ids that are null are malformed.
+-- Reads the holds that a call is to end or extend, in the order of their accounts. Ids that are
+-- null are malformed.
 create or replace function data.read_hold_ids(requests jsonb)
 returns data.hold_id[]
 language plpgsql
@@ -128,6 +132,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

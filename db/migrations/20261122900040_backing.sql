@@ -1,13 +1,15 @@
 -- migrate:up
--- Backing: a hold stands only on money that is there for its whole life. Free credit that expires before the hold doesn't count.
+-- Backing: a hold stands only on money that is there for its whole life. Free credit that expires
+-- before the hold doesn't count.
 
 set local role keyledger_owner;
 
--- The moments at which grants of an account expire, and the money available past each: less those grants, plus the money that
--- holds gave back by then or drew from those grants. A hold that outlives such a moment must find its money there.
--- `spare` is how much of those holds can draw from those grants only: less the credit that lasts longer, and by its priority is
--- spent before. A grant lasts in this sense from the expiry of the first grant of a higher priority number, until its own.
--- Running sums in order of time: an account may have thousands of grants.
+-- The moments at which grants of an account expire, and the money available past each: less those
+-- grants, plus the money that holds gave back by then or drew from those grants. A hold that
+-- outlives such a moment must find its money there. `spare` is how much of those holds can draw
+-- from those grants only: less the credit that lasts longer, and by its priority is spent before. A
+-- grant lasts in this sense from the expiry of the first grant of a higher priority number, until
+-- its own. Running sums in order of time: an account may have thousands of grants.
 create or replace function data.backing_past_grants(account_id uuid)
 returns data.backing[]
 language plpgsql
@@ -17,7 +19,8 @@ begin
   return array(
     with live as materialized (
       select g.expires_at, g.remaining,
-        min(g.expires_at) over (order by g.priority desc groups between unbounded preceding and 1 preceding) as lasts_from
+        min(g.expires_at) over (
+          order by g.priority desc groups between unbounded preceding and 1 preceding) as lasts_from
       from data.credit_grant g
       where g.account_id = backing_past_grants.account_id and g.remaining > 0
     ), change as (
@@ -51,9 +54,9 @@ begin
 end
 $$;
 
--- The part of an account's backing that holds between these two ends can meet: null when no grant expires on them.
--- Of the moments before all these ends only the least counts, and after them only moments that some hold still draws on: the
--- list that each request reads is short.
+-- The part of an account's backing that holds between these two ends can meet: null when no grant
+-- expires on them. Of the moments before all these ends only the least counts, and after them only
+-- moments that some hold still draws on: the list that each request reads is short.
 create or replace function data.backing_between(
   account data.account_balance,
   soonest timestamptz,
@@ -151,6 +154,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

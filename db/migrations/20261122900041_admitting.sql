@@ -3,7 +3,8 @@
 
 set local role keyledger_owner;
 
--- The answer to a hold that was placed before: a retry meets its first try, whatever has changed since.
+-- The answer to a hold that was placed before: a retry meets its first try, whatever has changed
+-- since.
 create or replace function data.answer_first_try(
   first_try data.hold,
   hold data.hold
@@ -23,7 +24,8 @@ as $$
     end
 $$;
 
--- The answer to a request, of its hold or its first try; `available` is null if the account was not locked.
+-- The answer to a request, of its hold or its first try; `available` is null if the account was not
+-- locked.
 create or replace function data.answer_request(
   id text,
   answer jsonb,
@@ -41,7 +43,8 @@ as $$
     'expires_at', case when answer ->> 'status' not in ('refused', 'busy') then hold.expires_at end))
 $$;
 
--- The first budget that a hold doesn't fit: of its key, its user, or its tenant. Null if it fits all.
+-- The first budget that a hold doesn't fit: of its key, its user, or its tenant. Null if it fits
+-- all.
 create or replace function data.budget_exceeded(
   budgets data.budget_left[],
   hold data.hold,
@@ -67,7 +70,7 @@ begin
 end
 $$;
 
--- What budgets have left after a hold.
+-- The rests of budgets after a hold.
 create or replace function data.budgets_after(
   budgets data.budget_left[],
   hold data.hold,
@@ -90,7 +93,8 @@ begin
 end
 $$;
 
--- The first tries of these requests, each in its place: holds that were placed before by their ids. Null if there are none.
+-- The first tries of these requests, each in its place: holds that were placed before by their ids.
+-- Null if there are none.
 create or replace function data.first_tries(
   account_id uuid,
   requests data.hold_request[]
@@ -160,7 +164,8 @@ begin
 end
 $$;
 
--- The budgets of these requests' keys and users: only theirs, of this account; null if there are none.
+-- The budgets of these requests' keys and users: only theirs, of this account; null if there are
+-- none.
 create or replace function data.budgets_of_requests(
   account data.account_balance,
   requests data.hold_request[],
@@ -214,8 +219,9 @@ begin
 end
 $$;
 
--- Places the holds of an account that settle has locked, as far as its money goes, in the order they came; answers each.
--- `account` is a row of nulls if no request may be admitted, or if it could not be locked: `refusal` says why.
+-- Places the holds of an account that settle has locked, as far as its money goes, in the order
+-- they came; answers each. `account` is a row of nulls if no request may be admitted, or if it
+-- could not be locked: `refusal` says why.
 create or replace function data.admit(
   account data.account_balance,
   requests data.hold_request[],
@@ -290,6 +296,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

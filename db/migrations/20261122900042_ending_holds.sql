@@ -91,8 +91,8 @@ begin
 end
 $$;
 
--- Extends holds of one account, and answers each, in order. `wait`: as data.settle. Past each moment at which credit expires
--- that a hold comes to outlive, its money must still be there.
+-- Extends holds of one account, and answers each, in order. `wait`: as data.settle. Past each
+-- moment at which credit expires that a hold comes to outlive, its money must still be there.
 create or replace function data.extend_for_account(
   requests data.hold_id[],
   wait boolean,
@@ -104,7 +104,8 @@ as $$
 declare
   v_account data.account_balance := data.settle((requests[1]).account_id, wait, actor);
   v_is_busy boolean := false;
-  v_backing data.backing[] := case when v_account.free_credit > 0 then data.backing_past_grants(v_account.account_id) end;
+  v_backing data.backing[] := case
+    when v_account.free_credit > 0 then data.backing_past_grants(v_account.account_id) end;
   v_extended data.backing[];
   v_request data.hold_id;
   v_hold data.hold;
@@ -150,6 +151,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;

@@ -3,7 +3,7 @@
 
 set local role keyledger_owner;
 
--- Reads openings: the account of each, its amounts in full, and the code of what can't be read.
+-- Reads openings: the account of each, its amounts in full, and a code for each that can't be read.
 create or replace function data.read_openings(openings jsonb)
 returns jsonb
 language plpgsql
@@ -23,7 +23,8 @@ begin
         'balance', r.balance::text, 'free_credit', r.free_credit::text, 'credit_limit', r.credit_limit::text),
       'code', case
         when jsonb_typeof(r.opening) <> 'object' then 'invalid_opening'
-        when num_nonnulls(r.opening ->> 'account_id', r.opening ->> 'tenant_external_id', r.opening ->> 'user_external_id') <> 1
+        when num_nonnulls(
+            r.opening ->> 'account_id', r.opening ->> 'tenant_external_id', r.opening ->> 'user_external_id') <> 1
           or (r.account_id is null and r.opening ->> 'account_id' is not null) then 'invalid_account_id'
         when a.account_id is null then 'account_not_found'
         when r.balance is null then 'invalid_balance'
@@ -55,7 +56,8 @@ begin
 end
 $$;
 
--- Opens one account, or answers why not. Free credit is a grant like any other: it pays a debt first.
+-- Opens one account, or answers why not. Free credit is a grant like any other: it pays a debt
+-- first.
 create or replace function data.open_balance(
   opening jsonb,
   wait boolean
@@ -126,18 +128,23 @@ begin
       when v_opening ->> 'code' is null then data.open_balance(v_opening, v_one_account)
       else jsonb_strip_nulls(jsonb_build_object(
         'account_id', v_opening -> 'account_id', 'status', 'refused', 'code', v_opening -> 'code', 'available', (
-          select a.available::text from data.account_balance a where a.account_id = (v_opening ->> 'account_id')::uuid)))
+          select a.available::text
+          from data.account_balance a
+          where a.account_id = (v_opening ->> 'account_id')::uuid)))
     end;
   end loop;
   return to_jsonb(v_answers);
 end
 $$;
 comment on function api.record_openings(jsonb) is
-'Opens accounts with what they had elsewhere: each account''s first entry.
-Takes `openings`, [{account_id | tenant_external_id | user_external_id, balance, free_credit?, credit_limit?, reference?}] and answers in
-the same order [{account_id, status: opened | duplicate | refused | busy, code?, seq, available}], at most 10,000. A negative balance is owed: what exceeds the
-credit limit becomes debt. Free credit is granted without an end, and pays debt first. An account opens once: repeated with the same content
-it is a duplicate, with other content opening_mismatch; account_in_use: it has other entries already. Others: account_not_found, invalid_….';
+'Opens accounts with the balances they had elsewhere: each account''s first entry.
+Takes `openings`, [{account_id | tenant_external_id | user_external_id, balance, free_credit?,
+credit_limit?, reference?}] and answers in the same order [{account_id, status: opened | duplicate |
+refused | busy, code?, seq, available}], at most 10,000. A balance below 0 is owed: the part beyond
+the credit limit becomes debt. Free credit is granted without an end, and pays debt first. An
+account opens once: repeated with the same content it is a duplicate, with other content
+opening_mismatch; account_in_use: it has other entries already. Others: account_not_found,
+invalid_….';
 grant execute on function api.record_openings(jsonb) to keyledger_operator;
 
 reset role;
@@ -145,6 +152,7 @@ reset role;
 -- migrate:down
 do $$
 begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
 end
 $$;
