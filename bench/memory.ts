@@ -29,7 +29,7 @@ export async function benchMemory({ url, redis, trace: file }: Stage): Promise<V
   const trace = file === undefined ? makeTrace(requests, random) : readTrace(file)
   const rpc = pgRpc({ connectionString: url })
   const connection = new Redis(redis.url)
-  const gateway = createBillingModule({ rpc, redis: connection, listen: url })
+  const gateway = createBillingModule({ rpc, redis: connection, changes: { listen: url } })
   await gateway.start()
 
   const heaps: number[] = []

@@ -105,7 +105,7 @@ export async function benchRecord({ adminUrl, url }: Stage): Promise<Verdict[]> 
   await rows('vacuum analyze')
 
   const rpc = pgRpc({ connectionString: url })
-  const module = createBillingModule({ rpc, listen: url })
+  const module = createBillingModule({ rpc, changes: { listen: url } })
   await module.start()
   const bare = createBillingModule({
     rpc: {

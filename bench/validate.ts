@@ -28,7 +28,7 @@ export async function benchValidate({ adminUrl, url, redis }: Stage): Promise<Ve
     use: (gateway: ReturnType<typeof createBillingModule>) => Promise<T>,
   ): Promise<T> {
     const connection = new Redis(redis.url)
-    const gateway = createBillingModule({ rpc, redis: connection, listen: url })
+    const gateway = createBillingModule({ rpc, redis: connection, changes: { listen: url } })
     await connection.ping()
     await gateway.start()
     try {

@@ -14,7 +14,9 @@ const CALLERS = Number(process.env.STOP_WAIT ?? 8_000)
 const OUTLASTING = 6_000
 const QUEUED = 12_000
 
-export const billing = createBillingModule({ rpc, redis, listen: DATABASE_URL, stopDeadline: QUEUED })
+const changes = DATABASE_URL ? { listen: DATABASE_URL } : 'poll'
+
+export const billing = createBillingModule({ rpc, redis, changes, stopDeadline: QUEUED })
 
 const ongoing = new Set<Promise<unknown>>()
 

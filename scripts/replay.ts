@@ -1,6 +1,5 @@
 // Replays a trace through the client: each request is a validate, a hold and a recorded usage, as a gateway makes them.
-import { v7 as uuidv7 } from 'uuid'
-import { type BillingModule, KeyledgerError } from '../src/index.ts'
+import { type BillingModule, KeyledgerError, newId } from '../src/index.ts'
 import { cost, type Prices } from './money.ts'
 import type { Population } from './population.ts'
 import type { Random, Request } from './trace.ts'
@@ -105,7 +104,7 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
 
     const usage = {
       ...context,
-      id: uuidv7(),
+      id: newId(),
       config_node_id: node,
       hold_id: hold.id,
       meters: { input_tokens: request.input, output_tokens: request.output },

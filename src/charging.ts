@@ -1,18 +1,14 @@
 // Holds and usage: made into batches by account, and their answers into what a gateway acts on.
 
-import {
-  type Batcher,
-  type BatcherOptions,
-  type BatcherStats,
-  checkAnswers,
-  createBatcher,
-  quiet,
-} from './batch.ts'
+import { checkAnswers } from './answers.ts'
+import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher } from './batch.ts'
 import { createDoubts } from './doubts.ts'
 import { codeOf, KeyledgerError, statusOf } from './errors.ts'
 import { newId } from './ids.ts'
-import type { Metrics } from './metrics.ts'
-import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
+import { jsonText, toJson, toStorableJson } from './json.ts'
+import { quiet } from './quiet.ts'
+import type { Rpc } from './rpc.ts'
+import { withinTime } from './time-limits.ts'
 import type {
   ExtendAnswer,
   Hold,
@@ -62,6 +58,12 @@ export interface Charging {
 
 export type Queues = Record<'hold' | 'release' | 'extend' | 'record', BatcherStats>
 
+/** Wraps the function that sends one queue's batches, to measure it. */
+export type MeasureBatches = <Answer>(
+  operation: keyof Queues,
+  send: (elements: string[]) => Promise<Answer[]>,
+) => (elements: string[]) => Promise<Answer[]>
+
 interface Element {
   account_id: string
   [field: string]: unknown
@@ -83,10 +85,10 @@ const TROUBLE_MS = 30_000
 
 export function createCharging(
   { rpc, holdDeadline = 5000, recordDeadline = 30_000, maxQueueBytes }: ChargingOptions,
-  metrics: Metrics,
+  measured: MeasureBatches,
 ): Charging & { stats(): Queues; stop(ms: number): Promise<void> } {
   const sending = <Answer>(name: keyof Queues, fn: string, argument: string) =>
-    metrics.batches(name, (elements: string[]) =>
+    measured(name, (elements: string[]) =>
       rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
     )
   const batches = <Answer, Sent extends Element = Element>(
@@ -142,7 +144,7 @@ export function createCharging(
     async hold({ account_id, virtual_key_id }, request) {
       const { id = newId(), ...asked } = request
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
-      const answer = await soon(placed, holdDeadline).catch((error) => {
+      const answer = await withinTime(placed, holdDeadline, late).catch((error) => {
         troubles.hold.failed(error)
         // nobody else knows its id: should it be there, or come yet, it would be held for nothing
         if (request.id === undefined) {
@@ -161,7 +163,7 @@ export function createCharging(
     release: ({ id, account_id }) => releases.add({ id, account_id }),
 
     extend({ id, account_id }, expires_in) {
-      const extended = soon(extensions.add({ id, account_id, expires_in }), holdDeadline)
+      const extended = withinTime(extensions.add({ id, account_id, expires_in }), holdDeadline, late)
       extended.then(({ code }) => troubles.extend.answered(code), troubles.extend.failed)
       return extended
     },
@@ -282,17 +284,9 @@ function shortOf(code: string, { amount, available, remaining }: HoldAnswer): st
   return code === 'insufficient_funds' ? `${amount} asked, ${available} available` : undefined
 }
 
-// who waits is told in time; the work goes on, unseen
-function soon<T>(answer: Promise<T>, ms: number): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const late = () =>
-      reject(
-        new KeyledgerError('timeout', 504, {
-          detail: `no answer within ${ms} ms`,
-          hint: 'ask again; with an id of your own, the same one',
-        }),
-      )
-    const timer = setTimeout(late, ms)
-    answer.then(resolve, reject).finally(() => clearTimeout(timer))
+// a caller is told in time; the work goes on, unseen
+const late = (ms: number) =>
+  new KeyledgerError('timeout', 504, {
+    detail: `no answer within ${ms} ms`,
+    hint: 'ask again; with an id of your own, the same one',
   })
-}

@@ -149,6 +149,10 @@ export const noToken = (cause: unknown) =>
     cause,
   })
 
+/** 504 `timeout`: Postgres did not answer a read within `ms`. */
+export const noAnswer = (ms: number) =>
+  new KeyledgerError('timeout', 504, { detail: `no answer from Postgres within ${ms} ms` })
+
 /** An HTTP answer that PostgREST would not have given: from a proxy before it, or another server altogether. */
 export function fromHttp(httpStatus: number): KeyledgerError {
   const detail = `HTTP ${httpStatus}, and no answer of PostgREST's`

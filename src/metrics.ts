@@ -1,10 +1,10 @@
 // Metrics by OpenTelemetry: every instrument, and the wrappers that time calls. docs/metrics.md has a line for each.
 import { type Attributes, createNoopMeter, type Meter, metrics } from '@opentelemetry/api'
-import { quiet } from './batch.ts'
 import type { Answer as Looked } from './cache.ts'
-import type { Charging, Queues } from './charging.ts'
+import type { Charging, MeasureBatches, Queues } from './charging.ts'
 import { codeOf } from './errors.ts'
-import type { Health } from './module.ts'
+import type { Health } from './health.ts'
+import { quiet } from './quiet.ts'
 
 export interface Metrics {
   /** Times look-ups of keys: from which tier, and why a key was refused. */
@@ -14,10 +14,7 @@ export interface Metrics {
   /** Times each call until it is settled. */
   operations<Made extends Charging>(made: Made): Made
   /** Sizes and times one queue's batches. */
-  batches<Element, Answer>(
-    operation: keyof Queues,
-    send: (elements: Element[]) => Promise<Answer[]>,
-  ): (elements: Element[]) => Promise<Answer[]>
+  batches: MeasureBatches
   /** Tells how the module is whenever metrics are collected, until the function it gives is called. */
   watch(health: () => Health): () => void
 }

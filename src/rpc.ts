@@ -1,7 +1,7 @@
-// The one interface to schema `api`, and what its two transports share: checking names, and making JSON.
+// The one interface to schema `api`, which its two transports implement.
 import { createHash } from 'node:crypto'
 import type { Functions, Views } from './catalog.ts'
-import { invalidInput } from './errors.ts'
+import { toText } from './json.ts'
 
 /** A column of a row, as itself or cast (`amount::text`), or all of them. */
 export type ColumnOf<Row> = (keyof Row & string) | `${keyof Row & string}::${string}` | '*'
@@ -99,110 +99,4 @@ export function withoutRawKey(fn: string, args: Record<string, unknown>): Record
   const { vk, ...rest } = args
   if (fn !== 'resolve_billing_account' || typeof vk !== 'string') return args
   return { ...rest, key_hash: createHash('sha256').update(toText(vk)).digest('hex') }
-}
-
-// PostgREST reads these in a query string as its own
-const reserved = ['select', 'order', 'limit', 'offset', 'and', 'or', 'not', 'columns', 'on_conflict']
-
-/** A lower-case identifier that means the same in SQL and in a URL. 400 `invalid_input` else. */
-export function identifier(name: string): string {
-  if (/^[a-z_][a-z0-9_]*$/.test(name) && !reserved.includes(name)) return name
-  throw invalidInput(
-    `${JSON.stringify(name)} is no name of schema api`,
-    'use lower-case letters, digits and _',
-  )
-}
-
-/** Reads `select`: `column`, `column::type` or `*`. */
-export function columns(select: readonly string[]): { name: string; type?: string }[] {
-  if (!select.length) throw invalidInput('`select` is empty', 'name the columns')
-  return select.map((item) => {
-    if (item === '*') return { name: item }
-    const [name, type, more] = item.split('::')
-    if (more !== undefined) throw invalidInput(`\`select\` has ${JSON.stringify(item)}`, 'write column::type')
-    return type === undefined
-      ? { name: identifier(name!) }
-      : { name: identifier(name!), type: identifier(type) }
-  })
-}
-
-/** Reads `order`. */
-export function ordering(order: string): { name: string; desc: boolean }[] {
-  return order.split(',').map((item) => {
-    const [name, direction, more] = item.split('.')
-    if (more !== undefined || !['asc', 'desc', undefined].includes(direction)) {
-      throw invalidInput(`\`order\` has ${JSON.stringify(item)}`, 'write column or column.desc')
-    }
-    return { name: identifier(name!), desc: direction === 'desc' }
-  })
-}
-
-/** Checks `limit`: a whole number from 0 on. */
-export function count(limit: number): number {
-  if (Number.isSafeInteger(limit) && limit >= 0) return limit
-  throw invalidInput(`\`limit\` is ${limit}`, 'give a whole number, 0 or more')
-}
-
-const unstorable = () =>
-  invalidInput(
-    'a text has a NUL character or half of a surrogate pair',
-    'remove it: Postgres can store neither',
-  )
-
-// JSON.stringify escapes in this way only what can't be stored, and a few other control characters
-const UNSTORABLE = /(?<!\\)((?:\\\\)*)\\u(?:0000|d[89a-f]..)/g
-
-/** The value as JSON that jsonb can hold. 400 `invalid_input`: BigInt, a cycle, no value, NUL, half a surrogate pair. */
-export function toJson(value: unknown): string {
-  const json = stringify(value)
-  if (json.includes('\\u') && json.search(UNSTORABLE) >= 0) throw unstorable()
-  return json
-}
-
-/** The same, with U+FFFD for each character that can't be stored: for what must not be lost by it. */
-export function toStorableJson(value: unknown): string {
-  const json = stringify(value)
-  return json.includes('\\u') ? json.replace(UNSTORABLE, '$1\\ufffd') : json
-}
-
-function stringify(value: unknown): string {
-  let json: string | undefined
-  try {
-    json = JSON.stringify(value)
-  } catch (cause) {
-    throw invalidInput('an argument is no JSON', 'pass no BigInt (write it as a string) and no cycles', cause)
-  }
-  if (json === undefined)
-    throw invalidInput('an argument is no JSON', 'pass an object, not a function or undefined')
-  return json
-}
-
-const TEXT = Symbol('JSON text')
-
-/** JSON text as an argument: it goes as it is, without being made into a value and into text again. */
-export interface JsonText {
-  [TEXT]: string
-  toJSON(): unknown
-}
-
-/** `json` must be what `toJson` gave, or put together of it. */
-export const jsonText = (json: string): JsonText => ({ [TEXT]: json, toJSON: () => JSON.parse(json) })
-
-export const isJsonText = (value: unknown): value is JsonText =>
-  typeof value === 'object' && value !== null && TEXT in value
-
-/** The JSON of one argument. */
-export const argumentJson = (value: unknown): string => (isJsonText(value) ? value[TEXT] : toJson(value))
-
-/** The JSON of all arguments, without the undefined ones. */
-export function argumentsJson(args: Record<string, unknown>): string {
-  const given = Object.entries(args).filter(([, value]) => value !== undefined)
-  return `{${given.map(([name, value]) => `${toJson(name)}:${argumentJson(value)}`).join(',')}}`
-}
-
-/** The same check for a text on its own. */
-export function toText(value: string): string {
-  if (typeof value !== 'string') throw invalidInput(`a text is ${typeof value}`, 'give a string')
-  if (value.includes('\0') || /\p{Cs}/u.test(value)) throw unstorable()
-  return value
 }

@@ -135,7 +135,7 @@ test('trust ends maxStaleness after the last proof was sent', async () => {
   cache.trust.prove(performance.now())
   await get(hash)
   assert.is((await get(hash)).tier, 'memory')
-  await until(() => !cache.trust.holds(), 'trust to end')
+  await until(() => !cache.trust.live(), 'trust to end')
   assert.is((await get(hash)).tier, 'database')
 })
 
@@ -145,7 +145,7 @@ test('a proof that was sent before trust ended does not bring it back', async ()
   await until(() => performance.now() > sentAt, 'the clock')
   cache.trust.end()
   cache.trust.prove(sentAt)
-  assert.not(cache.trust.holds())
+  assert.not(cache.trust.live())
 })
 
 test('an unknown key is remembered, and found once it is created', async () => {
@@ -469,7 +469,7 @@ test('redis down: memory, then Postgres, at once and in one flight', async () =>
     assert.is(postgres.asked.length, 2)
     await own.restart()
     await until(() => redis.status === 'ready', 'redis')
-    assert.not(cache.redis!.trust.holds(), 'not trusted before the changes are read')
+    assert.not(cache.redis!.trust.live(), 'not trusted before the changes are read')
   } finally {
     redis.disconnect()
     await own.stop()
@@ -494,7 +494,7 @@ test('redis hanging: an answer within a second, and the next callers do not wait
     })
     assert.equal(await until(() => seen, 'an answer', 5), { context: answer('a'), tier: 'database' })
     assert.ok(performance.now() - startedAt < 1000)
-    assert.not(cache.redis!.trust.holds())
+    assert.not(cache.redis!.trust.live())
   } finally {
     redis.disconnect()
     process.kill(own.pid, 'SIGCONT')

@@ -204,7 +204,7 @@ test('how the module is: queues, trust, cursors, LISTEN and upkeep', () =>
         return made.call<T>(fn, ...rest)
       },
     }
-    await withModule({ rpc, listen: db.loginUrl }, async (billing) => {
+    await withModule({ rpc, changes: { listen: db.loginUrl } }, async (billing) => {
       assert.equal(Object.keys(await collect()), [], 'nothing is told before the start')
       billing.on('exhausted', () => {})
       await billing.start()

@@ -466,7 +466,7 @@ for (const [name, make] of Object.entries(rpcs))
   test(`${name}: whoever listens to a kind is told, with figures and an id that is the same everywhere`, async () => {
     const account = await payer(db, { funds: '10' })
     await threshold(account, '5')
-    const one = await started({ rpc: make(), listen: db.loginUrl })
+    const one = await started({ rpc: make(), changes: { listen: db.loginUrl } })
     const other = await started({ rpc: make() }, ['exhausted'])
     await account.use('6')
     await account.use('4')
@@ -488,7 +488,7 @@ for (const [name, make] of Object.entries(rpcs))
   })
 
 test('a notification leads to a read sooner than the poll would', async () => {
-  const one = await started({ listen: db.loginUrl })
+  const one = await started({ changes: { listen: db.loginUrl } })
   await until(() => one.billing.health().listener.listening, 'LISTEN')
   const account = await payer(db)
   const startedAt = performance.now()
@@ -502,7 +502,7 @@ test('a notification leads to a read sooner than the poll would', async () => {
 test('what was missed while Postgres was away is told once it is back, each event once', async () => {
   const postgres = await startProxy(db.loginUrl)
   try {
-    const one = await started({ rpc: rpcs.pg!(postgres.url), listen: postgres.url })
+    const one = await started({ rpc: rpcs.pg!(postgres.url), changes: { listen: postgres.url } })
     await until(() => one.billing.health().listener.listening, 'LISTEN')
     const account = await payer(db, { funds: '1' })
     await until(() => one.of(account).length === 1, 'the first')

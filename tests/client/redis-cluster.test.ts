@@ -6,7 +6,7 @@ import * as assert from 'uvu/assert'
 import { temporaryDirectory } from '../../scripts/binaries.ts'
 import { freePort, secret } from '../../scripts/servers.ts'
 import { type Supervised, supervise, until } from '../../scripts/supervise.ts'
-import { type BillingModule, createBillingModule, pgRpc } from '../../src/index.ts'
+import { type BillingModule, type Changes, createBillingModule, pgRpc } from '../../src/index.ts'
 import { database } from '../support/database.ts'
 import { seed, type World } from '../support/seed.ts'
 
@@ -99,13 +99,13 @@ async function entryOf(hash: string): Promise<{ shard: number; name: string } | 
   return undefined
 }
 
-async function gateway(listen: string | false): Promise<BillingModule> {
+async function gateway(changes: Changes): Promise<BillingModule> {
   const rpc = pgRpc({ connectionString: db.loginUrl })
   const redis = new Cluster(
     nodes.map(({ port }) => ({ host: '127.0.0.1', port })),
     { redisOptions: { password }, clusterRetryStrategy: () => 100, slotsRefreshInterval: 500 },
   ).on('error', () => {})
-  const billing = createBillingModule({ rpc, redis, listen })
+  const billing = createBillingModule({ rpc, redis, changes })
   open.push(async () => {
     await billing.stop()
     redis.disconnect()
@@ -126,7 +126,7 @@ const refused = async (billing: BillingModule, world: World) =>
 
 test('a revoked key stays revoked when the replica of a shard, which had not heard of it, takes over', async () => {
   await startCluster()
-  const [one, follower] = [await gateway(db.loginUrl), await gateway(false)]
+  const [one, follower] = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
   // one that would be in another shard than the cursor, were both where their plain names belong
   let world: World
   do world = await seed(db.operator)
@@ -153,7 +153,7 @@ test('a revoked key stays revoked when the replica of a shard, which had not hea
 
   // who was there, and who comes new and knows what Redis knows
   for (const billing of [one, follower]) assert.ok(await refused(billing, world))
-  const late = [await gateway(db.loginUrl), await gateway(false)]
+  const late = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
   for (const billing of [one, follower]) await trusts(billing)
   for (const billing of [one, follower, ...late])
     for (let i = 0; i < 10; i++) assert.ok(await refused(billing, world))
