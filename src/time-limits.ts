@@ -20,8 +20,16 @@ export async function endsWithin(work: Promise<unknown> | undefined, ms: number)
 
 export const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms))
 
+export interface Limit {
+  /** Aborts at the limit. */
+  signal: AbortSignal
+  /** Rejects at the limit, if the work has not settled. */
+  race<T>(work: Promise<T>): Promise<T>
+  end(): void
+}
+
 /** One limit on all parts of a request, also on a part that can't be aborted. Its error is named `TimeoutError`. */
-export function createLimit(ms: number) {
+export function createLimit(ms: number): Limit {
   const controller = new AbortController()
   const { signal } = controller
   // not AbortSignal.timeout: that lets a process end which waits for nothing else
