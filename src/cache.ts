@@ -8,7 +8,7 @@
 // broken connection or a failed read ends its trust; the next proof brings it back. Without trust we ask Postgres.
 //
 // Flight. All callers that miss the same key at once share one flight to Redis and Postgres. An eviction removes the
-// key's flight from the map. Such a flight still answers its callers, who asked before; but it stores nothing in memory,
+// key's flight from the map. Such a flight still answers its callers: they asked before. But it stores nothing in memory,
 // since its context may be older than the change.
 //
 // Lease. Memory is ours, but Redis has many writers. A reader that misses in Redis puts a lease, a random token, under the

@@ -1,4 +1,4 @@
-// Holds and usage: made into batches by account, and their answers into what a gateway acts on.
+// Charging: puts holds and usage into batches by account, and turns the answers into results for a gateway.
 
 import { checkAnswers } from './answers.ts'
 import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher } from './batch.ts'
@@ -23,35 +23,38 @@ import type {
 export interface ChargingOptions {
   rpc: Rpc
   /**
-   * ms after which a hold (its release, its extension) that could not be delivered is given up. Default 5,000. A hold or
-   * an extension is given up then even while it is being carried out.
+   * ms after which a hold, a release or an extension that could not be delivered is given up. Default 5,000. A hold or an
+   * extension is given up then even while it is being carried out.
    */
-  holdDeadline?: number
+  holdDeadline?: number | undefined
   /** ms after which usage that could not be delivered is given up. Default 30,000. */
-  recordDeadline?: number
-  /** Bytes of JSON that each of the four queues keeps at most; past it 503 `overloaded`. Default 64,000,000. */
-  maxQueueBytes?: number
+  recordDeadline?: number | undefined
+  /** Bytes of JSON that each of the four queues keeps at most; past that, 503 `overloaded`. Default 64,000,000. */
+  maxQueueBytes?: number | undefined
 }
 
 export interface Charging {
   /**
-   * Sets money aside before the request. An open hold of the same id and content is the same hold. 402
+   * Sets money aside before the request. A repeated id with the same content gives the open hold again. 402
    * `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422 `price_not_found`, `invalid_…`; 409
    * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id. After `timeout` or `unavailable`
-   * nobody knows whether it is placed: repeat it with the same `id`, or give none, and it is released.
+   * nobody knows whether the hold is placed. With an `id` of your own, repeat it; without one, the module releases it.
    */
   hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
-  /** Gives back what the hold still sets aside; a closed one is an answer. */
+  /** Gives back the rest of the hold. A closed hold is an answer, not an error. */
   release(hold: Pick<Hold, 'id' | 'account_id'>): Promise<ReleaseAnswer>
-  /** Keeps the hold open until `expires_in` seconds (900) from now; one that is closed, or may not be kept open for longer, is an answer. */
+  /**
+   * Keeps the hold open until `expires_in` seconds (900) from now. A closed hold is an answer, and so is one that may not stay
+   * open for longer.
+   */
   extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
   /**
-   * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether
-   * it is recorded: repeat it with the same `id`, so give one and keep the event until then. Characters that Postgres can't
-   * store (NUL, half a surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be kept is left
-   * out, which the answer says; the event is charged. Every error that names no event is repeated until `recordDeadline`,
-   * also a refused token or a missing function; `health()` shows its code meanwhile. A rejection that is not
-   * handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
+   * Charges a use, exactly once per id; resolves when committed. A rejection means that nobody knows whether the event is
+   * recorded. Repeat it then with the same `id`: so give an `id`, and keep the event until it is answered. Characters that
+   * Postgres can't store (NUL, half a surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be
+   * kept is left out; the answer says so, and the event is charged. Every error that names no event is repeated until
+   * `recordDeadline`, also a refused token or a missing function; `health()` shows its code meanwhile. A rejection that is
+   * not handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
    */
   recordUsage(event: UsageEvent): Promise<UsageAnswer>
 }
@@ -75,12 +78,12 @@ interface EventElement extends Element {
   metadata?: string
 }
 
-// as SQL has them: what is longer is left out
+// SQL's limits: a longer label is left out
 const MAX_REQUEST_ID = 512
 const MAX_METADATA_BYTES = 16_384
-// refusals that are the database's or its clock's, not the request's
+// refusals for reasons of the database or its clock, not of the request
 const databasesOwn = ['id_outside_window', 'id_not_of_now']
-// ms for which they are told in `health`, if none follows
+// ms for which `health` shows such a refusal, if no other follows
 const TROUBLE_MS = 30_000
 
 export function createCharging(
@@ -106,8 +109,8 @@ export function createCharging(
       maxQueueBytes,
       ...options,
     })
-  // A caller waits for a hold before its request, and is told at once what seconds won't mend; and after the deadline
-  // nobody waits. Usage and releases are facts: they wait for whatever may pass.
+  // A caller waits for a hold before its request: an error that won't pass in seconds is told at once, and after the
+  // deadline nobody waits. Usage and releases are facts: they wait for every error that may pass.
   const waitedFor = { perishable: true }
   const facts = { patient: true }
   const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline, waitedFor)
@@ -119,7 +122,7 @@ export function createCharging(
     id: ({ event }) => event.id,
   })
 
-  // beside the queue of releases: nobody asked for these, so none of them fails
+  // beside the queue of releases: nobody asked for these, so they must not count as failed there
   const releaseNow = sending<ReleaseAnswer>('release', 'release_holds', 'requests')
   const doubts = createDoubts(async (given) => {
     const answers = await releaseNow(given.map((hold) => toJson(hold)))
@@ -128,7 +131,7 @@ export function createCharging(
       given.map(({ id }) => id),
     )
   })
-  // holds whose callers were told that nobody knows, until their calls have ended
+  // holds that were given up while their calls had not ended
   const givenUp = new Set<Promise<void>>()
   const troubles: Record<'hold' | 'extend', Trouble> = { hold: createTrouble(), extend: createTrouble() }
 
@@ -146,7 +149,7 @@ export function createCharging(
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
       const answer = await withinTime(placed, holdDeadline, late).catch((error) => {
         troubles.hold.failed(error)
-        // nobody else knows its id: should it be there, or come yet, it would be held for nothing
+        // nobody else knows its id: if it is placed, or is placed later, it would set money aside for nothing
         if (request.id === undefined) {
           const ended: Promise<void> = giveUp(placed, { id, account_id }).finally(() => givenUp.delete(ended))
           givenUp.add(ended)
@@ -216,7 +219,7 @@ interface Trouble {
   on(stats: BatcherStats): BatcherStats
 }
 
-// What no failed call tells: nobody is answered in time, or everybody is refused for the database's own reasons.
+// Trouble that no failed call shows: no caller is answered in time, or all are refused for the database's own reasons.
 function createTrouble(): Trouble {
   let last: { code: string; at: number } | undefined
   const set = (code: string) => {
@@ -278,7 +281,7 @@ function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | 
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
 }
 
-// what was asked for, and what there is, where that is why
+// the amount asked and the amount there is, if that is the reason
 function shortOf(code: string, { amount, available, remaining }: HoldAnswer): string | undefined {
   if (remaining !== undefined) return `${amount} asked, ${remaining} left of the budget`
   return code === 'insufficient_funds' ? `${amount} asked, ${available} available` : undefined

@@ -132,7 +132,7 @@ export function createDelivery<Answer>({
       item.resolve(answers[i]!)
     }
     const at = performance.now() + jittered(group.pause)
-    // only a group of one account has later elements, so they follow the one that is busy
+    // only a group of one account has later elements, so they follow this busy account
     for (const [account, each] of busy) {
       if (each[0]!.busy! <= BUSY_TOGETHER && !group.next && !queue.isAbandoned()) {
         queue.requeue(account, each)

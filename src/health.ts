@@ -7,16 +7,16 @@ import type { NewsState } from './news.ts'
 
 export interface Health {
   /**
-   * `ok`; `degraded`: at work, but something below needs a look (a tier that is not trusted, LISTEN or Redis away, the
-   * look-ups, a queue, the news or the upkeep whose last call failed); `down`: not started or stopped, or Postgres can't be read
-   * and what is known has grown too old (`staleIfError`) to answer any key by.
+   * `ok`. `degraded`: at work, but a part needs a look: a tier is not trusted, LISTEN or Redis is away, or the last call of
+   * the look-ups, a queue, the news or the upkeep failed. `down`: not started, or stopped; or Postgres can't be read, and
+   * every known key is too old (`staleIfError`) to be answered.
    */
   status: 'ok' | 'degraded' | 'down'
-  /** What to answer a health check with: 503 if `down`, so that a load balancer sends requests elsewhere; else 200. */
+  /** The status for a health check: 503 if `down`, so that a load balancer sends requests elsewhere; else 200. */
   http_status: 200 | 503
   /** Keys are answered as they were before Postgres went away. */
   stale: boolean
-  /** `error`: why keys could not be looked up in Postgres last, within 30 s. */
+  /** `error`: why the last look-up of keys in Postgres failed, if that was within 30 s. */
   cache: {
     memory: boolean
     redis: boolean | null
@@ -24,9 +24,9 @@ export interface Health {
     answers: Record<Tier, number>
     error: string | null
   }
-  /** `listening` is null for a module that doesn't LISTEN; ages are ms since the last complete read was sent. */
+  /** `listening` is null for a module that doesn't LISTEN. An `age` is the ms since the last complete read was sent. */
   listener: { listening: boolean | null; age: number | null; error: string | null }
-  /** Of the news of accounts; nulls while nobody listens to it. */
+  /** The news of accounts; nulls while nobody listens to it. */
   news: { age: number | null; error: string | null }
   queues: Queues
   /** The hourly upkeep of the database. */

@@ -51,7 +51,7 @@ export interface BillingModuleOptions
 /** All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible everywhere. */
 export interface BillingModule extends Charging {
   /**
-   * Says who makes the request, and who pays. 401 `virtual_key_unknown`, `virtual_key_disabled`, `virtual_key_expired`;
+   * Finds the maker of the request, and its payer. 401 `virtual_key_unknown`, `virtual_key_disabled`, `virtual_key_expired`;
    * 403 `user_suspended`, `tenant_suspended`. A key that could not be checked is 503 `unavailable`, never a refusal.
    */
   validate(virtualKey: string): Promise<UserContext>
@@ -68,7 +68,7 @@ export interface BillingModule extends Charging {
    * new mount as soon as `validate` sees it.
    */
   nodes(context: Pick<UserContext, 'config_node_ids'>): Promise<ConfigNode[]>
-  /** Says who pays for the user, and how much money the payer has. 404 `user_not_found`. */
+  /** Gives the payer of the user, and the payer's funds. 404 `user_not_found`. */
   getBalance(userId: string): Promise<Balance>
   /** Says whether the payer could pay. It is advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
   checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
