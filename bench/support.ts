@@ -1,4 +1,4 @@
-// What the benches share: servers, callers in flight, and runs that alternate so that both sides meet the same machine.
+// Shared by the benches: servers, callers in flight, and runs that alternate so that both sides meet the same machine.
 import {
   migrate,
   prepareRoles,
@@ -72,8 +72,8 @@ export async function perSecondOver<T>(
 }
 
 /**
- * Runs both sides in turn, `rounds` times after a round to warm up, and compares the two runs of each round: what
- * disturbs the machine disturbs both. The verdict is on the median ratio.
+ * Runs both sides in turn, `rounds` times after a round to warm up, and compares the two runs of each round: a
+ * disturbance of the machine hits both. The verdict is on the median ratio.
  */
 export async function compare(
   name: string,

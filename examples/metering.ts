@@ -1,7 +1,7 @@
-// What an answer of the OpenAI API used: by the upstream's own figures, or by what was passed on where it gave none.
+// Meters an answer of the OpenAI API: by the upstream's figures, or by the text passed on if there are none.
 import type { Meters } from 'keyledger'
 
-/** What we read of a completion, or of a chunk of one. An upstream may send anything else. */
+/** The fields we read of a completion, or of a chunk of one. An upstream may send others. */
 export interface Completion {
   id?: string
   choices?: { message?: Said; delta?: Said }[]
@@ -62,9 +62,9 @@ export function createMeter(asked: number) {
     },
     /** A part is passed on without being read. */
     skip,
-    /** Something was said, or counted. */
+    /** The upstream has sent text, or a count. */
     started: () => usage !== undefined || pieces > 0,
-    /** More than zeros was counted. */
+    /** A count is above zero. */
     counted: () => usage !== undefined && usage.prompt_tokens + usage.completion_tokens > 0,
     /** The answer's id. */
     id: () => id,

@@ -41,7 +41,7 @@ process.on('uncaughtException', (error) => {
   console.error(error.constructor === Error ? `dev: ${error.message}` : error)
   process.exit(1)
 })
-// keeps us running; make is our parent, and killed, it tells nobody
+// keeps us running. make is our parent; a killed make tells nobody
 const parent = process.ppid
 setInterval(() => process.ppid === parent || process.exit(1), 1000)
 

@@ -1,10 +1,10 @@
-// Who sends the traffic: tenants, users, keys, nodes and prices, made through schema `api` as an operator would.
+// The population behind the traffic: tenants, users, keys, nodes and prices, made through schema `api` like an operator's.
 import { randomUUID } from 'node:crypto'
 import pg from 'pg'
 import { type Random, weighted } from './trace.ts'
 
 export interface PopulationOptions {
-  /** Of a login that may become keyledger_operator. */
+  /** The URL of a login that may become keyledger_operator. */
   databaseUrl: string
   random: Random
   users: number

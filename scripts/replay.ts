@@ -13,7 +13,7 @@ export interface ReplayOptions {
   random: Random
   /** Times real time, or as fast as it goes. */
   speed: number | 'max'
-  /** Steps of money each account was given; what it is never to owe. */
+  /** Steps of money each account was given: it must never owe more. */
   funds: bigint
   /** Called after each request with how many are done. */
   progress?: (done: number) => void
@@ -35,7 +35,7 @@ export interface Replayed {
   parked: number
   /** ms by stage, in no order. */
   latencies: Record<Stage, number[]>
-  /** What no run may show, in words. */
+  /** The problems of this run, in words: there must be none. */
   problems: string[]
 }
 
@@ -44,7 +44,7 @@ export type Stage = (typeof stages)[number]
 
 const inFlight = 128
 const repeatShare = 0.01
-// what a caller allows for the answer, whose length nobody knows before; no answer is longer than its caller allowed
+// A caller allows so many tokens for the answer, since nobody knows its length before. No answer is longer than allowed.
 const maxTokens = 1024
 
 export const allowed = ({ output }: Request) => Math.max(output, maxTokens)
@@ -55,7 +55,7 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
   const accounts = new Map<string, { admitted: bigint; committed: bigint; most: bigint }>()
   const counts = { admitted: 0, refused: 0, repeated: 0, duplicates: 0, parked: 0 }
   const problems: string[] = []
-  // who sends what is settled before, so that it follows from the seed alone
+  // the sender of each request is drawn before, so that it follows from the seed alone
   const plan = trace.map((request) => {
     const key = population.pick()
     const node = key.nodes[Math.floor(random() * key.nodes.length)]!
@@ -92,8 +92,8 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
 
     counts.admitted++
 
-    // Held and not yet recorded is surely set aside now, recorded or being recorded surely costs what was used: if these
-    // together pass the funds, a hold was admitted past what was available.
+    // A hold that is not recorded yet is surely set aside now. A use that is recorded, or on its way, surely costs its price.
+    // If their sum passes the funds, a hold was admitted without enough money.
     const amount = cost(prices, request.input, allowed(request))
     const actual = cost(prices, request.input, request.output)
     const figures = account(context.account_id)

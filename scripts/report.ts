@@ -1,4 +1,4 @@
-// What a demo run says: a table for people, one line of JSON for programs.
+// The report of a demo run: a table for people, one line of JSON for programs.
 import type { Proof } from './proof.ts'
 import { type Replayed, type Stage, stages } from './replay.ts'
 
@@ -12,7 +12,7 @@ export interface Run {
   replayed: Replayed
   proof: Proof
   cache: CacheAnswers
-  /** What ran, in words. */
+  /** A heading for the run. */
   title: string
   hasRedis: boolean
 }

@@ -19,7 +19,7 @@ import { type Command, supervise, until } from './supervise.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 
-/** A server on 127.0.0.1, ready when you get it. It ends with this process; `stop` ends it earlier. */
+/** A server on 127.0.0.1, ready for use. It ends with this process; `stop` ends it earlier. */
 export interface Server {
   url: string
   port: number
@@ -141,7 +141,7 @@ export async function startPostgrest({
   return Object.assign(server, { token: (claims: Claims) => token(jwtSecret, claims) })
 }
 
-/** Starts an empty Redis that keeps nothing on disk; undefined where `redis-server` is not in PATH. */
+/** Starts an empty Redis that keeps nothing on disk; undefined if `redis-server` is not in PATH. */
 export async function startRedis(): Promise<Server | undefined> {
   const binary = inPath('redis-server')
   if (!binary) return undefined
@@ -157,14 +157,14 @@ export async function startRedis(): Promise<Server | undefined> {
   })
 }
 
-/** Starts a program of examples/, with the environment it is told to read. */
+/** Starts a program of examples/ with the given environment. */
 export function startExample(name: string, env: Record<string, string | undefined>): Promise<Server> {
   const url = (port: number) => `http://127.0.0.1:${port}`
   return start(name, {
     dir: temporaryDirectory(name),
     url,
     argv: () => [process.execPath, '--import', import.meta.resolve('tsx'), join(root, `examples/${name}.ts`)],
-    // where it finds us by our name
+    // this configuration finds our source by the package's name
     env: (port) => ({ ...env, PORT: String(port), TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') }),
     ready: async (port) => (await fetch(`${url(port)}/healthz`)).ok,
   })
@@ -185,7 +185,7 @@ export async function start(name: string, recipe: Recipe): Promise<Server> {
   const log = () => readFileSync(join(dir, 'log'), 'utf8')
 
   // A free port may be lost to another process before the server binds it, and a killed Postgres leaves its shared
-  // memory in use until its last backend is gone: both are worth another try, nothing else is.
+  // memory in use until its last backend is gone. Both are worth another try, and nothing else is.
   async function run(samePort?: number) {
     const before = samePort ? log().length : 0
     for (let tries = 1; ; tries++) {

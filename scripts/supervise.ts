@@ -4,7 +4,7 @@ import { existsSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-// The wrapper holds a pipe from this process. When the pipe closes, for whatever reason, it ends the server and
+// The wrapper holds a pipe from this process. When the pipe closes, for any reason, it ends the server and
 // removes the directory. A line "<signal> keep" ends the server too, and leaves the directory for a restart.
 // The signal is repeated: a server that is still starting has no handler yet.
 const wrapper = `
@@ -23,7 +23,7 @@ wait $watcher
 [ -e "$dir/keep" ] || rm -rf "$dir"
 `
 
-/** What to run, where, and as whom. */
+/** A command, its directory and its user. */
 export interface Command {
   /** Directory of this server alone; removed at the end. Its `log` file takes stdout and stderr. */
   dir: string
@@ -31,7 +31,7 @@ export interface Command {
   env?: Record<string, string | undefined>
   /** Unprivileged user to run as; default: the current one. */
   user?: { uid: number; gid: number }
-  /** What ends it; must be certain to. Default `KILL`. */
+  /** The signal that ends it for certain. Default `KILL`. */
   signal?: 'KILL' | 'QUIT'
 }
 
@@ -75,7 +75,7 @@ export async function supervise({ dir, argv, env, user, signal = 'KILL' }: Comma
   }
 }
 
-/** Waits until the condition gives something truthy, and gives that. Throws, naming `what`, after `seconds` (30). */
+/** Waits until the condition gives a truthy value, and gives that. Throws after `seconds` (30), with the name `what`. */
 export async function until<T>(
   condition: () => T | Promise<T>,
   what: string,

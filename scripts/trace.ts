@@ -1,7 +1,7 @@
 // Traffic to replay: read from a CSV file, or made by a seeded generator.
 import { readFileSync } from 'node:fs'
 
-/** One request of a trace: when it came in, ms after the first one, and its tokens. */
+/** One request of a trace: its arrival, in ms after the first request, and its tokens. */
 export interface Request {
   at: number
   input: number

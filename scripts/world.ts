@@ -3,7 +3,7 @@ import pg from 'pg'
 
 /**
  * Makes tenants, users, keys, a node and its prices, as an operator would. `databaseUrl` is of a login that may become
- * one, `endpoint` where the node is called. Gives what `make dev` prints of them.
+ * keyledger_operator; `endpoint` is the node's address. Gives the lines that `make dev` prints.
  */
 export async function sampleWorld(databaseUrl: string, endpoint: string) {
   const client = new pg.Client(databaseUrl)
