@@ -1,4 +1,5 @@
-// Memory over ten replays of a trace through one gateway: the heap after each replay, once garbage is collected.
+// Memory over ten replays of a trace through one gateway: the heap after each replay, once garbage
+// is collected.
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { Redis } from 'ioredis'
@@ -12,7 +13,8 @@ import type { Stage, Verdict } from './support.ts'
 const replays = 10
 // unless a trace is given
 const requests = 5000
-// bytes of heap and buffers: the line through the replays may rise so much from the third, when caches are full, to the last
+// bytes of heap and buffers: the line through the replays may rise so much from the third, when
+// caches are full, to the last
 const allowedRise = 0.03
 
 export async function benchMemory({ url, redis, trace: file }: Stage): Promise<Verdict[]> {

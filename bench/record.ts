@@ -1,5 +1,6 @@
-// Recording usage through the client and pg, against one transaction a request: an update and an insert, in one function.
-// And, for this machine's limit, the same client against a bare ledger: no prices, no keys, no hashes, no checks.
+// Recording usage through the client and pg, against one transaction a request: an update and an
+// insert, in one function. And, for this machine's limit, the same client against a bare ledger: no
+// prices, no keys, no hashes, no checks.
 import pg from 'pg'
 import { createBillingModule, newId, pgRpc } from './library.ts'
 import { compare, perSecond, type Stage, type Verdict } from './support.ts'

@@ -1,4 +1,5 @@
-// Validating from Redis alone, over keys this process hasn't met, against a bare ioredis `get` of the same entries.
+// Validating from Redis alone, over keys this process hasn't met, against a bare ioredis `get` of
+// the same entries.
 import { createHash } from 'node:crypto'
 import { Redis } from 'ioredis'
 import pg from 'pg'

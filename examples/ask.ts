@@ -49,7 +49,10 @@ export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
 const isOurs = (options: Asked['stream_options']) =>
   !options || Object.entries(options).every(([k, v]) => k === 'include_usage' && typeof v === 'boolean')
 
-/** Reads until the body shows which of the two it is. `alive` is called for each packet, now and later. */
+/**
+ * Reads until the body shows which of the two it is. `alive` is called for each packet, now and
+ * later.
+ */
 export async function read(response: Response, alive: () => void): Promise<Given> {
   const named = response.headers.get('content-type')?.startsWith('text/event-stream') === true
   const body = packets(response, alive)

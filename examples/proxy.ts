@@ -29,7 +29,9 @@ export const models = (context: UserContext) =>
     return Response.json({ object: 'list', data: [...data.values()] })
   })
 
-/** POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged. */
+/**
+ * POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged.
+ */
 export const complete = (context: UserContext, body: string, signal: AbortSignal) =>
   seenThrough(answering(() => tryNodes(context, body, signal)))
 

@@ -36,7 +36,10 @@ const help = `Replays LLM traffic through keyledger on real servers of its own, 
 
 Exit code: 0 if everything verifies, 1 if not, 2 for a wrong option.`
 
-/** Reads the command line. Ends the process for `--help` (0), and with one line for a wrong option (2). */
+/**
+ * Reads the command line. Ends the process for `--help` (0), and with one line for a wrong option
+ * (2).
+ */
 export function demoOptions(args = process.argv.slice(2)): DemoOptions {
   try {
     return read(args)

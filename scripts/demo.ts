@@ -1,4 +1,5 @@
-// The demo: real servers, LLM traffic through the client, and a proof of every cent. `--help` lists the options.
+// The demo: real servers, LLM traffic through the client, and a proof of every cent. `--help` lists
+// the options.
 import { basename } from 'node:path'
 import { Redis } from 'ioredis'
 import { createBillingModule, pgRpc, postgrestRpc } from '../src/index.ts'

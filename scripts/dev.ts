@@ -1,4 +1,5 @@
-// Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C. `--help` says more.
+// Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C.
+// `--help` says more.
 import { parseArgs } from 'node:util'
 import { createUpstream } from '../examples/upstream.ts'
 import {

@@ -1,4 +1,5 @@
-// Money in whole steps of 1e-10, as BigInt: demo and bench compute with it the sums that SQL must answer.
+// Money in whole steps of 1e-10, as BigInt: demo and bench compute with it the sums that SQL must
+// answer.
 
 const decimals = 10
 const one = 10n ** BigInt(decimals)

@@ -14,7 +14,10 @@ export interface Proof {
   problems: string[]
 }
 
-/** Reads as keyledger_operator, through schema `api`. `funds` is the sum each account was given, in steps. */
+/**
+ * Reads as keyledger_operator, through schema `api`. `funds` is the sum each account was given, in
+ * steps.
+ */
 export async function prove(databaseUrl: string, replayed: Replayed, funds: bigint): Promise<Proof> {
   const client = new pg.Client(databaseUrl)
   await client.connect()

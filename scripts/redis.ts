@@ -1,4 +1,5 @@
-// Makes sure that redis-server is there, and pgbouncer for a test: from PATH, else from the system's package manager.
+// Makes sure that redis-server is there, and pgbouncer for a test: from PATH, else from the
+// system's package manager.
 import { spawnSync } from 'node:child_process'
 import { inPath } from './binaries.ts'
 
@@ -14,8 +15,8 @@ const managers: [program: string, install: (name: string) => string, redis: stri
 ]
 
 /**
- * Installs the program if it is missing, and says so before. Undefined if the program is there now; else the command that
- * would install it, '' if we know none.
+ * Installs the program if it is missing, and says so before. Undefined if the program is there now;
+ * else the command that would install it, '' if we know none.
  */
 export function missing(wanted: 'redis-server' | 'pgbouncer'): string | undefined {
   if (inPath(wanted)) return undefined

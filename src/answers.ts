@@ -1,9 +1,10 @@
-// Checks the answers to a batch: there must be one for each element, in the same order, with the element's own id.
+// Checks the answers to a batch: there must be one for each element, in the same order, with the
+// element's own id.
 import { KeyledgerError } from './errors.ts'
 
 /**
- * Gives the answers back if each belongs to the element with the id at its place. Else throws 502 `invalid_response`:
- * nobody knows then which elements were carried out.
+ * Gives the answers back if each belongs to the element with the id at its place. Else throws 502
+ * `invalid_response`: nobody knows then which elements were carried out.
  */
 export function checkAnswers<Answer>(answers: Answer[], ids: unknown[], haveIds = true): Answer[] {
   const isAnswer = (answer: unknown, i: number) => answer !== null && (!haveIds || answersTo(answer, ids[i]))
@@ -21,7 +22,8 @@ function answersTo(answer: unknown, id: unknown): boolean {
   return typeof id !== 'string' || (typeof given.id === 'string' && spelled(given.id) === spelled(id))
 }
 
-// SQL echoes a uuid in lower case and without braces, and U+FFFD for each character that can't be stored
+// SQL echoes a uuid in lower case and without braces, and U+FFFD for each character that can't be
+// stored
 const spelled = (id: string) =>
   id
     .toLowerCase()

@@ -1,5 +1,6 @@
-// The batcher: elements queue while calls are in flight, and go together in the next one. queue.ts keeps them by account,
-// delivery.ts sends them; this file shares the lanes, the calls that may be in flight at once, between them.
+// The batcher: elements queue while calls are in flight, and go together in the next one. queue.ts
+// keeps them by account, delivery.ts sends them; this file shares the lanes, the calls that may be
+// in flight at once, between them.
 import { createDelivery } from './delivery.ts'
 import { KeyledgerError } from './errors.ts'
 import { toJson } from './json.ts'
@@ -11,25 +12,38 @@ export interface BatcherOptions<Element, Answer> {
   send: (elements: string[]) => Promise<Answer[]>
   /** Makes an element's JSON. Default: `toJson`. */
   encode?: (element: Element) => string
-  /** An account's elements are in one batch in flight at a time: they go in order, and never contend with each other. */
+  /**
+   * An account's elements are in one batch in flight at a time: they go in order, and never contend
+   * with each other.
+   */
   account: (element: Element) => string
   /**
-   * An element's id. With it, each answer must be an object with this `id` and a `status`; else the batch fails with 502
-   * `invalid_response`. Default: answers are not looked at.
+   * An element's id. With it, each answer must be an object with this `id` and a `status`; else the
+   * batch fails with 502 `invalid_response`. Default: answers are not looked at.
    */
   id?: (element: Element) => unknown
   /** ms from `add` until an element that could not be delivered is given up. */
   deadline: number
   /**
-   * `true`: every error that names no element is repeated until the deadline, also a refused token or a missing
-   * function. `false`, the default: only an error that `isRetryable` names is repeated.
+   * `true`: every error that names no element is repeated until the deadline, also a refused token
+   * or a missing function. `false`, the default: only an error that `isRetryable` names is
+   * repeated.
    */
   patient?: boolean
-  /** Late elements are of no use: they are never sent. Default: they are unsent only while calls fail. */
+  /**
+   * Late elements are of no use: they are never sent. Default: they are unsent only while calls
+   * fail.
+   */
   perishable?: boolean
-  /** Says that nothing of this element was kept, since its account was busy: it is sent again. Default: `status` is `busy`. */
+  /**
+   * Says that nothing of this element was kept, since its account was busy: it is sent again.
+   * Default: `status` is `busy`.
+   */
   isBusy?: (answer: Answer) => boolean
-  /** Batches in flight at most. Default 4. Repeated batches and those of slow accounts take at most half of them. */
+  /**
+   * Batches in flight at most. Default 4. Repeated batches and those of slow accounts take at most
+   * half of them.
+   */
   lanes?: number
   /** Elements in a batch at most. Default 500. */
   maxBatch?: number
@@ -48,17 +62,21 @@ export interface BatcherStats {
   in_flight: number
   /** Elements rejected so far. */
   failed: number
-  /** Code of the last failed call; null since a call succeeded, or when no call has failed for 30 s. */
+  /**
+   * Code of the last failed call; null since a call succeeded, or when no call has failed for 30 s.
+   */
   error: string | null
 }
 
 export interface Batcher<Element, Answer> {
   /**
-   * Resolves when committed. Rejects unsent: 400 `invalid_input` or 413 `payload_too_large` for an element that can't be
-   * sent, 503 `overloaded` at a full queue, 503 `stopped` after `stop`. Deadlocks, lost connections and the like are
-   * repeated with the same ids until `deadline`. Then it rejects with the last error, or with 504 `timeout` and that error
-   * as its `cause` where the error may be about another element. Nobody knows then whether it was carried out; adding it
-   * again with the same id is safe. A rejection that is not handled counts as `failed`, and does not end the process.
+   * Resolves when committed. Rejects unsent: 400 `invalid_input` or 413 `payload_too_large` for an
+   * element that can't be sent, 503 `overloaded` at a full queue, 503 `stopped` after `stop`.
+   * Deadlocks, lost connections and the like are repeated with the same ids until `deadline`. Then
+   * it rejects with the last error, or with 504 `timeout` and that error as its `cause` where the
+   * error may be about another element. Nobody knows then whether it was carried out; adding it
+   * again with the same id is safe. A rejection that is not handled counts as `failed`, and does
+   * not end the process.
    */
   add(element: Element): Promise<Answer>
   /** Was the element sent in a call whose outcome nobody knows? `answer`: as `add` gave it. */
@@ -96,7 +114,8 @@ export function createBatcher<Element, Answer>({
     ...{ queue, send, haveIds: id !== undefined },
     ...{ patient, perishable, isBusy, errorAge },
   })
-  // A narrow lane carries a repeated group, or a slow account. They take half at most: other accounts always find a lane.
+  // A narrow lane carries a repeated group, or a slow account. They take half at most: other
+  // accounts always find a lane.
   const half = Math.max(1, Math.floor(lanes / 2))
   let running = 0
   let narrow = 0
@@ -182,7 +201,8 @@ export function createBatcher<Element, Answer>({
   }
 
   return {
-    // not async, and no `then` of its own: one more promise is a tenth of an element's whole cost here
+    // not async, and no `then` of its own: one more promise is a tenth of an element's whole cost
+    // here
     add(element) {
       let item: Item<Answer>
       try {

@@ -1,23 +1,21 @@
-// The two-tier cache: from the hash of a virtual key to its context, from memory, else Redis, else Postgres.
+// The two-tier cache: from the hash of a virtual key to its context, from memory, else Redis, else
+// Postgres.
 //
-// It answers by itself only while it is complete: every change that was committed must have evicted its keys. Four words
-// say how it knows.
+// It answers by itself only while it is complete: every committed change must have evicted its keys.
 //
-// Trust (trust.ts). A listener reads the changes three times a second, and evicts their keys. Each read proves a tier
-// complete up to the moment the read was sent. A tier is live while its last proof is younger than `maxStaleness`. A
-// broken connection or a failed read ends its trust; the next proof brings it back. Without trust we ask Postgres.
+// Trust (trust.ts): a listener reads the changes and evicts their keys, three times a second. Each
+// read proves a tier complete up to the moment it was sent. A tier is live while its last proof is
+// younger than `maxStaleness`. A lost connection or a failed read ends trust until the next proof.
 //
-// Flight. All callers that miss the same key at once share one flight to Redis and Postgres. An eviction removes the
-// key's flight from the map. Such a flight still answers its callers: they asked before. But it stores nothing in memory,
-// since its context may be older than the change.
+// Flight: callers that miss the same key share one flight to Redis and Postgres. An eviction removes
+// the flight from the map. It still answers its callers: they asked before. It stores nothing.
 //
-// Lease. Memory is ours, but Redis has many writers. A reader that misses in Redis puts a lease, a random token, under the
-// key before it reads Postgres. It stores its entry only over that token. An eviction deletes the token, so a reader
-// that a change has overtaken stores nothing. A second reader sees the lease, and reads Postgres without storing.
+// Lease: Redis has many writers. A reader that misses there puts a random token under the key before
+// it reads Postgres, and stores its entry only over that token. An eviction deletes the token, so an
+// overtaken reader stores nothing. A second reader sees the lease, and stores nothing either.
 //
-// Generation. Each entry in Redis names the generation in which it was read. A listener that can't tell which changes
-// Redis missed (a first start, an emptied Redis, a failover) starts a new generation: every older entry is dead at once.
-
+// Generation: each entry in Redis names the generation it was read in. If nobody knows which changes
+// Redis missed (a first start, a failover), the listener begins a new one: older entries are dead.
 import { LRUCache } from 'lru-cache'
 import { serverNow } from './clock.ts'
 import { noAnswer } from './errors.ts'
@@ -27,37 +25,53 @@ import { withinTime } from './time-limits.ts'
 import { createTrust, type Trust } from './trust.ts'
 
 export interface KeyCacheOptions<Context> {
-  /** Reads the context of the key with this sha-256 (hex) from Postgres, the primary; undefined if there is no such key. */
+  /**
+   * Reads the context of the key with this sha-256 (hex) from Postgres, the primary; undefined if
+   * there is no such key.
+   */
   load: (hash: string) => Promise<Context | undefined>
-  /** Shared tier, read from masters only; may be absent or down. Commands get 200 ms, whatever the client's own limits. */
+  /**
+   * Shared tier, read from masters only; may be absent or down. Commands get 200 ms, whatever the
+   * client's own limits.
+   */
   redis?: RedisClient | undefined
   /**
-   * Signs each value in Redis, by HMAC-SHA-256: a stranger who may write to Redis still can't make a key valid. At least 16
-   * characters, and the same for all processes of one Redis. Several, for rotation: the first signs, all verify. Default:
-   * unsigned.
+   * Signs each value in Redis, by HMAC-SHA-256: a stranger who may write to Redis still can't make
+   * a key valid. At least 16 characters, and the same for all processes of one Redis. Several, for
+   * rotation: the first signs, all verify. Default: unsigned.
    */
   redisSecret?: string | readonly string[] | undefined
   /**
-   * Known keys kept in memory; the least recently used go first. Unknown keys are kept apart, a tenth as many. Default
-   * 100,000.
+   * Known keys kept in memory; the least recently used go first. Unknown keys are kept apart, a
+   * tenth as many. Default 100,000.
    */
   maxEntries?: number | undefined
   /**
-   * ms a tier answers by itself after the last complete read of the changes was sent. Default 5,000; keep it above 1,000.
+   * ms a tier answers by itself after the last complete read of the changes was sent. Default
+   * 5,000; keep it above 1,000.
    */
   maxStaleness?: number | undefined
-  /** ms a known key is still answered, as `stale`, once nothing is trusted and Postgres can't be read. Default 300,000. */
+  /**
+   * ms a known key is still answered, as `stale`, once nothing is trusted and Postgres can't be
+   * read. Default 300,000.
+   */
   staleIfError?: number | undefined
-  /** False for a process that reads no changes: nobody evicts from its memory, so it keeps none. Default true. */
+  /**
+   * False for a process that reads no changes: nobody evicts from its memory, so it keeps none.
+   * Default true.
+   */
   remembers?: boolean
   /**
-   * Does this error of `load` say that Postgres is away, after `waited` ms in which no read of the changes was answered? A
-   * busy pool is no reason for a stale answer. Default: every error does.
+   * Does this error of `load` say that Postgres is away, after `waited` ms in which no read of the
+   * changes was answered? A busy pool is no reason for a stale answer. Default: every error does.
    */
   isAway?: (error: unknown, waited: number) => boolean
 }
 
-/** The source of an answer. A `stale` answer may be out of date; it is given because Postgres could not be read. */
+/**
+ * The source of an answer. A `stale` answer may be out of date; it is given because Postgres could
+ * not be read.
+ */
 export type Tier = 'memory' | 'redis' | 'database' | 'stale'
 
 /** `context` is frozen and shared between callers; undefined: there is no such key. */
@@ -67,11 +81,13 @@ export interface Answer<Context> {
 }
 
 export interface KeyCache<Context> {
-  /** Rejects with the error of `load` if nothing better is known; a failure is never an unknown key. */
+  /**
+   * Rejects with the error of `load` if nothing better is known; a failure is never an unknown key.
+   */
   get(hash: string): Promise<Answer<Context>>
   /**
-   * Drops these keys (`vk:<hash>`) from memory, and the flights that might bring them back. Redis may still have them until
-   * `gone` is settled, and isn't asked for them until then.
+   * Drops these keys (`vk:<hash>`) from memory, and the flights that might bring them back. Redis
+   * may still have them until `gone` is settled, and isn't asked for them until then.
    */
   forget(keys: string[], gone?: Promise<unknown>): void
   forgetAll(): void
@@ -86,7 +102,10 @@ export interface KeyCache<Context> {
 
 interface Entry<Context> {
   context?: Context
-  /** After it, by either clock, the entry is not even stale: the monotonic one stands still with a suspended machine. */
+  /**
+   * After it, by either clock, the entry is not even stale: the monotonic one stands still with a
+   * suspended machine.
+   */
   until: number
   untilWall: number
   /** Monotonic clock. */
@@ -173,7 +192,8 @@ export function createKeyCache<Context extends { valid_until: string | null; val
     if (isLeaving(key)) return fromPostgres(key, hash, flight, null)
     return shared.get(key).then(
       (raw) => {
-        // asked after the answer: ioredis may have sent the command again, to a Redis that came back older
+        // asked after the answer: ioredis may have sent the command again, to a Redis that came
+        // back older
         const entry = shared.trust.live() ? shared.open(key, raw) : undefined
         const left = entry ? lifetime(entry.context) : 0
         if (!entry || left <= 0) return fromPostgres(key, hash, flight, raw)

@@ -1,4 +1,5 @@
-// Charging: puts holds and usage into batches by account, and turns the answers into results for a gateway.
+// Charging: puts holds and usage into batches by account, and turns the answers into results for a
+// gateway.
 
 import { checkAnswers } from './answers.ts'
 import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher } from './batch.ts'
@@ -6,6 +7,7 @@ import { createDoubts } from './doubts.ts'
 import { codeOf, KeyledgerError, statusOf } from './errors.ts'
 import { newId } from './ids.ts'
 import { jsonText, toJson, toStorableJson } from './json.ts'
+import { alsoLeftOut, isRequestId, metadataJson } from './labels.ts'
 import { quiet } from './quiet.ts'
 import type { Rpc } from './rpc.ts'
 import { withinTime } from './time-limits.ts'
@@ -23,38 +25,44 @@ import type {
 export interface ChargingOptions {
   rpc: Rpc
   /**
-   * ms after which a hold, a release or an extension that could not be delivered is given up. Default 5,000. A hold or an
-   * extension is given up then even while it is being carried out.
+   * ms after which a hold, a release or an extension that could not be delivered is given up.
+   * Default 5,000. A hold or an extension is given up then even while it is being carried out.
    */
   holdDeadline?: number | undefined
   /** ms after which usage that could not be delivered is given up. Default 30,000. */
   recordDeadline?: number | undefined
-  /** Bytes of JSON that each of the four queues keeps at most; past that, 503 `overloaded`. Default 64,000,000. */
+  /**
+   * Bytes of JSON that each of the four queues keeps at most; past that, 503 `overloaded`. Default
+   * 64,000,000.
+   */
   maxQueueBytes?: number | undefined
 }
 
 export interface Charging {
   /**
-   * Sets money aside before the request. A repeated id with the same content gives the open hold again. 402
-   * `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422 `price_not_found`, `invalid_…`; 409
-   * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id. After `timeout` or `unavailable`
-   * nobody knows whether the hold is placed. With an `id` of your own, repeat it; without one, the module releases it.
+   * Sets money aside before the request. A repeated id with the same content gives the open hold
+   * again. 402 `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422
+   * `price_not_found`, `invalid_…`; 409 `hold_captured`, `hold_released`, `hold_expired`,
+   * `hold_mismatch` for a repeated id. After `timeout` or `unavailable` nobody knows whether the
+   * hold is placed. With an `id` of your own, repeat it; without one, the module releases it.
    */
   hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
   /** Gives back the rest of the hold. A closed hold is an answer, not an error. */
   release(hold: Pick<Hold, 'id' | 'account_id'>): Promise<ReleaseAnswer>
   /**
-   * Keeps the hold open until `expires_in` seconds (900) from now. A closed hold is an answer, and so is one that may not stay
-   * open for longer.
+   * Keeps the hold open until `expires_in` seconds (900) from now. A closed hold is an answer, and
+   * so is one that may not stay open for longer.
    */
   extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
   /**
-   * Charges a use, exactly once per id; resolves when committed. A rejection means that nobody knows whether the event is
-   * recorded. Repeat it then with the same `id`: so give an `id`, and keep the event until it is answered. Characters that
-   * Postgres can't store (NUL, half a surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be
-   * kept is left out; the answer says so, and the event is charged. Every error that names no event is repeated until
-   * `recordDeadline`, also a refused token or a missing function; `health()` shows its code meanwhile. A rejection that is
-   * not handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
+   * Charges a use, exactly once per id; resolves when committed. A rejection means that nobody
+   * knows whether the event is recorded. Repeat it then with the same `id`: so give an `id`, and
+   * keep the event until it is answered. Characters that Postgres can't store (NUL, half a
+   * surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be kept is left
+   * out; the answer says so, and the event is charged. Every error that names no event is repeated
+   * until `recordDeadline`, also a refused token or a missing function; `health()` shows its code
+   * meanwhile. A rejection that is not handled counts in `health().queues.record.failed`, and does
+   * not end the process; the same goes for `release`.
    */
   recordUsage(event: UsageEvent): Promise<UsageAnswer>
 }
@@ -78,9 +86,6 @@ interface EventElement extends Element {
   metadata?: string
 }
 
-// SQL's limits: a longer label is left out
-const MAX_REQUEST_ID = 512
-const MAX_METADATA_BYTES = 16_384
 // refusals for reasons of the database or its clock, not of the request
 const databasesOwn = ['id_outside_window', 'id_not_of_now']
 // ms for which `health` shows such a refusal, if no other follows
@@ -109,8 +114,9 @@ export function createCharging(
       maxQueueBytes,
       ...options,
     })
-  // A caller waits for a hold before its request: an error that won't pass in seconds is told at once, and after the
-  // deadline nobody waits. Usage and releases are facts: they wait for every error that may pass.
+  // A caller waits for a hold before its request: an error that won't pass in seconds is told at
+  // once, and after the deadline nobody waits. Usage and releases are facts: they wait for every
+  // error that may pass.
   const waitedFor = { perishable: true }
   const facts = { patient: true }
   const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline, waitedFor)
@@ -149,7 +155,8 @@ export function createCharging(
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
       const answer = await withinTime(placed, holdDeadline, late).catch((error) => {
         troubles.hold.failed(error)
-        // nobody else knows its id: if it is placed, or is placed later, it would set money aside for nothing
+        // nobody else knows its id: if it is placed, or is placed later, it would set money aside
+        // for nothing
         if (request.id === undefined) {
           const ended: Promise<void> = giveUp(placed, { id, account_id }).finally(() => givenUp.delete(ended))
           givenUp.add(ended)
@@ -219,7 +226,8 @@ interface Trouble {
   on(stats: BatcherStats): BatcherStats
 }
 
-// Trouble that no failed call shows: no caller is answered in time, or all are refused for the database's own reasons.
+// Trouble that no failed call shows: no caller is answered in time, or all are refused for the
+// database's own reasons.
 function createTrouble(): Trouble {
   let last: { code: string; at: number } | undefined
   const set = (code: string) => {
@@ -238,36 +246,10 @@ function createTrouble(): Trouble {
   }
 }
 
-// characters as Postgres counts them
-const isRequestId = (label: unknown) =>
-  label === undefined ||
-  label === null ||
-  (typeof label === 'string' &&
-    label !== '' &&
-    (label.length <= MAX_REQUEST_ID ||
-      (label.length <= 2 * MAX_REQUEST_ID && [...label].length <= MAX_REQUEST_ID)))
-
-/** The JSON of a label; undefined if there is none, null if it can't be kept. */
-function metadataJson(label: unknown): string | undefined | null {
-  if (label === undefined || label === null) return undefined
-  if (typeof label !== 'object' || Array.isArray(label)) return null
-  try {
-    const json = toStorableJson(label)
-    return json.startsWith('{') && Buffer.byteLength(json) <= MAX_METADATA_BYTES ? json : null
-  } catch {
-    return null
-  }
-}
-
 function eventJson({ event, metadata }: EventElement): string {
   const json = toStorableJson(event)
   return metadata === undefined ? json : `${json.slice(0, -1)},"metadata":${metadata}}`
 }
-
-const alsoLeftOut = (answer: UsageAnswer, ours: NonNullable<UsageAnswer['left_out']>): UsageAnswer => ({
-  ...answer,
-  left_out: [...new Set([...ours, ...(answer.left_out ?? [])])],
-})
 
 const tooLate = (ms: number) =>
   new KeyledgerError('timeout', 504, {

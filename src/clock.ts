@@ -9,8 +9,8 @@ export function serverNow(): number {
 }
 
 /**
- * Takes the server's `now` from an answer. It counts for the middle between `sentAt` and `receivedAt`, both of the
- * monotonic clock.
+ * Takes the server's `now` from an answer. It counts for the middle between `sentAt` and
+ * `receivedAt`, both of the monotonic clock.
  */
 export function setServerTime(now: unknown, sentAt: number, receivedAt: number): void {
   if (typeof now === 'number' && Number.isFinite(now)) offset = now - (sentAt + receivedAt) / 2

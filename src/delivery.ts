@@ -1,4 +1,5 @@
-// The delivery of a batcher: sends a group until each of its elements is answered, given up, or put back into the queue.
+// The delivery of a batcher: sends a group until each of its elements is answered, given up, or put
+// back into the queue.
 import { checkAnswers } from './answers.ts'
 import { blamesData, codeOf, isEverybodys, isRetryable, KeyledgerError, mayBeDone } from './errors.ts'
 import type { Group, Item, Queue } from './queue.ts'
@@ -17,8 +18,9 @@ export interface DeliveryOptions<Answer> {
 }
 
 /**
- * `final`: the error is the fault of these elements, or nobody wants to wait. `split`: it may be the fault of some of
- * them. `back`: it is about their account, which must not keep a lane. `stay`: any other batch would fail alike.
+ * `final`: the error is the fault of these elements, or nobody wants to wait. `split`: it may be
+ * the fault of some of them. `back`: it is about their account, which must not keep a lane. `stay`:
+ * any other batch would fail alike.
  */
 type Verdict = 'final' | 'split' | 'back' | 'stay'
 
@@ -59,8 +61,8 @@ export function createDelivery<Answer>({
     }
   }
 
-  // Gives up every element that would be late at `moment`. An error about data belongs to another element, or it would
-  // be final.
+  // Gives up every element that would be late at `moment`. An error about data belongs to another
+  // element, or it would be final.
   function keep(items: Items, moment: number, error: unknown): Items {
     const overdue = items.filter(({ until }) => until < moment)
     if (overdue.length > 0) give(overdue, blamesData(error) ? late(error) : error)
@@ -176,7 +178,10 @@ export function createDelivery<Answer>({
     queue.comeBack(second)
   }
 
-  /** Gives up whatever is past its deadline, though no lane is free for it: many accounts may be locked. */
+  /**
+   * Gives up whatever is past its deadline, though no lane is free for it: many accounts may be
+   * locked.
+   */
   function sweep() {
     const now = performance.now()
     for (const group of queue.takeOverdue(now)) {

@@ -1,4 +1,5 @@
-// Doubts: holds that were given up, and may be placed all the same. They are looked for and released, many in a call.
+// Doubts: holds that were given up, and may be placed all the same. They are looked for and
+// released, many in a call.
 import { endsWithin, pause } from './time-limits.ts'
 
 export interface Doubt {
@@ -7,9 +8,13 @@ export interface Doubt {
 }
 
 export interface Doubts {
-  /** Takes a hold whose call ended without an answer, or was answered when nobody waited any more. */
+  /**
+   * Takes a hold whose call ended without an answer, or was answered when nobody waited any more.
+   */
   add(hold: Doubt): void
-  /** Looks once more for each hold, for good. Resolves when the look was answered, or after `ms`. */
+  /**
+   * Looks once more for each hold, for good. Resolves when the look was answered, or after `ms`.
+   */
   stop(ms: number): Promise<void>
   size(): number
 }
@@ -17,8 +22,8 @@ export interface Doubts {
 type Answer = { status: string; code?: string }
 type Entry = Doubt & { since: number; looked: number }
 
-// ms after the hold was given up. Its call may still wait in PostgREST for a connection, and a later call may overtake it:
-// the last look comes after all that.
+// ms after the hold was given up. Its call may still wait in PostgREST for a connection, and a
+// later call may overtake it: the last look comes after all that.
 const LOOKS = [500, 8000, 32_000]
 const PACE_MS = 100
 const LONGEST_PAUSE_MS = 2000

@@ -1,4 +1,5 @@
-// The one error class, and the one table that turns errors of Postgres, PostgREST and the network into stable codes.
+// The one error class, and the one table that turns errors of Postgres, PostgREST and the network
+// into stable codes.
 
 /** The fields of an error beside its code and status. */
 export interface ErrorFields {
@@ -8,11 +9,13 @@ export interface ErrorFields {
 }
 
 /**
- * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`, `insufficient_funds`, …)
- * or, for an error that SQL gives no code, one of `unavailable`, `timeout`, `deadlock`, `serialization_failure`,
- * `lock_timeout`, `permission_denied`, `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
- * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`, `internal_error` and the names of
- * violated constraint kinds. `status` is the HTTP status that goes with it. Both are the same through either transport.
+ * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`,
+ * `insufficient_funds`, …) or, for an error that SQL gives no code, one of `unavailable`,
+ * `timeout`, `deadlock`, `serialization_failure`, `lock_timeout`, `permission_denied`,
+ * `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
+ * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`,
+ * `internal_error` and the names of violated constraint kinds. `status` is the HTTP status that
+ * goes with it. Both are the same through either transport.
  */
 export class KeyledgerError extends Error {
   readonly code: string
@@ -99,7 +102,10 @@ export interface ServerError {
   hint?: string | null
 }
 
-/** The server's error as ours. Our own SQL raises `PT402`: its message is our code, and its name has the status. */
+/**
+ * The server's error as ours. Our own SQL raises `PT402`: its message is our code, and its name has
+ * the status.
+ */
 export function fromServer({ code, message, ...more }: ServerError): KeyledgerError {
   const detail = more.detail ?? more.details
   const raised = /^PT(\d{3})$/.exec(code)
@@ -153,7 +159,10 @@ export const noToken = (cause: unknown) =>
 export const noAnswer = (ms: number) =>
   new KeyledgerError('timeout', 504, { detail: `no answer from Postgres within ${ms} ms` })
 
-/** An HTTP answer that is not PostgREST's: it comes from a proxy before it, or from another server altogether. */
+/**
+ * An HTTP answer that is not PostgREST's: it comes from a proxy before it, or from another server
+ * altogether.
+ */
 export function fromHttp(httpStatus: number): KeyledgerError {
   const detail = `HTTP ${httpStatus}, and the answer is not PostgREST's`
   const [code, status, hint]: Meaning =
@@ -187,7 +196,10 @@ export function poolBusy(error: KeyledgerError): KeyledgerError {
   return error
 }
 
-/** Does the error say by itself that the server could not be reached? A full pool doesn't, nor does a time limit. */
+/**
+ * Does the error say by itself that the server could not be reached? A full pool doesn't, nor does
+ * a time limit.
+ */
 export const isAway = (error: unknown): boolean =>
   error instanceof KeyledgerError && error.code === 'unavailable' && !busy.has(error)
 
@@ -198,8 +210,8 @@ export const mayBeAway = (error: unknown): boolean =>
 const passing = ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout']
 
 /**
- * May the same call succeed if it is made again? After `unavailable` and `timeout` nobody knows whether the first call was
- * carried out: repeat a write only with the same ids (or `reference`).
+ * May the same call succeed if it is made again? After `unavailable` and `timeout` nobody knows
+ * whether the first call was carried out: repeat a write only with the same ids (or `reference`).
  */
 export function isRetryable(error: unknown): boolean {
   return error instanceof KeyledgerError && passing.includes(error.code)
@@ -259,13 +271,19 @@ const statuses: Record<string, number> = {
   hold_mismatch: 409,
 }
 
-/** The HTTP status of a code in an element's answer (for single calls SQL gives the status). Default 422. */
+/**
+ * The HTTP status of a code in an element's answer (for single calls SQL gives the status). Default
+ * 422.
+ */
 export const statusOf = (code: string): number => statuses[code] ?? 422
 
 /** The HTTP status for a key that may not be used: 403 if its owner is suspended, else 401. */
 export const keyStatus = (code: string): number => (code.endsWith('_suspended') ? 403 : 401)
 
-/** The code of anything thrown, for metrics and `health`: ours, also for an error of `pg` or the network; else `internal_error`. */
+/**
+ * The code of anything thrown, for metrics and `health`: ours, also for an error of `pg` or the
+ * network; else `internal_error`.
+ */
 export function codeOf(error: unknown): string {
   if (error instanceof KeyledgerError) return error.code
   if (!(error instanceof Error)) return 'internal_error'

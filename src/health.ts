@@ -1,4 +1,5 @@
-// Health: one report of the module from the state of its parts, and the status that a health check answers.
+// Health: one report of the module from the state of its parts, and the status that a health check
+// answers.
 import type { KeyCache, Tier } from './cache.ts'
 import type { Queues } from './charging.ts'
 import { codeOf } from './errors.ts'
@@ -7,12 +8,16 @@ import type { NewsState } from './news.ts'
 
 export interface Health {
   /**
-   * `ok`. `degraded`: at work, but a part needs a look: a tier is not trusted, LISTEN or Redis is away, or the last call of
-   * the look-ups, a queue, the news or the upkeep failed. `down`: not started, or stopped; or Postgres can't be read, and
-   * every known key is too old (`staleIfError`) to be answered.
+   * `ok`. `degraded`: at work, but a part needs a look: a tier is not trusted, LISTEN or Redis is
+   * away, or the last call of the look-ups, a queue, the news or the upkeep failed. `down`: not
+   * started, or stopped; or Postgres can't be read, and every known key is too old (`staleIfError`)
+   * to be answered.
    */
   status: 'ok' | 'degraded' | 'down'
-  /** The status for a health check: 503 if `down`, so that a load balancer sends requests elsewhere; else 200. */
+  /**
+   * The status for a health check: 503 if `down`, so that a load balancer sends requests elsewhere;
+   * else 200.
+   */
   http_status: 200 | 503
   /** Keys are answered as they were before Postgres went away. */
   stale: boolean
@@ -24,7 +29,10 @@ export interface Health {
     answers: Record<Tier, number>
     error: string | null
   }
-  /** `listening` is null for a module that doesn't LISTEN. An `age` is the ms since the last complete read was sent. */
+  /**
+   * `listening` is null for a module that doesn't LISTEN. An `age` is the ms since the last
+   * complete read was sent.
+   */
   listener: { listening: boolean | null; age: number | null; error: string | null }
   /** The news of accounts; nulls while nobody listens to it. */
   news: { age: number | null; error: string | null }
@@ -75,7 +83,8 @@ export function healthOf(parts: HealthParts): Health {
   }
 }
 
-// Postgres answers, or the last complete read is young enough to answer by; a follower keeps its entries in Redis alone
+// Postgres answers, or the last complete read is young enough to answer by; a follower keeps its
+// entries in Redis alone
 function knowsEnough({ listener: { age, away }, mode, staleIfError }: HealthParts): boolean {
   const isYoung = age !== null && age <= staleIfError
   return !away.postgres || (isYoung && !(mode === 'follow' && away.redis))

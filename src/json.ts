@@ -7,12 +7,13 @@ const unstorable = () =>
     'remove it: Postgres can store neither',
   )
 
-// JSON.stringify escapes in this way the characters that can't be stored, and a few other control characters
+// JSON.stringify escapes in this way the characters that can't be stored, and a few other control
+// characters
 const UNSTORABLE = /(?<!\\)((?:\\\\)*)\\u(?:0000|d[89a-f]..)/g
 
 /**
- * The value as JSON that jsonb can hold. Throws 400 `invalid_input` for BigInt, a cycle, no value, NUL, and half a
- * surrogate pair.
+ * The value as JSON that jsonb can hold. Throws 400 `invalid_input` for BigInt, a cycle, no value,
+ * NUL, and half a surrogate pair.
  */
 export function toJson(value: unknown): string {
   const json = stringify(value)
@@ -20,7 +21,10 @@ export function toJson(value: unknown): string {
   return json
 }
 
-/** The same, with U+FFFD for each character that can't be stored: such a character must not cost us the event. */
+/**
+ * The same, with U+FFFD for each character that can't be stored: such a character must not cost us
+ * the event.
+ */
 export function toStorableJson(value: unknown): string {
   const json = stringify(value)
   return json.includes('\\u') ? json.replace(UNSTORABLE, '$1\\ufffd') : json
@@ -38,7 +42,10 @@ function stringify(value: unknown): string {
   return json
 }
 
-/** Gives a text back. Throws 400 `invalid_input` for any other type, and for a text that Postgres can't store. */
+/**
+ * Gives a text back. Throws 400 `invalid_input` for any other type, and for a text that Postgres
+ * can't store.
+ */
 export function toText(value: string): string {
   if (typeof value !== 'string') throw invalidInput(`a text is ${typeof value}`, 'give a string')
   if (value.includes('\0') || /\p{Cs}/u.test(value)) throw unstorable()

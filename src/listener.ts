@@ -1,4 +1,5 @@
-// The listener: reads the changes, evicts their keys from both tiers, and keeps or ends the trust in the tiers.
+// The listener: reads the changes, evicts their keys from both tiers, and keeps or ends the trust
+// in the tiers.
 import { randomUUID } from 'node:crypto'
 import type { KeyCache } from './cache.ts'
 import { setServerTime } from './clock.ts'
@@ -16,11 +17,15 @@ export interface ListenerOptions {
   /** Reads the changes, from the primary. */
   rpc: Reader
   /**
-   * Reads no changes. This process follows the heartbeat that other listeners keep in Redis, and trusts the Redis tier by
-   * it, if it is of the database that `rpc` reaches. It has no memory tier.
+   * Reads no changes. This process follows the heartbeat that other listeners keep in Redis, and
+   * trusts the Redis tier by it, if it is of the database that `rpc` reaches. It has no memory
+   * tier.
    */
   follow?: boolean
-  /** Where to LISTEN: any login of the database, not through a transaction pooler. Absent: polling alone sees the changes. */
+  /**
+   * Where to LISTEN: any login of the database, not through a transaction pooler. Absent: polling
+   * alone sees the changes.
+   */
   connectionString?: string
   /** Other channels to LISTEN on over the same connection, and the function to call then. */
   channels?: Record<string, () => unknown>
@@ -38,7 +43,9 @@ export interface ListenerState {
 }
 
 export interface Listener {
-  /** Resolves after the first read, even if that failed: the listener goes on trying until `stop`. */
+  /**
+   * Resolves after the first read, even if that failed: the listener goes on trying until `stop`.
+   */
   start(): Promise<void>
   stop(): Promise<void>
   state(): ListenerState
@@ -51,12 +58,17 @@ interface Changes {
   now: number
 }
 
-// So often that a committed change is seen within a second, and that a proof which waits for two beats is younger.
+// So often that a committed change is seen within a second, and that a proof which waits for two
+// beats is younger.
 const POLL_MS = 300
 const LOOK_MS = 100
-/** ms for which a follower trusts a proof: the listener that keeps the heartbeat may have died since. */
+/**
+ * ms for which a follower trusts a proof: the listener that keeps the heartbeat may have died
+ * since.
+ */
 export const FOLLOWER_MS = 1000
-// how often a follower asks which database is its own, and how long an answer serves while it can't ask
+// how often a follower asks which database is its own, and how long an answer serves while it can't
+// ask
 const IDENTIFY_MS = 1000
 const IDENTITY_MS = 5000
 
@@ -81,14 +93,16 @@ export function createListener({
 
   async function changesSince(since: Cursor | undefined): Promise<Changes> {
     const sentAt = performance.now()
-    // over a reserved connection: calls that wait for each other must not delay a change; a follower reads no changes
+    // over a reserved connection: calls that wait for each other must not delay a change; a
+    // follower reads no changes
     const reading = rpc.call<Changes>('cache_changes', { cursor: since ?? null }, { reserved: !follow })
     const changes = await withinTime(reading, READ_MS, noAnswer)
     setServerTime(changes.now, sentAt, performance.now())
     return changes
   }
 
-  // Redis's own cursor is read first: its next value must come from a read sent after this one was written.
+  // Redis's own cursor is read first: its next value must come from a read sent after this one was
+  // written.
   async function read() {
     const sentAt = performance.now()
     const found = await redis?.covered().catch(() => undefined)
@@ -102,8 +116,9 @@ export function createListener({
     const keys = [...new Set([...own.keys, ...(theirs?.keys ?? [])])]
     const generation = theirs?.reset || !base ? randomUUID() : base.generation
 
-    // Memory goes before Redis, which may take its time. Meanwhile Redis must not fill memory again with an entry that is
-    // about to go: no entry of a generation that is over, and none of these keys until they are gone.
+    // Memory goes before Redis, which may take its time. Meanwhile Redis must not fill memory again
+    // with an entry that is about to go: no entry of a generation that is over, and none of these
+    // keys until they are gone.
     if (theirs) redis!.turn(generation)
     const advanced = theirs && advance(found!, { cursor: theirs.cursor, generation }, keys)
     cache.forget(keys, advanced)
@@ -120,19 +135,22 @@ export function createListener({
     away.postgres = false
 
     const now = await advanced
-    // we wrote it, or another listener of the same generation did; another generation has to be read first
+    // we wrote it, or another listener of the same generation did; another generation has to be
+    // read first
     if (now?.generation === generation) redis!.prove(sentAt, generation)
     else if (advanced && now !== null) loop.wake()
   }
 
-  // begins when memory has forgotten the keys; null if it failed: the failure has ended trust in the tier
+  // begins when memory has forgotten the keys; null if it failed: the failure has ended trust in
+  // the tier
   async function advance(...args: Parameters<RedisTier<unknown>['advance']>) {
     await undefined
     return redis!.advance(...args).catch(() => null)
   }
 
-  // Beat n + 1 comes from a read that was sent after beat n was written. Say that two more beats have been written since a
-  // look of ours: then every change committed before that look is evicted. No clock of any host has a say in this.
+  // Beat n + 1 comes from a read that was sent after beat n was written. Say that two more beats
+  // have been written since a look of ours: then every change committed before that look is
+  // evicted. No clock of any host has a say in this.
   async function look() {
     const sentAt = performance.now()
     refreshIdentity()
@@ -160,7 +178,8 @@ export function createListener({
     looks = []
   }
 
-  // The heartbeat must be of our own database: after a failover, or by mistake, another database's listener may keep it.
+  // The heartbeat must be of our own database: after a failover, or by mistake, another database's
+  // listener may keep it.
   async function identify(cluster: string) {
     const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
     if (!isOurs()) await asking

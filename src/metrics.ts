@@ -1,4 +1,5 @@
-// Metrics by OpenTelemetry: every instrument, and the wrappers that time calls. docs/metrics.md has a line for each.
+// Metrics by OpenTelemetry: every instrument, and the wrappers that time calls. docs/metrics.md has
+// a line for each.
 import { type Attributes, createNoopMeter, type Meter, metrics } from '@opentelemetry/api'
 import type { Answer as Looked } from './cache.ts'
 import type { Charging, MeasureBatches, Queues } from './charging.ts'
@@ -19,7 +20,10 @@ export interface Metrics {
   watch(health: () => Health): () => void
 }
 
-/** Uses the meter provider that is registered by now. Without one, each wrapper gives its function back unchanged. */
+/**
+ * Uses the meter provider that is registered by now. Without one, each wrapper gives its function
+ * back unchanged.
+ */
 export function createMetrics(): Metrics {
   const meter = metrics.getMeter('keyledger')
   return meter === createNoopMeter() ? nothing : measuring(meter)

@@ -1,4 +1,5 @@
-// The middleware: finds the maker of a request by its headers, or refuses it; for any framework, and Connect-style.
+// The middleware: finds the maker of a request by its headers, or refuses it; for any framework,
+// and Connect-style.
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { isEverybodys, KeyledgerError } from './errors.ts'
 import type { UserContext } from './types.ts'
@@ -7,9 +8,10 @@ import type { UserContext } from './types.ts'
 export type WithUserContext<Request> = Request & { userContext?: UserContext }
 
 /**
- * For express, connect, or node:http. It answers each request that it refuses, and calls `next` for the others, never with
- * an error. If `next` throws or rejects, it warns, and answers 500 `internal_error`. OPTIONS without a key ends here with
- * 204, and no handler sees it: a browser asks this before a page's call. Headers set on `res` before go with each answer.
+ * For express, connect, or node:http. It answers each request that it refuses, and calls `next` for
+ * the others, never with an error. If `next` throws or rejects, it warns, and answers 500
+ * `internal_error`. OPTIONS without a key ends here with 204, and no handler sees it: a browser
+ * asks this before a page's call. Headers set on `res` before go with each answer.
  */
 export type Middleware = (
   req: WithUserContext<IncomingMessage>,
@@ -17,7 +19,10 @@ export type Middleware = (
   next: () => void,
 ) => Promise<void>
 
-/** Names in lower case, as in node:http, Express and Fastify. For a `Headers`, give `Object.fromEntries(headers)`. */
+/**
+ * Names in lower case, as in node:http, Express and Fastify. For a `Headers`, give
+ * `Object.fromEntries(headers)`.
+ */
 export type RequestHeaders = Record<string, string | string[] | undefined>
 
 /** The answer to a request that goes no further; `body` is JSON. */
@@ -35,10 +40,11 @@ export type Authentication =
 const RETRY_SECONDS = 1
 
 /**
- * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and `api-key`, which Azure's
- * clients send. The headers stay as they are: take the key out before you forward the request, or the upstream sees it. A
- * refusal has the shape that OpenAI's clients show, `{ error: { message, type, param, code } }`: 401 for no key
- * (`virtual_key_missing`), an unknown key or a dead one, 403 for a suspended owner, 503 if the key could not be checked.
+ * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and
+ * `api-key`, which Azure's clients send. The headers stay as they are: take the key out before you
+ * forward the request, or the upstream sees it. A refusal has the shape that OpenAI's clients show,
+ * `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`), an unknown
+ * key or a dead one, 403 for a suspended owner, 503 if the key could not be checked.
  */
 export function createAuthenticate(validate: (virtualKey: string) => Promise<UserContext>) {
   return async (headers: RequestHeaders): Promise<Authentication> => {

@@ -1,4 +1,5 @@
-// The billing module: puts the cache, its listener and the charging queues together into the methods a gateway calls.
+// The billing module: puts the cache, its listener and the charging queues together into the
+// methods a gateway calls.
 import { createHash } from 'node:crypto'
 import { createBatcher } from './batch.ts'
 import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS } from './cache.ts'
@@ -23,74 +24,93 @@ import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UnknownKey, UserCon
 
 /**
  * How the module sees changes of keys, users and tenants.
- * `poll`: it asks Postgres three times a second.
- * `{ listen }`: it also LISTENs, by this connection string of any login, not through a transaction pooler.
- * `follow`: it does neither, and keeps nothing in memory. It trusts Redis while another process's listener keeps that up.
+ *
+ * - `poll`: it asks Postgres three times a second.
+ * - `{ listen }`: it also LISTENs, by this connection string: any login, no transaction pooler.
+ * - `follow`: it does neither, and keeps nothing in memory. It trusts Redis as long as another
+ *   process's listener keeps Redis up to date.
  */
 export type Changes = 'poll' | { listen: string | undefined } | 'follow'
 
-/** `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It stays yours to close. */
+/**
+ * `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It
+ * stays yours to close.
+ */
 export interface BillingModuleOptions
   extends ChargingOptions,
     Pick<KeyCacheOptions<KeyContext>, 'maxEntries' | 'maxStaleness' | 'staleIfError' | 'redisSecret'> {
   /**
-   * Shared tier of the cache: a client of ioredis 5 or 6, `Redis` or `Cluster`. It stays yours to close. Default: memory
-   * alone. Reads go to masters only: `scaleReads`, `readOnly` and the like are refused. A client whose Redis has answered
-   * nothing for 3 s is made to connect again.
+   * Shared tier of the cache: a client of ioredis 5 or 6, `Redis` or `Cluster`. It stays yours to
+   * close. Default: memory alone. Reads go to masters only: `scaleReads`, `readOnly` and the like
+   * are refused. A client whose Redis has answered nothing for 3 s is made to connect again.
    */
   redis?: RedisClient | undefined
   /** How the module sees changes. Default `poll`. */
   changes?: Changes | undefined
   /**
-   * ms that `stop` takes at most to deliver the queues. Usage that isn't delivered by then is rejected with `timeout`, so
-   * that its caller can log it. Default 20,000: that leaves a process some of Kubernetes' 30 s for its other work.
+   * ms that `stop` takes at most to deliver the queues. Usage that isn't delivered by then is
+   * rejected with `timeout`, so that its caller can log it. Default 20,000: that leaves a process
+   * some of Kubernetes' 30 s for its other work.
    */
   stopDeadline?: number | undefined
 }
 
-/** All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible everywhere. */
+/**
+ * All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible
+ * everywhere.
+ */
 export interface BillingModule extends Charging {
   /**
-   * Finds the maker of the request, and its payer. 401 `virtual_key_unknown`, `virtual_key_disabled`, `virtual_key_expired`;
-   * 403 `user_suspended`, `tenant_suspended`. A key that could not be checked is 503 `unavailable`, never a refusal.
+   * Finds the maker of the request, and its payer. 401 `virtual_key_unknown`,
+   * `virtual_key_disabled`, `virtual_key_expired`; 403 `user_suspended`, `tenant_suspended`. A key
+   * that could not be checked is 503 `unavailable`, never a refusal.
    */
   validate(virtualKey: string): Promise<UserContext>
   /**
-   * `validate` for a request. The key is the first found of `x-virtualkey`, a bearer token, `x-api-key` and `api-key`. A
-   * refusal is the whole answer, 401, 403 or 503, in the shape of OpenAI's errors. Never rejects. It doesn't see the
-   * request's method: answer a browser's OPTIONS before you ask.
+   * `validate` for a request. The key is the first found of `x-virtualkey`, a bearer token,
+   * `x-api-key` and `api-key`. A refusal is the whole answer, 401, 403 or 503, in the shape of
+   * OpenAI's errors. Never rejects. It doesn't see the request's method: answer a browser's OPTIONS
+   * before you ask.
    */
   authenticate(headers: RequestHeaders): Promise<Authentication>
-  /** `authenticate` as Connect-style middleware: sets `req.userContext`, or answers by itself. OPTIONS without a key is 204. */
+  /**
+   * `authenticate` as Connect-style middleware: sets `req.userContext`, or answers by itself.
+   * OPTIONS without a key is 204.
+   */
   middleware(): Middleware
   /**
-   * Gives the active nodes mounted on the key, by name. It doesn't read each time: a change of a node is seen within 5 s, a
-   * new mount as soon as `validate` sees it.
+   * Gives the active nodes mounted on the key, by name. It doesn't read each time: a change of a
+   * node is seen within 5 s, a new mount as soon as `validate` sees it.
    */
   nodes(context: Pick<UserContext, 'config_node_ids'>): Promise<ConfigNode[]>
   /** Gives the payer of the user, and the payer's funds. 404 `user_not_found`. */
   getBalance(userId: string): Promise<Balance>
-  /** Says whether the payer could pay. It is advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
+  /**
+   * Says whether the payer could pay. It is advice; a hold is the guarantee. 422 `invalid_amount`,
+   * 404 `user_not_found`.
+   */
   checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
   /**
-   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`, `back_in_funds`, `budget_exhausted`,
-   * and `reset` when some may have been missed. Gives the function that ends it. Listeners are called in order, with an
-   * account's events in the order of its entries. Nobody waits for a listener; a throw in it is a process warning. A lost
-   * connection is caught up with. Each process that listens is told: keep the `id` of an event you have handled, and drop
-   * the event when it comes again. Begins with `start`; while nobody listens, nothing is read. 400 `invalid_input` for an
-   * unknown kind.
+   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`,
+   * `back_in_funds`, `budget_exhausted`, and `reset` when some may have been missed. Gives the
+   * function that ends it. Listeners are called in order, with an account's events in the order of
+   * its entries. Nobody waits for a listener; a throw in it is a process warning. A lost connection
+   * is caught up with. Each process that listens is told: keep the `id` of an event you have
+   * handled, and drop the event when it comes again. Begins with `start`; while nobody listens,
+   * nothing is read. 400 `invalid_input` for an unknown kind.
    */
   on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** JSON-ready, without secrets. */
   health(): Health
   /**
-   * Begins to follow changes, and to maintain the database hourly (10 s after a failure). Until then each key is read from
-   * Postgres.
+   * Begins to follow changes, and to maintain the database hourly (10 s after a failure). Until
+   * then each key is read from Postgres.
    */
   start(): Promise<void>
   /**
-   * Delivers the queues, and ends the listener, for good. An element that isn't delivered by its own deadline, or by
-   * `stopDeadline`, is rejected. The `rpc` and `redis` that you passed in stay open.
+   * Delivers the queues, and ends the listener, for good. An element that isn't delivered by its
+   * own deadline, or by `stopDeadline`, is rejected. The `rpc` and `redis` that you passed in stay
+   * open.
    */
   stop(): Promise<void>
 }
@@ -114,8 +134,8 @@ const BALANCE = [
 const BUDGET = ['allowed', 'code', 'available::text', 'remaining::text', 'account_id', 'currency']
 
 /**
- * Throws TypeError for `changes: 'follow'` without `redis`, for `changes` without a connection string to listen by, for a
- * Redis client that reads from replicas, and for a short `redisSecret`.
+ * Throws TypeError for `changes: 'follow'` without `redis`, for `changes` without a connection
+ * string to listen by, for a Redis client that reads from replicas, and for a short `redisSecret`.
  */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {
   const { rpc, redis, redisSecret, maxEntries, maxStaleness, changes = 'poll' } = options
@@ -124,7 +144,8 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   const follows = mode === 'follow'
   if (follows && !redis) throw new TypeError("createBillingModule: `changes: 'follow'` needs `redis`")
   if (redis) refuseReplicas(redis)
-  // the reads of changes have a connection of their own: while none is answered, a busy pool can't be the reason
+  // the reads of changes have a connection of their own: while none is answered, a busy pool can't
+  // be the reason
   const hangs = (error: unknown, waited: number) =>
     rpc.reserves === true && !follows && waited >= SILENT_MS && mayBeAway(error)
   const cache = createKeyCache<KeyContext>({
@@ -136,7 +157,8 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
   const news = createNews(rpc)
   const channels = { keyledger_account: news.wake }
   const listener = createListener({ cache, rpc, follow: follows, connectionString, channels })
-  // Made-up keys must cost few calls, and leave connections to the charges: their queue is short, and it has two lanes.
+  // Made-up keys must cost few calls, and leave connections to the charges: their queue is short,
+  // and it has two lanes.
   const lookUps = createBatcher<string, KeyContext | UnknownKey>({
     send: (hashes) =>
       rpc.call('resolve_virtual_keys', { key_hashes: jsonText(`[${hashes.join(',')}]`) as never }),

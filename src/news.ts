@@ -1,4 +1,5 @@
-// News of accounts: while somebody listens, reads which funds and budgets crossed a line, and tells each listener.
+// News of accounts: while somebody listens, reads which funds and budgets crossed a line, and tells
+// each listener.
 import { invalidInput, noAnswer } from './errors.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
@@ -17,7 +18,9 @@ export interface NewsState {
 }
 
 export interface News {
-  /** Gives the function that ends the subscription. Throws 400 `invalid_input` for an unknown kind. */
+  /**
+   * Gives the function that ends the subscription. Throws 400 `invalid_input` for an unknown kind.
+   */
   on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** Reads now, if somebody listens. */
   wake(): void

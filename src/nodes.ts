@@ -1,11 +1,15 @@
-// The nodes that may serve a key, with the fields a gateway needs to call them; read now and then, not at each request.
+// The nodes that may serve a key, with the fields a gateway needs to call them; read now and then,
+// not at each request.
 import type { Rpc } from './rpc.ts'
 import type { ConfigNode, UserContext } from './types.ts'
 
 const MAX_AGE_MS = 5000
 const COLUMNS = ['id', 'name', 'provider', 'model', 'endpoint', 'created_at', 'status']
 
-/** Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a new node at once. */
+/**
+ * Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a
+ * new node at once.
+ */
 export function createNodes(rpc: Pick<Rpc, 'rows'>) {
   type Row = ConfigNode & { status: string }
   // disabled nodes too: keys have them mounted, and that is no reason to read again

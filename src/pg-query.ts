@@ -1,4 +1,5 @@
-// The SQL that the pg transport sends: a call of a function, a read of a view, a look into the catalog.
+// The SQL that the pg transport sends: a call of a function, a read of a view, a look into the
+// catalog.
 import pg from 'pg'
 import { KeyledgerError } from './errors.ts'
 import { argumentJson, argumentsJson, isJsonText, toText } from './json.ts'
@@ -13,7 +14,9 @@ export interface Shape {
   nothing: boolean
 }
 
-/** Calls a function. One query, one value `json`: Postgres makes the JSON, as it does for PostgREST. */
+/**
+ * Calls a function. One query, one value `json`: Postgres makes the JSON, as it does for PostgREST.
+ */
 export function calling(fn: string, shape: Shape, args: Record<string, unknown>, select?: string) {
   // these names come from the catalog, so they may be reserved: `limit` is one
   const used = shape.params.filter(({ name }) => args[name] !== undefined)
@@ -96,5 +99,6 @@ const quoted = (name: string) => pg.escapeIdentifier(identifier(name))
 
 export const literal = (value: string) => pg.escapeLiteral(toText(value))
 
-// most of our JSON has nothing to escape, and escapeLiteral goes letter by letter: 4 ms for 500 events
+// most of our JSON has nothing to escape, and escapeLiteral goes letter by letter: 4 ms for 500
+// events
 const jsonLiteral = (json: string) => (/['\\]/.test(json) ? pg.escapeLiteral(json) : `'${json}'`)

@@ -1,10 +1,14 @@
-// Query building, as both transports do it: reads names, columns, order and limit, and refuses anything else.
+// Query building, as both transports do it: reads names, columns, order and limit, and refuses
+// anything else.
 import { invalidInput } from './errors.ts'
 
 // PostgREST gives these a meaning of its own in a query string
 const reserved = ['select', 'order', 'limit', 'offset', 'and', 'or', 'not', 'columns', 'on_conflict']
 
-/** A lower-case identifier, which means the same in SQL and in a URL. Throws 400 `invalid_input` for any other name. */
+/**
+ * A lower-case identifier, which means the same in SQL and in a URL. Throws 400 `invalid_input` for
+ * any other name.
+ */
 export function identifier(name: string): string {
   if (/^[a-z_][a-z0-9_]*$/.test(name) && !reserved.includes(name)) return name
   throw invalidInput(

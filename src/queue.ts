@@ -1,7 +1,8 @@
 // The queue of a batcher: elements wait by account, and leave in groups. A group goes in one call.
 //
-// An account is in one call at a time: elements that arrive meanwhile wait for it. A group that must be sent again waits
-// here too, beside the new elements. An account that was found busy, or slow by itself, is `slow`: it goes alone.
+// An account is in one call at a time: elements that arrive meanwhile wait for it. A group that
+// must be sent again waits here too, beside the new elements. An account that was found busy, or
+// slow by itself, is `slow`: it goes alone.
 import { KeyledgerError } from './errors.ts'
 
 /** One element, from `add` until its promise is settled. */
@@ -71,7 +72,10 @@ export function createQueue<Answer>({
   let bytesKept = 0
   let abandoned = false
 
-  /** Throws 503 `overloaded`. It is asked before the JSON is made: to make it would cost more than to refuse. */
+  /**
+   * Throws 503 `overloaded`. It is asked before the JSON is made: to make it would cost more than
+   * to refuse.
+   */
   function checkRoom() {
     if (queued >= maxQueue) throw overloaded(`${queued} elements are waiting`)
   }
@@ -105,8 +109,8 @@ export function createQueue<Answer>({
   }
 
   /**
-   * Ends the flight of an element. Its account is free as soon as none of its elements is in flight, though other
-   * accounts of the batch still are. Answers as `settle`.
+   * Ends the flight of an element. Its account is free as soon as none of its elements is in
+   * flight, though other accounts of the batch still are. Answers as `settle`.
    */
   function land(item: Item<Answer>): boolean {
     const others = begun.get(item.account)! - 1
@@ -119,7 +123,8 @@ export function createQueue<Answer>({
     return wasUnsettled
   }
 
-  // A fair share of all elements, so that free lanes get theirs. An account goes whole: once begun, its rest would wait.
+  // A fair share of all elements, so that free lanes get theirs. An account goes whole: once begun,
+  // its rest would wait.
   function take(alone: boolean): Group<Answer> | undefined {
     const share = Math.min(maxBatch, Math.max(WORTH_A_CALL, Math.ceil((queued + inFlight) / lanes)))
     const batch: Items = []
@@ -144,8 +149,8 @@ export function createQueue<Answer>({
     return { items: batch, at: 0, pause: FIRST_PAUSE_MS }
   }
 
-  // The group that failed least often goes first: an account that is locked for long holds up no account that was busy
-  // for a moment.
+  // The group that failed least often goes first: an account that is locked for long holds up no
+  // account that was busy for a moment.
   function takeAgain(): Group<Answer> | undefined {
     const now = performance.now()
     const ready = again.filter(({ at }) => at <= now)
@@ -170,8 +175,8 @@ export function createQueue<Answer>({
     again.push(group)
   }
 
-  // Before the account's newer elements, and with other accounts again: a moment's lock of another call costs them
-  // nothing.
+  // Before the account's newer elements, and with other accounts again: a moment's lock of another
+  // call costs them nothing.
   function requeue(account: string, items: Items) {
     begun.delete(account)
     comeBack({ items, at: 0, pause: FIRST_PAUSE_MS })
@@ -184,7 +189,10 @@ export function createQueue<Answer>({
     if (next && !abandoned) again.push({ ...next, at: 0 })
   }
 
-  /** Takes out every group to be sent again whose deadline is over; they count as in flight until they land. */
+  /**
+   * Takes out every group to be sent again whose deadline is over; they count as in flight until
+   * they land.
+   */
   function takeOverdue(now: number): Group<Answer>[] {
     const overdue = again.filter(({ items, error }) => error !== undefined && items.at(-1)!.until < now)
     if (overdue.length > 0) again = again.filter((group) => !overdue.includes(group))
@@ -207,7 +215,10 @@ export function createQueue<Answer>({
     return dropped
   }
 
-  /** The moment at which a group can go again (if a lane is free for it) or is over; undefined if there is none. */
+  /**
+   * The moment at which a group can go again (if a lane is free for it) or is over; undefined if
+   * there is none.
+   */
   function nextMoment(free: boolean): number | undefined {
     if (again.length === 0) return undefined
     const moments = again.map(({ at, items }) =>

@@ -14,7 +14,9 @@ export interface RedisClient {
   eval(script: string, numberOfKeys: number, ...keysAndArguments: (string | number)[]): Promise<unknown>
 }
 
-/** Throws TypeError for a client that may read from replicas: they lag, and still know revoked keys. */
+/**
+ * Throws TypeError for a client that may read from replicas: they lag, and still know revoked keys.
+ */
 export function refuseReplicas(redis: RedisClient): void {
   const { scaleReads, redisOptions, readOnly, role } = redis.options as Record<string, unknown> & {
     redisOptions?: Record<string, unknown>

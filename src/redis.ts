@@ -1,4 +1,5 @@
-// The Redis tier: entries behind leases, and beside them the cursor: up to which change their keys are evicted.
+// The Redis tier: entries behind leases, and beside them the cursor: up to which change their keys
+// are evicted.
 import { randomUUID } from 'node:crypto'
 import type { RedisClient } from './redis-client.ts'
 import { createSeal } from './seal.ts'
@@ -11,8 +12,9 @@ export interface Cursor {
 }
 
 /**
- * The value of `vk:cursor`. Its writer had deleted every entry that changed before `cursor`. Entries of another
- * `generation` are dead. `beat` grows with every write, and no value is ever written twice.
+ * The value of `vk:cursor`. Its writer had deleted every entry that changed before `cursor`.
+ * Entries of another `generation` are dead. `beat` grows with every write, and no value is ever
+ * written twice.
  */
 export interface Coverage {
   cursor: Cursor
@@ -37,18 +39,27 @@ export interface RedisTier<Context> {
   trust: Trust
   /** The value of the key, for `open` or `lease`. */
   get(key: string): Promise<string | null>
-  /** The entry, if it is this key's and of the present generation. Ask whether `trust` is live after `get`, not before. */
+  /**
+   * The entry, if it is this key's and of the present generation. Ask whether `trust` is live after
+   * `get`, not before.
+   */
   open(key: string, raw: string | null): { context?: Context } | undefined
-  /** Takes the place of `raw`; undefined if another reader was first. Take it before you read Postgres. */
+  /**
+   * Takes the place of `raw`; undefined if another reader was first. Take it before you read
+   * Postgres.
+   */
   lease(key: string, raw: string | null): Promise<Lease | undefined>
-  /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. The context of an unknown key is `undefined`. */
+  /**
+   * Stores for `ttl` ms, unless the lease has been deleted meanwhile. The context of an unknown key
+   * is `undefined`.
+   */
   store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
   covered(): Promise<Found>
   /** From now on only entries of this generation count, and new entries belong to it. */
   turn(generation: string): void
   /**
-   * Deletes the entries and leases of `keys`, and moves `vk:cursor` from `found` to `to` unless it has changed meanwhile.
-   * Both happen at once. Answers the value of `vk:cursor` afterwards.
+   * Deletes the entries and leases of `keys`, and moves `vk:cursor` from `found` to `to` unless it
+   * has changed meanwhile. Both happen at once. Answers the value of `vk:cursor` afterwards.
    */
   advance(found: Found, to: Omit<Coverage, 'beat'>, keys: string[]): Promise<Coverage | undefined>
   /** Trusts entries of this generation, complete as of `sentAt`. */
@@ -88,8 +99,9 @@ const DELETE_AND_REPLACE = `
 for i = 2, #KEYS, 1000 do redis.call('unlink', unpack(KEYS, i, math.min(i + 999, #KEYS))) end${replace('')}`
 
 /**
- * Every command fails fast: at once if the connection is down, after 200 ms if it doesn't answer. A failure ends trust in
- * the tier, so that later readers don't each wait as long; a read of the changes restores it.
+ * Every command fails fast: at once if the connection is down, after 200 ms if it doesn't answer. A
+ * failure ends trust in the tier, so that later readers don't each wait as long; a read of the
+ * changes restores it.
  */
 export function createRedisTier<Context>(
   redis: RedisClient,
@@ -100,7 +112,8 @@ export function createRedisTier<Context>(
   let generation = ''
   let silentSince: number | undefined
 
-  // In a Cluster all keys share one slot: a shard that fails over takes the cursor along with the entries it covers.
+  // In a Cluster all keys share one slot: a shard that fails over takes the cursor along with the
+  // entries it covers.
   const at = redis.isCluster ? (key: string) => `{vk}:${key}` : (key: string) => key
   const cursorAt = at(CURSOR)
 
@@ -112,8 +125,8 @@ export function createRedisTier<Context>(
   redis.on('node error', lost) // of a Cluster
   if (redis.status === 'wait') redis.connect().catch(() => {})
 
-  // A socket may be dead without a word, and ioredis waits for it for ever. We hang up only a client that connects again
-  // by itself.
+  // A socket may be dead without a word, and ioredis waits for it for ever. We hang up only a
+  // client that connects again by itself.
   function hangUpIfSilent() {
     silentSince ??= performance.now()
     const { retryStrategy, clusterRetryStrategy } = redis.options as Record<string, unknown>
@@ -142,7 +155,8 @@ export function createRedisTier<Context>(
         hangUpIfSilent()
         fail(new Error('redis: no answer'))
       }
-      // in an immediate: after a pause of this process, an answer that is here already is read first
+      // in an immediate: after a pause of this process, an answer that is here already is read
+      // first
       const timer = setTimeout(() => setImmediate(giveUp), ANSWER_MS)
       if (redis.status !== 'ready') {
         clearTimeout(timer)
@@ -158,7 +172,8 @@ export function createRedisTier<Context>(
     })
   }
 
-  // All gets of one turn of the event loop leave as one command: a command by itself costs more than the rest of a hit.
+  // All gets of one turn of the event loop leave as one command: a command by itself costs more
+  // than the rest of a hit.
   let gets: Get[] = []
 
   function getTogether(key: string): Promise<string | null> {
@@ -213,8 +228,9 @@ export function createRedisTier<Context>(
       generation = next
     },
 
-    // The deletes and the cursor are one script. ioredis may send it again, to a Redis that came back older with `found`:
-    // each Redis that takes the cursor has lost the entries too. A slow writer finds another value, and only deletes.
+    // The deletes and the cursor are one script. ioredis may send it again, to a Redis that came
+    // back older with `found`: each Redis that takes the cursor has lost the entries too. A slow
+    // writer finds another value, and only deletes.
     async advance(found, to, keys) {
       const coverage = { ...to, beat: (read(found.raw)?.beat ?? 0) + 1 }
       const next = seal.close(cursorAt, JSON.stringify(coverage))

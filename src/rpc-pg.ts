@@ -1,4 +1,5 @@
-// The transport over pg: like PostgREST it sets the role and the claims, and passes arguments by name; one round trip a call.
+// The transport over pg: like PostgREST it sets the role and the claims, and passes arguments by
+// name; one round trip a call.
 import pg from 'pg'
 import {
   fromNetwork,
@@ -17,21 +18,25 @@ import { withinTime } from './time-limits.ts'
 
 export interface PgRpcOptions {
   /**
-   * It is yours: listen to its `error` events, and close it afterwards. Give it `connectionTimeoutMillis`: without that, a
-   * network that goes silent while connections are made keeps their places taken, for minutes or for ever.
+   * It is yours: listen to its `error` events, and close it afterwards. Give it
+   * `connectionTimeoutMillis`: without that, a network that goes silent while connections are made
+   * keeps their places taken, for minutes or for ever.
    */
   pool?: pg.Pool | undefined
   /**
-   * Instead of `pool`: opens a pool of up to 10 connections, which `close` ends. A transaction pooler will do. Beside either
-   * pool, one more connection of the same options is kept for `reserved` calls: the reads of changes. `close` waits 5 s at
-   * most for calls that are under way.
+   * Instead of `pool`: opens a pool of up to 10 connections, which `close` ends. A transaction
+   * pooler will do. Beside either pool, one more connection of the same options is kept for
+   * `reserved` calls: the reads of changes. `close` waits 5 s at most for calls that are under way.
    */
   connectionString?: string | undefined
   /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
   role?: string | undefined
   /** JWT claims to stand for: `{ user_id }` for a member. Default: none but the role. */
   claims?: Record<string, unknown> | undefined
-  /** ms to wait for a connection, then for the answer; Postgres ends the statement after as much. Default 10,000. */
+  /**
+   * ms to wait for a connection, then for the answer; Postgres ends the statement after as much.
+   * Default 10,000.
+   */
   timeout?: number | undefined
 }
 
@@ -50,8 +55,9 @@ const RESERVED_MS = 5000
 const CLOSE_MS = 5000
 
 /**
- * An `Rpc` over connections of its own to Postgres. Role, claims and time limit are set for one call. Each call is one
- * transaction, so the next user of the connection finds it as it was. Throws TypeError without `pool` or `connectionString`.
+ * An `Rpc` over connections of its own to Postgres. Role, claims and time limit are set for one
+ * call. Each call is one transaction, so the next user of the connection finds it as it was. Throws
+ * TypeError without `pool` or `connectionString`.
  */
 export function pgRpc(options: PgRpcOptions): Rpc {
   const { connectionString, role = 'keyledger_gateway', claims, timeout = 10_000 } = options
@@ -75,7 +81,8 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     return `select ${set.join(', ')}; `
   }
   const shared: Lane = { pool: () => pool, timeout, preamble: preambleOf(timeout) }
-  // One connection beside the pool, with the pool's options, for calls that must not wait for the pool; opened at the first.
+  // One connection beside the pool, with the pool's options, for calls that must not wait for the
+  // pool; opened at the first.
   let own: pg.Pool | undefined
   const reservedTimeout = Math.min(timeout, RESERVED_MS)
   const reserved: Lane = {
@@ -107,7 +114,8 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     }
   }
 
-  // Several statements in one simple query are one transaction: it ends with the answer, good or bad.
+  // Several statements in one simple query are one transaction: it ends with the answer, good or
+  // bad.
   async function run<T>(statement: string, lane = shared): Promise<T> {
     const { timeout, preamble } = lane
     const client = await connect(lane)

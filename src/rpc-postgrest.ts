@@ -17,19 +17,22 @@ export interface PostgrestRpcOptions {
   /** The root of PostgREST, `http://127.0.0.1:3000`. */
   url: string
   /**
-   * JSON web token whose `role` claim is the role to be. Or a function that gives one: it is called before each request, and
-   * has `timeout` ms.
+   * JSON web token whose `role` claim is the role to be. Or a function that gives one: it is called
+   * before each request, and has `timeout` ms.
    */
   token: string | (() => string | Promise<string>)
-  /** ms until a request is given up with `timeout`; PostgREST may still carry it out. Default 10,000. */
+  /**
+   * ms until a request is given up with `timeout`; PostgREST may still carry it out. Default
+   * 10,000.
+   */
   timeout?: number | undefined
   /** Default: Node's own, which keeps connections alive. */
   fetch?: typeof fetch | undefined
 }
 
 /**
- * An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that PostgREST refuses.
- * Throws TypeError without `url`.
+ * An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that
+ * PostgREST refuses. Throws TypeError without `url`.
  */
 export function postgrestRpc({
   url,

@@ -23,8 +23,8 @@ type RowOf<Result> = Result extends (infer Row)[] ? Row : Result
 type Misfit =
   'its arguments or columns are not those of the catalog: mend them, or name the type of the answer yourself'
 type Unknown = 'the catalog has no such name: mend it, or name the type of the answer yourself'
-// A name that the catalog has is typed above. Any other name, written out, needs the type of its answer: else a misspelt
-// one would compile.
+// A name that the catalog has is typed above. Any other name, written out, needs the type of its
+// answer: else a misspelt one would compile.
 type NameFor<T, Name extends string, Known> = Name extends Known
   ? Misfit
   : [T] extends [never]
@@ -44,9 +44,15 @@ type Argless = {
 }[keyof Functions]
 
 export interface CallOptions<Column extends string = string> {
-  /** Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money: `available::text`. */
+  /**
+   * Columns of a function that answers rows or an object: `column`, `column::type` or `*`. Money:
+   * `available::text`.
+   */
   select?: readonly Column[]
-  /** Uses a connection that other calls can't take, and at most 5 s. `pgRpc` keeps one; PostgREST has one pool for all calls. */
+  /**
+   * Uses a connection that other calls can't take, and at most 5 s. `pgRpc` keeps one; PostgREST
+   * has one pool for all calls.
+   */
   reserved?: boolean
 }
 
@@ -62,15 +68,17 @@ export interface RowsQuery<Column extends string = string> {
 }
 
 /**
- * Calls functions and reads views, as one database role with one set of claims. Every failure is a `KeyledgerError`.
- * Integers beyond 2^53 and decimals lose digits as JSON numbers: select them `::text`.
+ * Calls functions and reads views, as one database role with one set of claims. Every failure is a
+ * `KeyledgerError`. Integers beyond 2^53 and decimals lose digits as JSON numbers: select them
+ * `::text`.
  */
 export interface Rpc {
   /** Has a connection for `reserved` calls: if such a call isn't answered, the server is away. */
   readonly reserves?: boolean
   /**
-   * Calls `api.<fn>` with arguments by name. Answers a composite or jsonb as it is, a set as an array, a scalar as its
-   * value, void as null. An argument left out or undefined takes its default; null is SQL's null.
+   * Calls `api.<fn>` with arguments by name. Answers a composite or jsonb as it is, a set as an
+   * array, a scalar as its value, void as null. An argument left out or undefined takes its
+   * default; null is SQL's null.
    */
   call<F extends keyof Functions, Column extends ColumnOf<RowOf<Functions[F]['result']>> = never>(
     fn: F,
@@ -78,7 +86,10 @@ export interface Rpc {
     options?: CallOptions<Column>,
   ): Promise<Answered<Functions[F]['result'], Column>>
   call<F extends Argless>(fn: F): Promise<Functions[F]['result']>
-  /** The same for your own functions: name the type of the answer, `call<T>(…)`, and pass any arguments. */
+  /**
+   * The same for your own functions: name the type of the answer, `call<T>(…)`, and pass any
+   * arguments.
+   */
   call<T = never, Fn extends string = string>(
     fn: NameFor<T, Fn, keyof Functions>,
     args?: Record<string, unknown>,
@@ -105,7 +116,10 @@ export interface Transport {
   close(): Promise<void>
 }
 
-/** The arguments, with the sha-256 of a raw key in its place: the server's log may show a statement and its arguments. */
+/**
+ * The arguments, with the sha-256 of a raw key in its place: the server's log may show a statement
+ * and its arguments.
+ */
 export function withoutRawKey(fn: string, args: Record<string, unknown>): Record<string, unknown> {
   const { vk, ...rest } = args
   if (fn !== 'resolve_billing_account' || typeof vk !== 'string') return args

@@ -1,4 +1,5 @@
-// The seal of a value in Redis: an HMAC of its name and its text, so that a stranger who may write there can't forge it.
+// The seal of a value in Redis: an HMAC of its name and its text, so that a stranger who may write
+// there can't forge it.
 import { createHmac, timingSafeEqual } from 'node:crypto'
 
 export interface Seal {
@@ -12,7 +13,10 @@ export interface Seal {
 const MAC_LENGTH = 43
 const LEAST_SECRET = 16
 
-/** The first secret seals, and every secret opens. Without any, values are stored as they are. Throws TypeError for a short one. */
+/**
+ * The first secret seals, and every secret opens. Without any, values are stored as they are.
+ * Throws TypeError for a short one.
+ */
 export function createSeal(secrets: readonly string[]): Seal {
   if (secrets.some((secret) => typeof secret !== 'string' || secret.length < LEAST_SECRET))
     throw new TypeError(`createBillingModule: a \`redisSecret\` has at least ${LEAST_SECRET} characters`)

@@ -1,6 +1,8 @@
 // Time limits: every wait that ends after so many ms, whether or not the work behind it has ended.
 
-/** Rejects with `late(ms)` if the work has not settled within `ms`. The work itself goes on, unseen. */
+/**
+ * Rejects with `late(ms)` if the work has not settled within `ms`. The work itself goes on, unseen.
+ */
 export function withinTime<T>(work: Promise<T>, ms: number, late: (ms: number) => Error): Promise<T> {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(late(ms)), ms)
@@ -8,7 +10,10 @@ export function withinTime<T>(work: Promise<T>, ms: number, late: (ms: number) =
   })
 }
 
-/** Resolves when the work has ended, or after `ms`: `true` if the work was first. Rejects if the work does. */
+/**
+ * Resolves when the work has ended, or after `ms`: `true` if the work was first. Rejects if the
+ * work does.
+ */
 export async function endsWithin(work: Promise<unknown> | undefined, ms: number): Promise<boolean> {
   let timer: NodeJS.Timeout | undefined
   const enough = new Promise<boolean>((resolve) => {
@@ -28,7 +33,10 @@ export interface Limit {
   end(): void
 }
 
-/** One limit on all parts of a request, also on a part that can't be aborted. Its error is named `TimeoutError`. */
+/**
+ * One limit on all parts of a request, also on a part that can't be aborted. Its error is named
+ * `TimeoutError`.
+ */
 export function createLimit(ms: number): Limit {
   const controller = new AbortController()
   const { signal } = controller

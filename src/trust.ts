@@ -4,20 +4,29 @@
 export interface Trust {
   /** May the tier answer now? */
   live(): boolean
-  /** Says that all changes committed before `sentAt` are evicted. It doesn't bring back trust that ended after `sentAt`. */
+  /**
+   * Says that all changes committed before `sentAt` are evicted. It doesn't bring back trust that
+   * ended after `sentAt`.
+   */
   prove(sentAt: number): void
   /** Nothing proven so far counts any more: a connection broke, a read or an eviction failed. */
   end(): void
-  /** Called ten times a second while changes are read. A gap between the calls ends trust: this process stood still. */
+  /**
+   * Called ten times a second while changes are read. A gap between the calls ends trust: this
+   * process stood still.
+   */
   beat(): void
   /** From now on, trusts a proof for `ms` at most. */
   shorten(ms: number): void
-  /** The moment up to which the tier is known to be complete, whether or not that is still trusted. */
+  /**
+   * The moment up to which the tier is known to be complete, whether or not that is still trusted.
+   */
   provenAt(): number
 }
 
 export const BEAT_MS = 100
-// A read is sent every 300 ms. After a longer gap than this, a change could be unseen for more than a second.
+// A read is sent every 300 ms. After a longer gap than this, a change could be unseen for more than
+// a second.
 const STILL_MS = 500
 
 export function createTrust(maxStaleness: number): Trust {

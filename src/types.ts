@@ -1,7 +1,12 @@
-// The shapes that the client sends to schema `api`, and gets from it. Amounts are decimal strings, ids UUIDs, moments ISO 8601.
-import type { Cursor } from './redis.ts'
+// The shapes that the client sends to schema `api`, and gets from it. Amounts are decimal strings,
+// ids UUIDs, moments ISO 8601.
 
-/** The answer of `api.resolve_virtual_key`, which the cache keeps: the key's user, its payer, and until when both are right. */
+export type * from './news-types.ts'
+
+/**
+ * The answer of `api.resolve_virtual_key`, which the cache keeps: the key's user, its payer, and
+ * until when both are right.
+ */
 export interface KeyContext {
   virtual_key_id: string
   user_id: string
@@ -31,7 +36,10 @@ export interface UnknownKey {
   virtual_key_id: null
 }
 
-/** The result of `validate`: the maker of a request, and its payer. It has neither the key nor its hash. */
+/**
+ * The result of `validate`: the maker of a request, and its payer. It has neither the key nor its
+ * hash.
+ */
 export type UserContext = Omit<
   KeyContext,
   'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until' | 'valid_for_ms'
@@ -48,10 +56,16 @@ export interface ConfigNode {
   readonly created_at: string
 }
 
-/** Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal strings. */
+/**
+ * Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal
+ * strings.
+ */
 export type Meters = Record<string, number | string>
 
-/** The sum to hold: an amount in the account's currency, or the cost of a use of a node, priced in SQL. */
+/**
+ * The sum to hold: an amount in the account's currency, or the cost of a use of a node, priced in
+ * SQL.
+ */
 export type HoldRequest = ({ amount: string } | { config_node_id: string; meters: Meters }) & {
   /** UUIDv7; the client makes one if it is absent. Give your own to repeat a hold safely. */
   id?: string
@@ -71,7 +85,10 @@ export interface Hold {
 
 /** One use. It may carry a whole `UserContext`: `{ ...context, config_node_id, meters }`. */
 export interface UsageEvent {
-  /** UUIDv7: time, identity and idempotency in one. The client makes one if it is absent. To repeat an event, repeat its id. */
+  /**
+   * UUIDv7: time, identity and idempotency in one. The client makes one if it is absent. To repeat
+   * an event, repeat its id.
+   */
   id?: string
   /** From the validation of the request: that account pays, even if the user has moved since. */
   account_id: string
@@ -82,13 +99,22 @@ export interface UsageEvent {
   hold_id?: string
   /** Whether it ends its hold. Default true. */
   final?: boolean
-  /** Your own label, up to 512 characters. A longer or empty one is left out, and the event charged without it. */
+  /**
+   * Your own label, up to 512 characters. A longer or empty one is left out, and the event charged
+   * without it.
+   */
   request_id?: string
-  /** Your own object, up to 16,384 bytes of JSON. Any other value is left out, and the event charged without it. */
+  /**
+   * Your own object, up to 16,384 bytes of JSON. Any other value is left out, and the event charged
+   * without it.
+   */
   metadata?: Record<string, unknown>
 }
 
-/** Each status is final. A `parked` event is kept with its `code`, and charged once its cause is repaired. */
+/**
+ * Each status is final. A `parked` event is kept with its `code`, and charged once its cause is
+ * repaired.
+ */
 export interface UsageAnswer {
   id: string
   status: 'charged' | 'duplicate' | 'parked'
@@ -106,8 +132,8 @@ export interface UsageAnswer {
 }
 
 /**
- * In a call that names several accounts: another call has this account locked, and nothing was kept for it. Send the
- * account's elements in a call of their own; the module's methods do so.
+ * In a call that names several accounts: another call has this account locked, and nothing was kept
+ * for it. Send the account's elements in a call of their own; the module's methods do so.
  */
 export interface BusyAnswer {
   id: string
@@ -170,7 +196,10 @@ export interface Balance {
 /** The answer of `api.place_holds` to one request. */
 export interface HoldAnswer {
   id: string
-  /** `busy`: another session holds the account, and nothing was kept; only in calls that name several accounts. */
+  /**
+   * `busy`: another session holds the account, and nothing was kept; only in calls that name
+   * several accounts.
+   */
   status: 'held' | 'duplicate' | 'refused' | 'busy'
   code?: string
   amount?: string
@@ -180,55 +209,6 @@ export interface HoldAnswer {
   expires_at?: string
   hold_status?: 'open' | 'captured' | 'released' | 'expired'
   mismatch?: true
-}
-
-/** A crossing of an account's funds or of a budget, at the moment of the posting that caused it. */
-export interface NewsOf<Kind extends string> {
-  /** The same in every process that is told, so that you can drop copies. Grows with the account's entries. */
-  id: number
-  kind: Kind
-  account_id: string
-  /** The ledger entry that changed the funds. */
-  seq: number
-  /** balance + free_credit + credit_limit - outstanding_amount. Open holds are not taken off. */
-  funds: string
-  /** The account's low_balance_threshold, if it has one. */
-  threshold?: string
-  created_at: string
-}
-
-/** A budget that is used up: its owner, its amount and the sum spent. */
-export interface BudgetNews {
-  id: string
-  scope: 'virtual_key' | 'user' | 'tenant'
-  /** The id of the key, user or tenant. */
-  scope_id: string
-  period: 'day' | 'week' | 'month' | 'total'
-  amount: string
-  spent: string
-}
-
-/** The events that `on` tells, by kind. */
-export interface AccountNewss {
-  /** Funds fell to the account's threshold or below it. */
-  low_balance: NewsOf<'low_balance'> & { threshold: string }
-  /** Funds fell to 0 or below. */
-  exhausted: NewsOf<'exhausted'>
-  /** Funds rose above 0. */
-  back_in_funds: NewsOf<'back_in_funds'>
-  /** The spending in a budget's present window has reached its amount. A budget of 0 says nothing. */
-  budget_exhausted: NewsOf<'budget_exhausted'> & { budget: BudgetNews }
-  /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
-  reset: { kind: 'reset' }
-}
-
-/** The answer of `api.account_news`. Keep the cursor after you have handled the events. */
-export interface AccountNews {
-  cursor: Cursor
-  /** Oldest first. */
-  events: AccountNewss[Exclude<keyof AccountNewss, 'reset'>][]
-  /** Some may have been missed since the cursor given: read the accounts you care about. */
-  reset: boolean
 }
 
 /** One request of `api.place_holds`. */
@@ -249,7 +229,10 @@ export interface ExtendRequest extends ReleaseRequest {
 /** One event of `api.record_usage`. */
 export type RecordedEvent = UsageEvent & { id: string }
 
-/** A key in use elsewhere, for `api.import_virtual_keys`: its user, and its sha-256 or the key itself. */
+/**
+ * A key in use elsewhere, for `api.import_virtual_keys`: its user, and its sha-256 or the key
+ * itself.
+ */
 export type KeyImport = ({ user_id: string } | { user_external_id: string }) &
   ({ key_hash: string } | { virtual_key: string }) & {
     name?: string | null
@@ -268,7 +251,10 @@ export interface KeyImportAnswer {
   mismatch?: true
 }
 
-/** An account's funds elsewhere, for `api.record_openings`. Amounts are decimal strings; a negative balance is owed. */
+/**
+ * An account's funds elsewhere, for `api.record_openings`. Amounts are decimal strings; a negative
+ * balance is owed.
+ */
 export type Opening = (
   | { account_id: string }
   | { tenant_external_id: string }

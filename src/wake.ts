@@ -1,4 +1,5 @@
-// Wake-ups: loops that read on each wake-up and now and then anyway, and the one LISTEN connection that wakes them.
+// Wake-ups: loops that read on each wake-up and now and then anyway, and the one LISTEN connection
+// that wakes them.
 import pgListen from 'pg-listen'
 import { endsWithin, pause } from './time-limits.ts'
 
@@ -16,7 +17,10 @@ const LEAST_MS = 20
 export const READ_MS = 5000
 const RECONNECT_MS = 500
 
-/** Begins with the first wake-up, and reads every `poll` ms at least, every 20 ms at most. `read` must not reject. */
+/**
+ * Begins with the first wake-up, and reads every `poll` ms at least, every 20 ms at most. `read`
+ * must not reject.
+ */
 export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
   let stopped = false
   let wakened = false
@@ -32,7 +36,8 @@ export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
     })
   }
 
-  // one read at a time; a wake-up during a read means another read, since the change may be newer than its snapshot
+  // one read at a time; a wake-up during a read means another read, since the change may be newer
+  // than its snapshot
   async function readAll() {
     while (wakened && !stopped) {
       const early = sentAt + LEAST_MS - performance.now()
@@ -69,7 +74,10 @@ export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
 export interface SubscriptionOptions {
   /** Any login of the database, not through a transaction pooler. */
   connectionString: string
-  /** The function to call at each notification, and when LISTEN takes effect: a change committed before woke nobody. */
+  /**
+   * The function to call at each notification, and when LISTEN takes effect: a change committed
+   * before woke nobody.
+   */
   channels: Record<string, () => unknown>
   lost: () => void
 }
@@ -80,7 +88,9 @@ export interface Subscription {
   state(): { listening: boolean; error?: Error }
 }
 
-/** Comes back however long Postgres was away. It never looks at the payload: any login can notify. */
+/**
+ * Comes back however long Postgres was away. It never looks at the payload: any login can notify.
+ */
 export function createSubscription({ connectionString, channels, lost }: SubscriptionOptions): Subscription {
   let listening = false
   let stopped = false
@@ -91,8 +101,8 @@ export function createSubscription({ connectionString, channels, lost }: Subscri
     release = resolve
   })
 
-  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which ends by itself after
-  // retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
+  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which
+  // ends by itself after retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
   async function connect() {
     while (!stopped) {
       const subscriber = pgListen.default(

@@ -1,4 +1,5 @@
-// What keeps the cache right on bad days: floods, busy pools, clocks, processes that stand still, strangers in Redis.
+// What keeps the cache right on bad days: floods, busy pools, clocks, processes that stand still,
+// strangers in Redis.
 import { createHash, randomUUID } from 'node:crypto'
 import { mock } from 'node:test'
 import { Redis } from 'ioredis'
@@ -410,7 +411,7 @@ test('a key that ends in the year 10000 is cached like any other', async () => {
   assert.ok(billing.health().cache.answers.database <= before + 1)
 })
 
-test('what a key is valid for is a duration: no clock of ours has a say', async () => {
+test('a key is valid for a duration: no clock of this host changes that', async () => {
   for (const wrong of [-3_600_000, 3_600_000]) {
     const { at, restore } = clocks()
     try {
@@ -513,7 +514,7 @@ test('a seal fits one name and one text, and each of the secrets', () => {
     assert.throws(() => createBillingModule({ rpc, redis: client, redisSecret }), /redisSecret/)
 })
 
-test('with a secret, who writes to Redis makes no key valid, and no key another', async () => {
+test('with a secret, a stranger that writes to Redis makes no key valid, and turns no key into another', async () => {
   const redisSecret = 'a secret of sixteen or more'
   const [one, two] = [await seed(db.operator), await seed(db.operator)]
   const at = ({ keyHash }: { keyHash: string }) => `vk:${keyHash}`
@@ -533,7 +534,8 @@ test('with a secret, who writes to Redis makes no key valid, and no key another'
   assert.is((await reader.validate(one.key)).user_id, one.userId)
   assert.is(reader.health().cache.answers.redis, 1, 'what is signed is believed')
 
-  // forged from what is there: the text of one under the name of the other, and a text of one's own
+  // forged from the entries there: the text of one under the name of the other, and a text of one's
+  // own
   const raw = (await admin.get(at(one)))!
   const stranger = madeUp()
   for (const forged of [raw, raw.slice(43), raw.replace(one.userId, two.userId)]) {
@@ -564,7 +566,7 @@ test('Redis that says nothing any more: the client connects again by itself', as
   let closed = 0
   client.on('close', () => closed++)
   proxy.mode = 'hang'
-  // also while it connects anew to what is still silent
+  // also while it connects anew to a server that is still silent
   await until(() => closed >= 2, 'the client to hang up twice')
   proxy.mode = 'pass'
   await until(() => billing.health().cache.redis, 'trust to be back')

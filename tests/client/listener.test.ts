@@ -1,4 +1,5 @@
-// The listener: which changes it sees, when it trusts, and how cursors move when servers and other listeners misbehave.
+// The listener: which changes it sees, when it trusts, and how cursors move when servers and other
+// listeners misbehave.
 import { Redis } from 'ioredis'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -229,7 +230,8 @@ test('LISTEN comes back however long Postgres was away, and nothing that changed
   await until(() => !one.cache.trust.live(), 'the loss to be seen')
   await revoke(world)
   assert.equal(await one.validate(world.keyHash), { accepted: true, code: null, tier: 'stale' })
-  // pg-listen by itself gives up after 3 s; its attempts, at most two a second, are counted together with the polls'
+  // pg-listen by itself gives up after 3 s; its attempts, at most two a second, are counted
+  // together with the polls'
   const since = performance.now()
   await until(() => postgres.refused > 14 && performance.now() - since > 3500, 'many attempts')
   assert.not(one.listener.state().listening)
@@ -312,7 +314,7 @@ test('half-open: trust ends maxStaleness after the last answered read was sent',
   await trusted(one)
 })
 
-test('what was in memory before the first read is dropped, wherever Redis has got to', async () => {
+test('entries in memory from before the first read are dropped, whatever cursor Redis has', async () => {
   const other = await client('poll')
   const late = await client('nothing')
   const world = await seed(db.operator)
@@ -327,7 +329,8 @@ test('what was in memory before the first read is dropped, wherever Redis has go
   assert.not((await late.validate(world.keyHash)).accepted)
 })
 
-// A cursor that says nothing about this cluster's changes, found in Redis with entries of its generation.
+// A cursor that says nothing about this cluster's changes, found in Redis with entries of its
+// generation.
 const strange: Record<string, (now: Coverage) => unknown> = {
   'of another cluster': (now) => ({ ...now, cursor: { ...now.cursor, cluster: '1:00000001' } }),
   'from the future': (now) => ({ ...now, cursor: { ...now.cursor, snapshot: '900000000:900000000:' } }),
@@ -371,7 +374,7 @@ test('Redis emptied: a new generation', async () => {
 test('memory is dropped when its own cursor says nothing any more', async () => {
   let reset = false
   const one = await client('poll', { redisUrl: undefined }, async (_, answer) => {
-    // as after a failover: nothing can be said about what has changed
+    // as after a failover: nobody can say which keys have changed
     if (reset) Object.assign(answer as object, { reset: true, keys: [] })
   })
   const world = await warm(one)
@@ -449,7 +452,7 @@ test('a change of all keys: memory is not filled again from the generation that 
   assert.not((await one.validate(world.keyHash)).accepted)
 })
 
-test('a slow listener does not write its cursor over one that came after', async () => {
+test('a slow listener does not write its cursor over a later one', async () => {
   const held = gate()
   const slow = await client('poll', {}, held.between)
   await trusted(slow)
@@ -541,7 +544,7 @@ test('a cursor that ioredis sends again, to an older Redis, takes the entries al
   await trusted(other)
   const raw = (await entry(world))!
   const found = (await admin.get('vk:cursor'))!
-  // the older Redis has seen nothing of what was done since
+  // the older Redis has seen none of the changes since
   let sent = false
   nextDelete(one, (send) => {
     away.mode = 'hang'
@@ -609,7 +612,7 @@ test('a process without a listener follows the heartbeat in Redis', async () => 
   assert.is((await follower.validate(world.keyHash)).tier, 'database')
 })
 
-test('a follower trusts a beat only from before the one that preceded it', async () => {
+test('a follower trusts a beat only up to the look before the preceding beat', async () => {
   const { cursor } = await fromGateway<{ cursor: object }>('cache_changes')
   const write = (beat: number, generation = 'g') =>
     admin.set('vk:cursor', JSON.stringify({ cursor, generation, beat }))

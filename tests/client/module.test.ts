@@ -1,4 +1,5 @@
-// The billing module on real servers, through both transports: from a virtual key to an exact charge, and what goes wrong.
+// The billing module on real servers, through both transports: from a virtual key to an exact
+// charge, and its failures.
 import { inspect } from 'node:util'
 import { Redis } from 'ioredis'
 import type pg from 'pg'
@@ -398,7 +399,7 @@ test('a started module answers from memory, follows changes, and says how it is'
     await billing.validate(world.key)
     assert.is(rpc.of('resolve_virtual_keys').length, 1)
 
-    // what a caller does to its context is its own business
+    // a caller may change its own context
     context.account_id = newId()
     ;(context.config_node_ids as string[]).push(newId())
     const fresh = await billing.validate(world.key)
@@ -509,7 +510,7 @@ test('Postgres away: known keys are answered and that is said, usage waits, and 
         await until(() => billing.health().queues.record.error === 'unavailable', 'a first try')
         proxy.mode = 'pass'
         assert.is((await answer).status, 'charged')
-        // a look-up that succeeds ends what health says of the last one
+        // a look-up that succeeds clears the error of the last one from health
         await refused(billing.validate(`${world.key}y`), 'virtual_key_unknown', 401)
         await until(() => billing.health().status === 'ok' && !billing.health().stale, 'health')
         assert.is(billing.health().queues.record.error, null)
@@ -590,7 +591,8 @@ test('a hold that is being carried out is given up at its deadline too', async (
       await refused(billing.extend({ id, account_id: world.accountId }), 'timeout', 504)
       await holder.query('commit')
       await until(() => billing.health().queues.hold.in_flight === 0, 'the answer nobody waits for')
-      // it was carried out: asked again, it is the same hold; the one whose id nobody knows is released
+      // it was carried out: asked again, it is the same hold; the one whose id nobody knows is
+      // released
       const held = `select amount::text, status from api.holds where account_id = $1 order by amount`
       await until(
         async () => (await db.operator(held, [world.accountId]))[1]?.status === 'released',

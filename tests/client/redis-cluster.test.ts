@@ -1,4 +1,5 @@
-// A Redis Cluster of three shards with replicas: a key that was revoked stays so when a replica that lagged takes over.
+// A Redis Cluster of three shards with replicas: a key that was revoked stays so when a replica
+// that lagged takes over.
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { suite } from 'uvu'
@@ -127,7 +128,7 @@ const refused = async (billing: BillingModule, world: World) =>
 test('a revoked key stays revoked when the replica of a shard, which had not heard of it, takes over', async () => {
   await startCluster()
   const [one, follower] = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
-  // one that would be in another shard than the cursor, were both where their plain names belong
+  // a key that would be in another shard than the cursor, if both went by their plain names
   let world: World
   do world = await seed(db.operator)
   while ((await shardOf(`vk:${world.keyHash}`)) === (await shardOf('vk:cursor')))
@@ -151,7 +152,7 @@ test('a revoked key stays revoked when the replica of a shard, which had not hea
   process.kill(master.process.pid, 'SIGKILL')
   await until(async () => (await replica.admin.info('replication')).includes('role:master'), 'the takeover')
 
-  // who was there, and who comes new and knows what Redis knows
+  // the modules that were there, and new ones, which know only the state of Redis
   for (const billing of [one, follower]) assert.ok(await refused(billing, world))
   const late = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
   for (const billing of [one, follower]) await trusts(billing)

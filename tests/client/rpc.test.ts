@@ -1,4 +1,5 @@
-// Both transports, held to one suite: the same calls get the same answers and the same errors, through PostgREST and pg.
+// Both transports, held to one suite: the same calls get the same answers and the same errors,
+// through PostgREST and pg.
 import { createServer, type Server } from 'node:http'
 import { inspect } from 'node:util'
 import pg from 'pg'
@@ -84,7 +85,7 @@ for (const [name, make] of Object.entries(transports)) {
           id: ID,
           name: 'first',
           amount: 1.5,
-          big: 9007199254740992, // what a JSON number can hold
+          big: 9007199254740992, // the largest integer that a JSON number holds exactly, and one more
           at: '2026-01-02T03:04:05.678+00:00',
           tags: ['a', 'b c', null],
           about: { rate: 1.5, on: true },
@@ -580,7 +581,7 @@ test('postgrest: a token or a fetch that never comes is given up in time, and ma
   assert.equal([mayBeDone(noToken), mayBeDone(noFetch)], [false, true])
 })
 
-test('postgrest: what is not its answer gets a code all the same', async () => {
+test('postgrest: an answer that is not its own gets a code all the same', async () => {
   const replies: [status: number, body: string, error: [string, number]][] = [
     [200, '<html>', ['invalid_response', 502]],
     [404, '<html>not here</html>', ['invalid_response', 502]],

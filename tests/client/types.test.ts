@@ -12,7 +12,7 @@ import { transports } from '../support/transports.ts'
 const test = suite('types')
 const db = await database(test)
 
-test('src/catalog.ts is what the catalog says', async () => {
+test('src/catalog.ts agrees with the catalog', async () => {
   // biome-formatted as it is written, so that the text is the same
   const made = (await catalogTypes(db.url)).split('\n')
   const kept = readFileSync(catalogFile, 'utf8').split('\n')
@@ -33,7 +33,7 @@ export const named: [
   Named<ConfigNode, Views['config_nodes']>,
 ] = [true, true, true, true]
 
-test('a call is typed: its arguments, what it answers, and the columns selected', async () => {
+test('a call is typed: its arguments, its answer, and the selected columns', async () => {
   const world = await seed(db.operator)
   const through = await transports(db)
   for (const { operator } of Object.values(through)) {

@@ -1,4 +1,5 @@
-// The package as npm packs it: installed in an empty project it imports, type-checks, migrates, and runs the README's gateway.
+// The package as npm packs it: installed in an empty project it imports, type-checks, migrates, and
+// runs the README's gateway.
 import { execFile, spawn, spawnSync } from 'node:child_process'
 import {
   existsSync,
