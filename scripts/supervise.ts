@@ -1,5 +1,5 @@
-// Runs one server process that cannot outlive this one: not after exit, Ctrl-C, a crash, or kill
-// -9.
+// Runs one server process that cannot outlive this one: not after exit, Ctrl-C, a crash, or
+// kill -9.
 import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'

@@ -1,5 +1,4 @@
-// The two-tier cache: from the hash of a virtual key to its context, from memory, else Redis, else
-// Postgres.
+// The two-tier cache: finds the context of a key's hash in memory, else Redis, else Postgres.
 //
 // It answers by itself only while it is complete: every committed change must have evicted its keys.
 //

@@ -19,8 +19,9 @@ import type {
 } from './types.ts'
 
 /**
- * The rows in JSON. The catalog doesn't say which columns are never null. A `number` may be a decimal, which loses digits:
- * select it `::text`. Amounts among the arguments are decimal strings.
+ * The rows in JSON. The catalog doesn't say which columns are never null. A `number` may be a
+ * decimal, which loses digits: select it `::text`. Amounts among the arguments are decimal
+ * strings.
  */
 export interface Views {
   /** Who pays for a user, and what they have: one row per user. */
@@ -253,7 +254,10 @@ export interface Views {
   }
 }
 
-/** Arguments by name; an argument with a default is optional. `result` is the answer when no columns are selected. */
+/**
+ * Arguments by name; an argument with a default is optional. `result` is the answer when no
+ * columns are selected.
+ */
 export interface Functions {
   /** What has happened to accounts since a cursor, and the next cursor. */
   account_news: {
