@@ -217,7 +217,7 @@ export function createDelivery<Answer>({
 const late = (cause?: unknown) =>
   new KeyledgerError('timeout', 504, {
     detail: 'not delivered before its deadline',
-    hint: 'ask again',
+    hint: 'ask again, with the same id',
     cause,
   })
 

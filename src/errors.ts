@@ -40,18 +40,18 @@ export class KeyledgerError extends Error {
 
 type Meaning = [code: string, status: number, hint?: string]
 
-const BUSY = 'all connections are in use: allow the pool more of them'
+const BUSY = 'all connections are in use: allow the pool more connections'
 
 const unavailable: Meaning = [
   'unavailable',
   503,
-  'check that the server is up, and the address the rpc was given',
+  'check that the server is up, and that the rpc has its address',
 ]
 const invalidToken: Meaning = ['invalid_token', 401, 'give postgrestRpc a `token` that PostgREST accepts']
 
 // `dbmate up` gives each role a right on schema api; a dump without privileges brings none
 const notInstalled =
-  'take a role of keyledger; if it is one, the database was loaded from a dump without privileges: install by `dbmate up`, then restore data alone'
+  'use a role of keyledger; if it is one, the database came from a dump without privileges: install by `dbmate up`, and restore the data alone'
 
 // by SQLSTATE or PostgREST code, else by its class: PGRST and a digit, or the first two characters
 const meanings: Record<string, Meaning> = {
@@ -71,7 +71,7 @@ const meanings: Record<string, Meaning> = {
   '42501': [
     'permission_denied',
     403,
-    'use a role that is granted it: `role` of pgRpc, claim `role` of the token',
+    'use a role that has the grant: `role` of pgRpc, or claim `role` of the token',
   ],
   '42703': ['column_not_found', 400],
   '42883': ['function_not_found', 404],
@@ -138,7 +138,7 @@ export function fromNetwork(cause: unknown, server: string): KeyledgerError {
   if (cause instanceof Error && cause.name === 'TimeoutError') {
     return new KeyledgerError('timeout', 504, {
       detail: `${server} did not answer in time`,
-      hint: 'see `timeout`',
+      hint: 'give the rpc a longer `timeout`, or make the server answer faster',
       cause,
     })
   }
@@ -151,7 +151,7 @@ export function fromNetwork(cause: unknown, server: string): KeyledgerError {
 export const noToken = (cause: unknown) =>
   new KeyledgerError('unavailable', 503, {
     detail: 'there is no token',
-    hint: 'see `token` of postgrestRpc',
+    hint: 'let `token` of postgrestRpc give a token within `timeout`',
     cause,
   })
 

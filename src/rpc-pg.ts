@@ -213,6 +213,6 @@ const poolFull = (ms: number) => poolBusy(noConnection(ms))
 
 const noAnswer = (ms: number) =>
   new KeyledgerError('timeout', 504, {
-    detail: `no answer of Postgres within ${ms} ms`,
-    hint: 'see `timeout` of pgRpc',
+    detail: `no answer from Postgres within ${ms} ms`,
+    hint: 'give pgRpc a longer `timeout`, or make Postgres answer faster',
   })
