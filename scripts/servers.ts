@@ -189,9 +189,8 @@ export async function start(name: string, recipe: Recipe): Promise<Server> {
   const { dir, user, signal } = recipe
   const log = () => readFileSync(join(dir, 'log'), 'utf8')
 
-  // A free port may be lost to another process before the server binds it, and a killed Postgres
-  // leaves its shared memory in use until its last backend is gone. Both are worth another try, and
-  // nothing else is.
+  // Two failures are worth another try. Another process may take the free port before the server
+  // binds it. A killed Postgres leaves its shared memory in use until its last backend is gone.
   async function run(samePort?: number) {
     const before = samePort ? log().length : 0
     for (let tries = 1; ; tries++) {

@@ -73,9 +73,9 @@ export interface Batcher<Element, Answer> {
    * Resolves when committed. Rejects unsent: 400 `invalid_input` or 413 `payload_too_large` for an
    * element that can't be sent, 503 `overloaded` at a full queue, 503 `stopped` after `stop`.
    * Deadlocks, lost connections and the like are repeated with the same ids until `deadline`. Then
-   * it rejects with the last error, or with 504 `timeout` and that error as its `cause` where the
-   * error may be about another element. Nobody knows then whether it was carried out; adding it
-   * again with the same id is safe. A rejection that is not handled counts as `failed`, and does
+   * it rejects with the last error. If that may be about another element, it rejects with 504
+   * `timeout`, and the error as its `cause`. Nobody knows then whether it was carried out; adding
+   * it again with the same id is safe. A rejection that is not handled counts as `failed`, and does
    * not end the process.
    */
   add(element: Element): Promise<Answer>

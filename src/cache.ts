@@ -1,20 +1,23 @@
 // The two-tier cache: finds the context of a key's hash in memory, else Redis, else Postgres.
 //
-// It answers by itself only while it is complete: every committed change must have evicted its keys.
+// It answers by itself only while it is complete: every committed change must have evicted its
+// keys.
 //
 // Trust (trust.ts): a listener reads the changes and evicts their keys, three times a second. Each
 // read proves a tier complete up to the moment it was sent. A tier is live while its last proof is
 // younger than `maxStaleness`. A lost connection or a failed read ends trust until the next proof.
 //
-// Flight: callers that miss the same key share one flight to Redis and Postgres. An eviction removes
-// the flight from the map. It still answers its callers: they asked before. It stores nothing.
+// Flight: callers that miss the same key share one flight to Redis and Postgres. An eviction
+// removes the flight from the map. It still answers its callers: they asked before. It stores
+// nothing.
 //
-// Lease: Redis has many writers. A reader that misses there puts a random token under the key before
-// it reads Postgres, and stores its entry only over that token. An eviction deletes the token, so an
+// Lease: Redis has many writers. A reader that misses there puts a random token under the key, and
+// reads Postgres. It stores its entry only over that token. An eviction deletes the token, so an
 // overtaken reader stores nothing. A second reader sees the lease, and stores nothing either.
 //
-// Generation: each entry in Redis names the generation it was read in. If nobody knows which changes
-// Redis missed (a first start, a failover), the listener begins a new one: older entries are dead.
+// Generation: each entry in Redis names the generation it was read in. If nobody knows which
+// changes Redis missed (a first start, a failover), the listener begins a new one: older entries
+// are dead.
 import { LRUCache } from 'lru-cache'
 import { serverNow } from './clock.ts'
 import { noAnswer } from './errors.ts'

@@ -8,8 +8,8 @@ import type { NewsState } from './news.ts'
 
 export interface Health {
   /**
-   * `ok`. `degraded`: at work, but a part needs a look: a tier is not trusted, LISTEN or Redis is
-   * away, or the last call of the look-ups, a queue, the news or the upkeep failed. `down`: not
+   * `ok`. `degraded`: at work, but a part needs a look: a tier is not trusted, or LISTEN or Redis
+   * is away. Or the last call of the look-ups, a queue, the news or the upkeep failed. `down`: not
    * started, or stopped; or Postgres can't be read, and every known key is too old (`staleIfError`)
    * to be answered.
    */

@@ -18,8 +18,8 @@ export interface ListenerOptions {
   rpc: Reader
   /**
    * Reads no changes. This process follows the heartbeat that other listeners keep in Redis, and
-   * trusts the Redis tier by it, if it is of the database that `rpc` reaches. It has no memory
-   * tier.
+   * trusts the Redis tier by it. The heartbeat must be of the database that `rpc` reaches. It has
+   * no memory tier.
    */
   follow?: boolean
   /**

@@ -101,8 +101,8 @@ export function createSubscription({ connectionString, channels, lost }: Subscri
     release = resolve
   })
 
-  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which
-  // ends by itself after retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
+  // One subscriber per connection. This loop replaces pg-listen's own reconnecting: that ends by
+  // itself after retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
   async function connect() {
     while (!stopped) {
       const subscriber = pgListen.default(

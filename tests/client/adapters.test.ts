@@ -170,8 +170,8 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
       const headers = { authorization: `Bearer ${key}`, 'content-type': type }
       return (await fetch(url, { method: 'POST', headers, body })).status
     }
-    // announced to all, and sent to those who read it to its end: the others may close at once, and
-    // who still sends then may not get the answer
+    // announced to all, and sent to the frameworks that read it to its end. The others may close at
+    // once, and a caller that still sends then may not get the answer.
     const tooLarge = new Promise<number | undefined>((resolve, reject) => {
       const headers = { authorization: `Bearer ${key}`, 'content-length': 11_000_000 }
       const asked = request(url, {
