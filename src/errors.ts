@@ -51,7 +51,7 @@ const invalidToken: Meaning = ['invalid_token', 401, 'give postgrestRpc a `token
 
 // `dbmate up` gives each role a right on schema api; a dump without privileges brings none
 const notInstalled =
-  'use a role of keyledger; if it is one, the database came from a dump without privileges: install by `dbmate up`, and restore the data alone'
+  'use a role of keyledger; if it is one, the database was loaded from a dump without privileges: install by `dbmate up`, and restore the data alone'
 
 // by SQLSTATE or PostgREST code, else by its class: PGRST and a digit, or the first two characters
 const meanings: Record<string, Meaning> = {
