@@ -1,5 +1,6 @@
 // The client and the baselines it is measured against, in one run:
-// `npm run bench [-- record validate memory] [--trace FILE]`, a CSV as the demo reads it, for memory.
+// `npm run bench [-- record validate memory] [--trace FILE]`, a CSV as the demo reads it, for
+// memory.
 import { parseArgs } from 'node:util'
 import { benchMemory } from './memory.ts'
 import { benchRecord } from './record.ts'

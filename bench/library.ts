@@ -1,4 +1,5 @@
-// The library as its users run it: compiled. tsx, which runs the bench, slows closures down by keeping their names.
+// The library as its users run it: compiled. tsx, which runs the bench, slows closures down by
+// keeping their names.
 import { execFileSync } from 'node:child_process'
 import { dirname } from 'node:path'
 import { fileURLToPath } from 'node:url'

@@ -1,4 +1,5 @@
-// Memory over ten replays of a trace through one gateway: what is left after each, once garbage is collected.
+// Memory over ten replays of a trace through one gateway: the heap after each replay, once garbage
+// is collected.
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { Redis } from 'ioredis'
@@ -12,7 +13,8 @@ import type { Stage, Verdict } from './support.ts'
 const replays = 10
 // unless a trace is given
 const requests = 5000
-// of heap and buffers, by which the line through the replays may rise from the third (caches are full by then) to the last
+// bytes of heap and buffers: the line through the replays may rise so much from the third, when
+// caches are full, to the last
 const allowedRise = 0.03
 
 export async function benchMemory({ url, redis, trace: file }: Stage): Promise<Verdict[]> {
@@ -29,7 +31,7 @@ export async function benchMemory({ url, redis, trace: file }: Stage): Promise<V
   const trace = file === undefined ? makeTrace(requests, random) : readTrace(file)
   const rpc = pgRpc({ connectionString: url })
   const connection = new Redis(redis.url)
-  const gateway = createBillingModule({ rpc, redis: connection, listen: url })
+  const gateway = createBillingModule({ rpc, redis: connection, changes: { listen: url } })
   await gateway.start()
 
   const heaps: number[] = []
@@ -38,7 +40,7 @@ export async function benchMemory({ url, redis, trace: file }: Stage): Promise<V
   )
   for (let n = 0; n < replays; n++) {
     await replay({ gateways: [gateway], trace, population, prices, random, funds, speed: 'max' })
-    // what the last answers left in closures is gone a turn later
+    // the closures of the last answers are gone a turn later
     await new Promise((resolve) => setTimeout(resolve, 100))
     collect()
     const { heapUsed, external, rss } = process.memoryUsage()

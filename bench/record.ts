@@ -1,5 +1,6 @@
-// Recording usage through the client and pg, against one transaction a request: an update and an insert, in one function.
-// And, to see what this machine allows, the same client against a ledger that does nothing else: no prices, keys, hashes, checks.
+// Recording usage through the client and pg, against one transaction a request: an update and an
+// insert, in one function. And, for this machine's limit, the same client against a bare ledger: no
+// prices, no keys, no hashes, no checks.
 import pg from 'pg'
 import { createBillingModule, newId, pgRpc } from './library.ts'
 import { compare, perSecond, type Stage, type Verdict } from './support.ts'
@@ -105,7 +106,7 @@ export async function benchRecord({ adminUrl, url }: Stage): Promise<Verdict[]> 
   await rows('vacuum analyze')
 
   const rpc = pgRpc({ connectionString: url })
-  const module = createBillingModule({ rpc, listen: url })
+  const module = createBillingModule({ rpc, changes: { listen: url } })
   await module.start()
   const bare = createBillingModule({
     rpc: {
@@ -144,7 +145,7 @@ export async function benchRecord({ adminUrl, url }: Stage): Promise<Verdict[]> 
         ] as const
       const name = `${accounts} account(s), ${inFlight} in flight, baseline with ${size} connections`
       verdicts.push(await compare(`record usage, ${name}`, target, rounds, ...sides(module)))
-      // no target of its own: what the target can be here
+      // no target of its own: it shows how high the target can be here
       await compare(`a bare ledger, ${name}`, 0, rounds, ...sides(bare))
     }
   }

@@ -1,4 +1,5 @@
-// What the benches share: servers, callers in flight, and runs that alternate so that both sides meet the same machine.
+// Shared by the benches: servers, callers in flight, and runs that alternate so that both sides
+// meet the same machine.
 import {
   migrate,
   prepareRoles,
@@ -37,7 +38,10 @@ export async function stage(): Promise<Stage> {
   return { adminUrl, url, redis, stop: () => Promise.all([postgres.stop(), redis.stop()]).then(() => {}) }
 }
 
-/** So many callers, each making its next request when its last one is answered, for `seconds`; answers per second. */
+/**
+ * So many callers, each making its next request when its last one is answered, for `seconds`;
+ * answers per second.
+ */
 export async function perSecond(
   callers: number,
   seconds: number,
@@ -72,8 +76,8 @@ export async function perSecondOver<T>(
 }
 
 /**
- * Runs both sides in turn, `rounds` times after a round to warm up, and compares the two runs of each round: what
- * disturbs the machine disturbs both. The verdict is on the median ratio.
+ * Runs both sides in turn, `rounds` times after a round to warm up, and compares the two runs of
+ * each round: a disturbance of the machine hits both. The verdict is on the median ratio.
  */
 export async function compare(
   name: string,

@@ -1,4 +1,5 @@
-// Validating from Redis alone, over keys this process hasn't met, against a bare ioredis `get` of the same entries.
+// Validating from Redis alone, over keys this process hasn't met, against a bare ioredis `get` of
+// the same entries.
 import { createHash } from 'node:crypto'
 import { Redis } from 'ioredis'
 import pg from 'pg'
@@ -28,7 +29,7 @@ export async function benchValidate({ adminUrl, url, redis }: Stage): Promise<Ve
     use: (gateway: ReturnType<typeof createBillingModule>) => Promise<T>,
   ): Promise<T> {
     const connection = new Redis(redis.url)
-    const gateway = createBillingModule({ rpc, redis: connection, listen: url })
+    const gateway = createBillingModule({ rpc, redis: connection, changes: { listen: url } })
     await connection.ping()
     await gateway.start()
     try {

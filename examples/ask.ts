@@ -1,4 +1,4 @@
-// Asks one node. Finds out whether it gives a document or a stream of events, by any name.
+// Asks one node. Finds out from the body whether it is a document or a stream of events.
 import type { ConfigNode } from 'keyledger'
 import { type Part, serverSentEvents } from './events.ts'
 
@@ -18,7 +18,7 @@ export type Given = { text: string; events?: undefined } | { text?: undefined; e
 // the nodes that refused `stream_options`, for the life of this process
 const refusing = new Set<string>()
 
-/** Posts the request. A stream is asked for its usage; `addsUsage` if the caller didn't ask. */
+/** Posts the request. It asks a stream for its usage; `addsUsage` if the caller didn't ask. */
 export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
   const post = (body: object) =>
     fetch(`${node.endpoint!.replace(/\/+$/, '')}/chat/completions`, {
@@ -49,7 +49,10 @@ export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
 const isOurs = (options: Asked['stream_options']) =>
   !options || Object.entries(options).every(([k, v]) => k === 'include_usage' && typeof v === 'boolean')
 
-/** Reads until the body shows what it is. `alive` is called for each packet, now and later. */
+/**
+ * Reads until the body shows which of the two it is. `alive` is called for each packet, now and
+ * later.
+ */
 export async function read(response: Response, alive: () => void): Promise<Given> {
   const named = response.headers.get('content-type')?.startsWith('text/event-stream') === true
   const body = packets(response, alive)
@@ -87,7 +90,7 @@ async function* packets({ body }: Response, alive: () => void): AsyncGenerator<U
   }
 }
 
-/** The first ones, and then the rest. */
+/** Gives the first items, and then the rest. */
 export async function* following<T>(first: T[], rest: AsyncIterable<T>): AsyncGenerator<T> {
   yield* first
   yield* rest

@@ -14,7 +14,9 @@ const CALLERS = Number(process.env.STOP_WAIT ?? 8_000)
 const OUTLASTING = 6_000
 const QUEUED = 12_000
 
-export const billing = createBillingModule({ rpc, redis, listen: DATABASE_URL, stopDeadline: QUEUED })
+const changes = DATABASE_URL ? { listen: DATABASE_URL } : 'poll'
+
+export const billing = createBillingModule({ rpc, redis, changes, stopDeadline: QUEUED })
 
 const ongoing = new Set<Promise<unknown>>()
 
@@ -27,15 +29,15 @@ export function seenThrough<T>(work: Promise<T>): Promise<T> {
 }
 
 /**
- * Listens on PORT (8080) of loopback, until SIGTERM or SIGINT. Then it ends what it has begun, and
- * delivers what is queued: callers have STOP_WAIT ms (8,000) for it, and all of it takes 28 s at most.
+ * Listens on PORT (8080) of loopback, until SIGTERM or SIGINT. Then it finishes its open requests,
+ * and delivers the queues. Callers have STOP_WAIT ms (8,000) for it; all of it takes 28 s at most.
  */
 export async function run(server: Server): Promise<void> {
   await billing.start()
   server.listen(Number(PORT), '127.0.0.1', () => console.log('ready'))
   async function stop() {
     const closed = new Promise((resolve) => server.close(resolve))
-    // one may have stopped reading
+    // a caller may have stopped reading
     await within(CALLERS, closed)
     server.closeAllConnections()
     await within(OUTLASTING, outlasting(closed))

@@ -9,8 +9,8 @@ export type Part =
 const MAX_EVENT = 32_000_000
 
 /**
- * All that a stream says, in its order. No packet is looked at twice: an event's pieces are joined
- * when it ends. The last one may lack its empty line, if it is whole: it was said, and is billed.
+ * All events of a stream, in order. No packet is looked at twice: an event's pieces are joined when
+ * it ends. The last event may lack its empty line, if it is whole: the upstream sent and bills it.
  */
 export async function* serverSentEvents(
   body: AsyncIterable<Uint8Array>,
@@ -77,7 +77,7 @@ export async function* serverSentEvents(
   if (tooLarge || isWhole(data.join('\n'))) yield endEvent()
 }
 
-// the first part of an event that was cut off is none
+// the first part of an event that was cut off is no event
 function isWhole(data: string): boolean {
   try {
     return data === '[DONE]' || Boolean(JSON.parse(data))

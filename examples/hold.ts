@@ -36,7 +36,7 @@ export async function openHold(context: UserContext, { id: config_node_id }: Con
     }
   }
   async function release() {
-    // should it fail, the hold expires
+    // if this fails, the hold expires
     await billing.release(hold).catch(() => {})
     return undefined
   }

@@ -1,4 +1,5 @@
-// The gateway in Hono: a middleware that asks `authenticate`. In another runtime than Node.js, serve `app.fetch` as it does.
+// The gateway in Hono: a middleware that asks `authenticate`. In another runtime than Node.js,
+// serve `app.fetch` as it does.
 import type { Server } from 'node:http'
 import { createAdaptorServer } from '@hono/node-server'
 import { Hono } from 'hono'

@@ -1,4 +1,4 @@
-// Between node:http, what a gateway answers, and the errors that OpenAI's clients understand.
+// HTTP for the gateway: reads bodies, sends answers, and words errors as OpenAI's clients expect.
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
@@ -7,7 +7,7 @@ import { KeyledgerError } from 'keyledger'
 const MAX_BODY = 10_000_000
 
 /** The JSON object, if it is one. */
-// biome-ignore lint/suspicious/noExplicitAny: whatever they sent
+// biome-ignore lint/suspicious/noExplicitAny: a caller may send anything
 export function parse(text: string): any {
   try {
     const value = JSON.parse(text)
@@ -28,7 +28,7 @@ export function failure(status: number, code: string, message: string): Response
   return Response.json({ error: { message, type, param: null, code } }, { status })
 }
 
-/** Whatever goes wrong is an answer too. */
+/** Turns any error into an answer. */
 export async function answering(answer: () => Promise<Response>): Promise<Response> {
   try {
     return await answer()
@@ -38,7 +38,7 @@ export async function answering(answer: () => Promise<Response>): Promise<Respon
       return failure(500, 'internal_error', 'the gateway failed')
     }
     const { code, detail } = error
-    // hints are for who runs the gateway
+    // a hint is for the gateway's operator
     const message = detail ? `${code}: ${detail}` : code
     // a node without a price is not the caller's to mend
     if (code === 'price_not_found' || code === 'currency_mismatch') return failure(500, code, message)
@@ -72,17 +72,17 @@ export function allowPages({ method, headers }: IncomingMessage, res: ServerResp
   res.setHeader('access-control-max-age', '600')
 }
 
-/** Aborts when the caller is gone, of node:http and what is built on it. */
+/** A signal that aborts when the caller is gone, for node:http and frameworks on it. */
 export function gone(res: ServerResponse): AbortSignal {
   const controller = new AbortController()
   res.once('close', () => controller.abort())
   return controller.signal
 }
 
-/** Answers through node:http and what is built on it. */
+/** Answers through node:http and frameworks on it. */
 export async function send(res: ServerResponse, response: Response): Promise<void> {
   res.writeHead(response.status, Object.fromEntries(response.headers))
-  // that the caller is gone is settled elsewhere
+  // another place deals with a caller that is gone
   await pipeline(Readable.fromWeb(response.body as never), res).catch(() => {})
 }
 

@@ -1,7 +1,8 @@
-// What an answer of the OpenAI API used: by the upstream's own figures, or by what was passed on where it gave none.
+// Meters an answer of the OpenAI API: by the upstream's figures, or by the text passed on if there
+// are none.
 import type { Meters } from 'keyledger'
 
-/** What we read of a completion, or of a chunk of one. An upstream may send anything else. */
+/** The fields we read of a completion, or of a chunk of one. An upstream may send others. */
 export interface Completion {
   id?: string
   choices?: { message?: Said; delta?: Said }[]
@@ -30,7 +31,9 @@ const MAX_ID = 512
 /** Why a part of an answer was passed on, and not metered. It still counts as something said. */
 export type Unread = 'event_too_large' | 'unreadable'
 
-/** Adds up an answer: a whole one, or chunk by chunk. `asked` is the size of the request in bytes. */
+/**
+ * Adds up an answer: a whole one, or chunk by chunk. `asked` is the size of the request in bytes.
+ */
 export function createMeter(asked: number) {
   let usage: Usage | undefined
   let id: string | undefined
@@ -44,7 +47,9 @@ export function createMeter(asked: number) {
   }
 
   return {
-    /** Never throws: an answer that we can't read is still the caller's, and the rest is charged. */
+    /**
+     * Never throws: an answer that we can't read is still the caller's, and the rest is charged.
+     */
     add(answer: Completion) {
       try {
         // Azure's first chunk has an empty one
@@ -62,9 +67,9 @@ export function createMeter(asked: number) {
     },
     /** A part is passed on without being read. */
     skip,
-    /** Something was said, or counted. */
+    /** The upstream has sent text, or a count. */
     started: () => usage !== undefined || pieces > 0,
-    /** More than zeros was counted. */
+    /** A count is above zero. */
     counted: () => usage !== undefined && usage.prompt_tokens + usage.completion_tokens > 0,
     /** The answer's id. */
     id: () => id,

@@ -1,5 +1,5 @@
-// An OpenAI-compatible gateway: who asks, what it may cost, the node that answers, and what it did cost.
-//   OPENAI_API_KEY=… node --import tsx examples/proxy.ts, and the environment that billing.ts wants
+// An OpenAI-compatible gateway: it checks the key, holds money, asks a node, and charges the use.
+//   OPENAI_API_KEY=… node --import tsx examples/proxy.ts, and the environment that billing.ts reads
 import { createServer, type IncomingMessage } from 'node:http'
 import { fileURLToPath } from 'node:url'
 import type { ConfigNode, UserContext, WithUserContext } from 'keyledger'
@@ -18,7 +18,7 @@ const KEPT_BACK = Math.min(10_000, PATIENCE / 4)
 // ms for the rest of an answer whose caller has left: the upstream bills it all the same
 const LAST_WAIT = Math.min(5_000, PATIENCE)
 
-/** GET /v1/models: those that the nodes mounted on the key serve. */
+/** GET /v1/models: the models of the nodes mounted on the key. */
 export const models = (context: UserContext) =>
   answering(async () => {
     const data = new Map<string, object>()
@@ -29,7 +29,9 @@ export const models = (context: UserContext) =>
     return Response.json({ object: 'list', data: [...data.values()] })
   })
 
-/** POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged. */
+/**
+ * POST /v1/chat/completions. `signal` aborts when the caller is gone; the usage is still charged.
+ */
 export const complete = (context: UserContext, body: string, signal: AbortSignal) =>
   seenThrough(answering(() => tryNodes(context, body, signal)))
 
@@ -68,7 +70,7 @@ async function attempt(
   const silence = setTimeout(() => call.abort(), PATIENCE).unref()
   let state: 'asked' | 'accepted' | 'relayed' | 'refused' = 'asked'
 
-  // the one way out: what was used is charged, and the hold ends
+  // the one way out: it charges the use, and ends the hold
   function settle() {
     clearTimeout(silence)
     signal.removeEventListener('abort', leave)
@@ -152,13 +154,13 @@ async function beginning(events: AsyncGenerator<Part>): Promise<Part[]> {
 
 interface Relay {
   meter: ReturnType<typeof createMeter>
-  /** What the caller sees of an event's data; undefined for nothing. */
+  /** The part of an event's data that the caller sees; undefined for nothing. */
   shown(data: string, chunk?: Completion): string | undefined
   settle(): Promise<unknown>
   signal: AbortSignal
 }
 
-// Passes a stream on. What was used is charged before its last event.
+// Passes a stream on. The use is charged before the last event.
 async function* relay(
   parts: AsyncIterable<Part>,
   { meter, shown, settle, signal }: Relay,
@@ -200,7 +202,7 @@ function withoutUsage(data: string, chunk: Completion | undefined): string | und
 // OpenAI's paths, and those of Azure's client, which repeats the model as a deployment
 const ROUTE = /^\/(?:v1|openai|openai\/v1)(?:\/deployments\/[^/]+)?(\/models|\/chat\/completions)$/
 
-// what is no URL is no path of ours
+// a text that is no URL is no path of ours
 const pathOf = (url: string) => (URL.canParse(url, BASE) ? new URL(url, BASE).pathname : url)
 const BASE = 'http://gateway'
 

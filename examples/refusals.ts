@@ -21,8 +21,8 @@ export function statusIn(refused: Refused | undefined): number {
 }
 
 /**
- * The answer to the caller of a node that refused. `text` is the body as it came, `refused` its JSON.
- * If it `wasOk` by its status, only an error in the API's shape is passed on as it came.
+ * The answer to the caller of a node that refused. `text` is the body as it came, `refused` its
+ * JSON. If it `wasOk` by its status, only an error in the API's shape is passed on as it came.
  */
 export function refusal(
   status: number,

@@ -3,7 +3,7 @@
 import { fileURLToPath } from 'node:url'
 import { postgrestRpc } from 'keyledger'
 
-/** What `statement` answers; amounts are decimal strings with 10 decimals. */
+/** The answer of `statement`; amounts are decimal strings with 10 decimals. */
 export interface Statement {
   account_id: string
   owner: 'user' | 'tenant'

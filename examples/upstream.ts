@@ -1,9 +1,10 @@
-// A small upstream that speaks the OpenAI API, for trying the gateway offline. It repeats what it is told; a word is a token.
-// The first part of the path says what is different: http://…/429/v1 is always busy. See `scenarios`.
+// A small upstream that speaks the OpenAI API, for trying the gateway offline. It repeats its
+// prompt; a word is a token. The first part of the path names a scenario: http://…/429/v1 is always
+// busy. See `scenarios`.
 import { createServer, type Server, type ServerResponse } from 'node:http'
 import { text } from 'node:stream/consumers'
 
-/** What it can do beside answering, by the path before `/v1`. */
+/** The scenarios, by the path before `/v1`. */
 export const scenarios = [
   'no-usage',
   'filtered',

@@ -1,4 +1,5 @@
-// Finds the programs that servers.ts runs, in npm's packages or PATH, and the user and directory to run them with.
+// Finds the programs that servers.ts runs, in npm's packages or PATH, and the user and directory to
+// run them with.
 import { spawnSync } from 'node:child_process'
 import {
   accessSync,
@@ -31,7 +32,7 @@ export function unprivilegedUser(): User | undefined {
   return user
 }
 
-/** A new directory for one server, which the user owns and nobody else may enter. */
+/** A new directory for one server: the user owns it, and nobody else may enter. */
 export function temporaryDirectory(name: string, user?: User): string {
   const place = [tmpdir(), '/tmp', '/var/tmp'].find((dir) => runs('test', ['-w', dir, '-a', '-x', dir], user))
   if (!place)
@@ -41,7 +42,7 @@ export function temporaryDirectory(name: string, user?: User): string {
   return dir
 }
 
-// the releases of other majors than the one package.json asks for, which is 17
+// the releases of the other majors; package.json asks for 17
 const releases: Record<string, string> = {
   15: '15.18.0-beta.17',
   16: '16.14.0-beta.17',
@@ -50,9 +51,9 @@ const releases: Record<string, string> = {
 const cache = join(dirname(dirname(fileURLToPath(import.meta.url))), 'node_modules/.cache/keyledger')
 
 /**
- * The directory of `initdb` and `postgres`, of the given major version (15 to 18; default 17). They are run where npm put
- * them, if the user may; else (a checkout in a private home) from a copy in `dir`. Another version than 17 is installed
- * into node_modules/.cache at its first use.
+ * The directory of `initdb` and `postgres` of the given major version (15 to 18; default 17). They
+ * run where npm put them, if the user may enter there; else (a checkout in a private home) from a
+ * copy in `dir`. Any version but 17 is installed into node_modules/.cache at its first use.
  */
 export function postgresBinaries(dir: string, user?: User, version = '17'): string {
   const entry = installPostgres(version) // …/dist/index.js, beside …/native
@@ -93,7 +94,8 @@ export function installPostgres(version: string): string {
   throw new Error(`npm could not install ${name}@${release}:\n${npm.error ?? npm.stderr}`)
 }
 
-// npm packages hold no symbolic links; this one makes its own in an install script, which npm may not have run.
+// npm packages hold no symbolic links; this one makes its own in an install script, which npm may
+// not have run.
 function linkLibraries(native: string) {
   const links: { source: string; target: string }[] = JSON.parse(
     readFileSync(join(native, 'pg-symlinks.json'), 'utf8'),

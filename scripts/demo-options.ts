@@ -11,7 +11,7 @@ export interface DemoOptions {
   tenants: number
   inputPrice: string
   outputPrice: string
-  /** Undefined: enough for any account to pay for the whole trace. */
+  /** Undefined: enough for each account to pay for the whole trace. */
   funds?: string
   transport: 'postgrest' | 'pg'
   seed: number
@@ -36,7 +36,10 @@ const help = `Replays LLM traffic through keyledger on real servers of its own, 
 
 Exit code: 0 if everything verifies, 1 if not, 2 for a wrong option.`
 
-/** Reads the command line. Ends the process for `--help` (0), and with one line for a wrong option (2). */
+/**
+ * Reads the command line. Ends the process for `--help` (0), and with one line for a wrong option
+ * (2).
+ */
 export function demoOptions(args = process.argv.slice(2)): DemoOptions {
   try {
     return read(args)
@@ -45,7 +48,7 @@ export function demoOptions(args = process.argv.slice(2)): DemoOptions {
   }
 }
 
-/** Says in one line what is wrong, and ends the process with code 2. */
+/** Names the mistake in one line, and ends the process with code 2. */
 export function wrongOption(message: string): never {
   console.error(`demo: ${message}`)
   process.exit(2)
@@ -98,7 +101,7 @@ function read(args: string[]): DemoOptions {
   if (speed !== 'max' && !(/^\d+(\.\d+)?$/.test(speed) && Number(speed) > 0))
     throw wrong('speed', 'max or a number above 0')
   if (transport !== 'postgrest' && transport !== 'pg') throw wrong('transport', 'postgrest or pg')
-  // npm runs scripts in the project's directory, wherever the caller is
+  // npm runs scripts in the project's directory, not in the caller's
   const directory = process.env.INIT_CWD ?? '.'
   return {
     trace: values.trace === undefined ? undefined : resolve(directory, values.trace),

@@ -1,11 +1,12 @@
-// The demo: real servers, LLM traffic through the client, and a proof of every cent. `--help` lists the options.
+// The demo: real servers, LLM traffic through the client, and a proof of every cent. `--help` lists
+// the options.
 import { basename } from 'node:path'
-import cliProgress from 'cli-progress'
 import { Redis } from 'ioredis'
 import { createBillingModule, pgRpc, postgrestRpc } from '../src/index.ts'
 import { demoOptions, wrongOption } from './demo-options.ts'
 import { cost, fromSteps, toSteps } from './money.ts'
 import { populate } from './population.ts'
+import { createProgress } from './progress.ts'
 import { prove } from './proof.ts'
 import { allowed, replay } from './replay.ts'
 import { type CacheAnswers, figures, table } from './report.ts'
@@ -49,27 +50,20 @@ const token = await postgrest?.token({ role: 'keyledger_gateway' })
 say(`making ${options.users} users, ${options.tenants} tenants, their keys, nodes and prices …`)
 const population = await populate({ ...options, databaseUrl: url, random, funds: fromSteps(funds) })
 
-const bar = new cliProgress.SingleBar({
-  format: '{bar} {value} of {total} requests, {eta_formatted} to go',
-  clearOnComplete: true,
-  etaBuffer: 1000,
-  // the terminal stays as it is, whenever this ends
-  hideCursor: null,
-  linewrap: true,
-  gracefulExit: false,
-})
+const progress = createProgress(trace.length)
 const rpcs = Array.from({ length: gatewayCount }, () =>
   postgrest ? postgrestRpc({ url: postgrest.url, token: token! }) : pgRpc({ connectionString: url }),
 )
 const caches = rpcs.map(() => (redis ? new Redis(redis.url) : undefined))
-const gateways = rpcs.map((rpc, n) => createBillingModule({ rpc, redis: caches[n], listen: url }))
+const gateways = rpcs.map((rpc, n) =>
+  createBillingModule({ rpc, redis: caches[n], changes: { listen: url } }),
+)
 for (const gateway of gateways) await gateway.start()
-bar.start(trace.length, 0)
 const replayed = await replay({
   ...{ gateways, trace, population, prices, random, funds },
   speed: options.speed,
-  progress: (done) => bar.update(done),
-}).finally(() => bar.stop())
+  progress: progress.update,
+}).finally(progress.clear)
 const cache: CacheAnswers = { memory: 0, redis: 0, database: 0 }
 for (const gateway of gateways) {
   const { answers } = gateway.health().cache

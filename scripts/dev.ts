@@ -1,4 +1,5 @@
-// Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C. `--help` says more.
+// Everything on this machine, for trying things by hand: servers and a small world, until Ctrl-C.
+// `--help` says more.
 import { parseArgs } from 'node:util'
 import { createUpstream } from '../examples/upstream.ts'
 import {
@@ -41,7 +42,7 @@ process.on('uncaughtException', (error) => {
   console.error(error.constructor === Error ? `dev: ${error.message}` : error)
   process.exit(1)
 })
-// keeps us running; make is our parent, and killed, it tells nobody
+// keeps us running. make is our parent; a killed make tells nobody
 const parent = process.ppid
 setInterval(() => process.ppid === parent || process.exit(1), 1000)
 

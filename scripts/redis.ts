@@ -1,4 +1,5 @@
-// Makes sure that redis-server (and, for a test, pgbouncer) is there: from PATH, else from the system's package manager.
+// Makes sure that redis-server is there, and pgbouncer for a test: from PATH, else from the
+// system's package manager.
 import { spawnSync } from 'node:child_process'
 import { inPath } from './binaries.ts'
 
@@ -13,15 +14,20 @@ const managers: [program: string, install: (name: string) => string, redis: stri
   ['brew', (name) => `brew install ${name}`, 'redis'],
 ]
 
-/** Installs the program where it is missing; undefined where it is there then, else what would install it ('' if unknown). */
+/**
+ * Installs the program if it is missing, and says so before. Undefined if the program is there now;
+ * else the command that would install it, '' if we know none.
+ */
 export function missing(wanted: 'redis-server' | 'pgbouncer'): string | undefined {
   if (inPath(wanted)) return undefined
   const [program, command, redis] = managers.find(([program]) => inPath(program)) ?? []
   const install = command?.(wanted === 'pgbouncer' ? wanted : redis!)
   const sudo = process.getuid!() === 0 || program === 'brew' ? '' : 'sudo -n '
   if (install && (!sudo || spawnSync('sudo', ['-n', 'true']).status === 0)) {
-    console.log(`${wanted} is not in PATH; installing it: ${install}`)
-    // quiet, and not started as a service: a policy of the package, not ours to have
+    console.log(`${wanted} is not in PATH. About to install it by the system's package manager, ${program}:`)
+    console.log(`  ${install}`)
+    console.log(`To use your own instead, press Ctrl-C, and put a ${wanted} in PATH.`)
+    // quietly, and not started as a service: whether it runs as one is not for us to decide
     const script = install
       .split(' && ')
       .map((step) => `${sudo}env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 ${step}`)
@@ -31,10 +37,11 @@ export function missing(wanted: 'redis-server' | 'pgbouncer'): string | undefine
   return install ? (sudo ? 'sudo ' : '') + install : ''
 }
 
-/** Installs redis-server where it is missing; ends the process with one clear line where it can't. */
+/** Installs redis-server if it is missing. If it can't, it ends the process with one clear line. */
 export function ensureRedis(): void {
   const install = missing('redis-server')
   if (install === undefined) return
-  console.error(`redis-server is not in PATH: install it${install ? ` (${install})` : ''}`)
+  const how = install ? `install it (${install}), or` : 'install it, or'
+  console.error(`redis-server is not in PATH: ${how} put your own in PATH`)
   process.exit(1)
 }

@@ -1,6 +1,6 @@
-// Replays a trace through the client: each request is a validate, a hold and a recorded usage, as a gateway makes them.
-import { v7 as uuidv7 } from 'uuid'
-import { type BillingModule, KeyledgerError } from '../src/index.ts'
+// Replays a trace through the client: each request is a validate, a hold and a recorded usage, as a
+// gateway makes them.
+import { type BillingModule, KeyledgerError, newId } from '../src/index.ts'
 import { cost, type Prices } from './money.ts'
 import type { Population } from './population.ts'
 import type { Random, Request } from './trace.ts'
@@ -14,7 +14,7 @@ export interface ReplayOptions {
   random: Random
   /** Times real time, or as fast as it goes. */
   speed: number | 'max'
-  /** Steps of money each account was given; what it is never to owe. */
+  /** Steps of money each account was given: it must never owe more. */
   funds: bigint
   /** Called after each request with how many are done. */
   progress?: (done: number) => void
@@ -22,7 +22,10 @@ export interface ReplayOptions {
 
 export interface Replayed {
   seconds: number
-  /** Steps of money the admitted requests must have cost, by account; computed here, not asked of SQL. */
+  /**
+   * Steps of money the admitted requests must have cost, by account; computed here, not asked of
+   * SQL.
+   */
   expected: Map<string, bigint>
   /** Steps of money admitted past an account's funds, summed over the accounts. */
   overspent: bigint
@@ -36,7 +39,7 @@ export interface Replayed {
   parked: number
   /** ms by stage, in no order. */
   latencies: Record<Stage, number[]>
-  /** What no run may show, in words. */
+  /** The problems of this run, in words: there must be none. */
   problems: string[]
 }
 
@@ -45,7 +48,8 @@ export type Stage = (typeof stages)[number]
 
 const inFlight = 128
 const repeatShare = 0.01
-// what a caller allows for the answer, whose length nobody knows before; no answer is longer than its caller allowed
+// A caller allows so many tokens for the answer, since nobody knows its length before. No answer is
+// longer than allowed.
 const maxTokens = 1024
 
 export const allowed = ({ output }: Request) => Math.max(output, maxTokens)
@@ -56,7 +60,7 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
   const accounts = new Map<string, { admitted: bigint; committed: bigint; most: bigint }>()
   const counts = { admitted: 0, refused: 0, repeated: 0, duplicates: 0, parked: 0 }
   const problems: string[] = []
-  // who sends what is settled before, so that it follows from the seed alone
+  // the sender of each request is drawn before, so that it follows from the seed alone
   const plan = trace.map((request) => {
     const key = population.pick()
     const node = key.nodes[Math.floor(random() * key.nodes.length)]!
@@ -93,8 +97,9 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
 
     counts.admitted++
 
-    // Held and not yet recorded is surely set aside now, recorded or being recorded surely costs what was used: if these
-    // together pass the funds, a hold was admitted past what was available.
+    // A hold that is not recorded yet is surely set aside now. A use that is recorded, or on its
+    // way, surely costs its price. If their sum passes the funds, a hold was admitted without
+    // enough money.
     const amount = cost(prices, request.input, allowed(request))
     const actual = cost(prices, request.input, request.output)
     const figures = account(context.account_id)
@@ -105,13 +110,14 @@ export async function replay(options: ReplayOptions): Promise<Replayed> {
 
     const usage = {
       ...context,
-      id: uuidv7(),
+      id: newId(),
       config_node_id: node,
       hold_id: hold.id,
       meters: { input_tokens: request.input, output_tokens: request.output },
     }
     const answers = [timed('record', gateway.recordUsage(usage))]
-    // a caller that lost patience sends it again, to another gateway, while the first try is on its way
+    // a caller that lost patience sends it again, to another gateway, while the first try is on its
+    // way
     if (repeat) {
       counts.repeated++
       answers.push(gateways[(turn + 1) % gateways.length]!.recordUsage(usage))

@@ -1,4 +1,4 @@
-// What a demo run says: a table for people, one line of JSON for programs.
+// The report of a demo run: a table for people, one line of JSON for programs.
 import type { Proof } from './proof.ts'
 import { type Replayed, type Stage, stages } from './replay.ts'
 
@@ -12,12 +12,15 @@ export interface Run {
   replayed: Replayed
   proof: Proof
   cache: CacheAnswers
-  /** What ran, in words. */
+  /** A heading for the run. */
   title: string
   hasRedis: boolean
 }
 
-/** The sample below which a share of all samples lies, in ms with three decimals; null without samples. */
+/**
+ * The sample below which a share of all samples lies, in ms with three decimals; null without
+ * samples.
+ */
 function percentile(samples: number[], share: number): number | null {
   if (!samples.length) return null
   const sorted = Float64Array.from(samples).sort()

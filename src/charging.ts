@@ -1,18 +1,16 @@
-// Holds and usage: made into batches by account, and their answers into what a gateway acts on.
+// Charging: puts holds and usage into batches by account, and turns the answers into results for a
+// gateway.
 
-import {
-  type Batcher,
-  type BatcherOptions,
-  type BatcherStats,
-  checkAnswers,
-  createBatcher,
-  quiet,
-} from './batch.ts'
+import { checkAnswers } from './answers.ts'
+import { type Batcher, type BatcherOptions, type BatcherStats, createBatcher } from './batch.ts'
 import { createDoubts } from './doubts.ts'
 import { codeOf, KeyledgerError, statusOf } from './errors.ts'
 import { newId } from './ids.ts'
-import type { Metrics } from './metrics.ts'
-import { jsonText, type Rpc, toJson, toStorableJson } from './rpc.ts'
+import { jsonText, toJson, toStorableJson } from './json.ts'
+import { alsoLeftOut, isRequestId, metadataJson } from './labels.ts'
+import { quiet } from './quiet.ts'
+import type { Rpc } from './rpc.ts'
+import { withinTime } from './time-limits.ts'
 import type {
   ExtendAnswer,
   Hold,
@@ -27,40 +25,55 @@ import type {
 export interface ChargingOptions {
   rpc: Rpc
   /**
-   * ms after which a hold (its release, its extension) that could not be delivered is given up. Default 5,000. A hold or
-   * an extension is given up then even while it is being carried out.
+   * ms after which a hold, a release or an extension that could not be delivered is given up.
+   * Default 5,000. A hold or an extension is given up then even while it is being carried out.
    */
-  holdDeadline?: number
+  holdDeadline?: number | undefined
   /** ms after which usage that could not be delivered is given up. Default 30,000. */
-  recordDeadline?: number
-  /** Bytes of JSON that each of the four queues keeps at most; past it 503 `overloaded`. Default 64,000,000. */
-  maxQueueBytes?: number
+  recordDeadline?: number | undefined
+  /**
+   * Bytes of JSON that each of the four queues keeps at most; past that, 503 `overloaded`. Default
+   * 64,000,000.
+   */
+  maxQueueBytes?: number | undefined
 }
 
 export interface Charging {
   /**
-   * Sets money aside before the request. An open hold of the same id and content is the same hold. 402
-   * `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422 `price_not_found`, `invalid_…`; 409
-   * `hold_captured`, `hold_released`, `hold_expired`, `hold_mismatch` for a repeated id. After `timeout` or `unavailable`
-   * nobody knows whether it is placed: repeat it with the same `id`, or give none, and it is released.
+   * Sets money aside before the request. A repeated id with the same content gives the open hold
+   * again. 402 `insufficient_funds`, 403 `node_not_mounted` and the codes of `validate`, 422
+   * `price_not_found`, `invalid_…`; 409 `hold_captured`, `hold_released`, `hold_expired`,
+   * `hold_mismatch` for a repeated id. After `timeout` or `unavailable` nobody knows whether the
+   * hold is placed. With an `id` of your own, repeat it; without one, the module releases it.
    */
   hold(context: Pick<UserContext, 'account_id' | 'virtual_key_id'>, request: HoldRequest): Promise<Hold>
-  /** Gives back what the hold still sets aside; a closed one is an answer. */
+  /** Gives back the rest of the hold. A closed hold is an answer, not an error. */
   release(hold: Pick<Hold, 'id' | 'account_id'>): Promise<ReleaseAnswer>
-  /** Keeps the hold open until `expires_in` seconds (900) from now; one that is closed, or may not be kept open for longer, is an answer. */
+  /**
+   * Keeps the hold open until `expires_in` seconds (900) from now. A closed hold is an answer, and
+   * so is one that may not stay open for longer.
+   */
   extend(hold: Pick<Hold, 'id' | 'account_id'>, expires_in?: number): Promise<ExtendAnswer>
   /**
-   * Charges what was used, exactly once per id; resolves when committed. A rejection means that nobody knows whether
-   * it is recorded: repeat it with the same `id`, so give one and keep the event until then. Characters that Postgres can't
-   * store (NUL, half a surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be kept is left
-   * out, which the answer says; the event is charged. Every error that names no event is repeated until `recordDeadline`,
-   * also a refused token or a missing function; `health()` shows its code meanwhile. A rejection that is not
-   * handled counts in `health().queues.record.failed`, and does not end the process; the same goes for `release`.
+   * Charges a use, exactly once per id; resolves when committed. A rejection means that nobody
+   * knows whether the event is recorded. Repeat it then with the same `id`: so give an `id`, and
+   * keep the event until it is answered. Characters that Postgres can't store (NUL, half a
+   * surrogate pair) are recorded as U+FFFD. A `request_id` or `metadata` that can't be kept is left
+   * out; the answer says so, and the event is charged. Every error that names no event is repeated
+   * until `recordDeadline`, also a refused token or a missing function; `health()` shows its code
+   * meanwhile. A rejection that is not handled counts in `health().queues.record.failed`, and does
+   * not end the process; the same goes for `release`.
    */
   recordUsage(event: UsageEvent): Promise<UsageAnswer>
 }
 
 export type Queues = Record<'hold' | 'release' | 'extend' | 'record', BatcherStats>
+
+/** Wraps the function that sends one queue's batches, to measure it. */
+export type MeasureBatches = <Answer>(
+  operation: keyof Queues,
+  send: (elements: string[]) => Promise<Answer[]>,
+) => (elements: string[]) => Promise<Answer[]>
 
 interface Element {
   account_id: string
@@ -73,20 +86,17 @@ interface EventElement extends Element {
   metadata?: string
 }
 
-// as SQL has them: what is longer is left out
-const MAX_REQUEST_ID = 512
-const MAX_METADATA_BYTES = 16_384
-// refusals that are the database's or its clock's, not the request's
+// refusals for reasons of the database or its clock, not of the request
 const databasesOwn = ['id_outside_window', 'id_not_of_now']
-// ms for which they are told in `health`, if none follows
+// ms for which `health` shows such a refusal, if no other follows
 const TROUBLE_MS = 30_000
 
 export function createCharging(
   { rpc, holdDeadline = 5000, recordDeadline = 30_000, maxQueueBytes }: ChargingOptions,
-  metrics: Metrics,
+  measured: MeasureBatches,
 ): Charging & { stats(): Queues; stop(ms: number): Promise<void> } {
   const sending = <Answer>(name: keyof Queues, fn: string, argument: string) =>
-    metrics.batches(name, (elements: string[]) =>
+    measured(name, (elements: string[]) =>
       rpc.call<Answer[]>(fn, { [argument]: jsonText(`[${elements.join(',')}]`) }),
     )
   const batches = <Answer, Sent extends Element = Element>(
@@ -104,8 +114,9 @@ export function createCharging(
       maxQueueBytes,
       ...options,
     })
-  // A caller waits for a hold before its request, and is told at once what seconds won't mend; and after the deadline
-  // nobody waits. Usage and releases are facts: they wait for whatever may pass.
+  // A caller waits for a hold before its request: an error that won't pass in seconds is told at
+  // once, and after the deadline nobody waits. Usage and releases are facts: they wait for every
+  // error that may pass.
   const waitedFor = { perishable: true }
   const facts = { patient: true }
   const holds = batches<HoldAnswer>('hold', 'place_holds', 'requests', holdDeadline, waitedFor)
@@ -117,7 +128,7 @@ export function createCharging(
     id: ({ event }) => event.id,
   })
 
-  // beside the queue of releases: nobody asked for these, so none of them fails
+  // beside the queue of releases: nobody asked for these, so they must not count as failed there
   const releaseNow = sending<ReleaseAnswer>('release', 'release_holds', 'requests')
   const doubts = createDoubts(async (given) => {
     const answers = await releaseNow(given.map((hold) => toJson(hold)))
@@ -126,7 +137,7 @@ export function createCharging(
       given.map(({ id }) => id),
     )
   })
-  // holds whose callers were told that nobody knows, until their calls have ended
+  // holds that were given up while their calls had not ended
   const givenUp = new Set<Promise<void>>()
   const troubles: Record<'hold' | 'extend', Trouble> = { hold: createTrouble(), extend: createTrouble() }
 
@@ -142,9 +153,10 @@ export function createCharging(
     async hold({ account_id, virtual_key_id }, request) {
       const { id = newId(), ...asked } = request
       const placed = holds.add({ ...asked, id, account_id, virtual_key_id })
-      const answer = await soon(placed, holdDeadline).catch((error) => {
+      const answer = await withinTime(placed, holdDeadline, late).catch((error) => {
         troubles.hold.failed(error)
-        // nobody else knows its id: should it be there, or come yet, it would be held for nothing
+        // nobody else knows its id: if it is placed, or is placed later, it would set money aside
+        // for nothing
         if (request.id === undefined) {
           const ended: Promise<void> = giveUp(placed, { id, account_id }).finally(() => givenUp.delete(ended))
           givenUp.add(ended)
@@ -161,7 +173,7 @@ export function createCharging(
     release: ({ id, account_id }) => releases.add({ id, account_id }),
 
     extend({ id, account_id }, expires_in) {
-      const extended = soon(extensions.add({ id, account_id, expires_in }), holdDeadline)
+      const extended = withinTime(extensions.add({ id, account_id, expires_in }), holdDeadline, late)
       extended.then(({ code }) => troubles.extend.answered(code), troubles.extend.failed)
       return extended
     },
@@ -214,7 +226,8 @@ interface Trouble {
   on(stats: BatcherStats): BatcherStats
 }
 
-// What no failed call tells: nobody is answered in time, or everybody is refused for the database's own reasons.
+// Trouble that no failed call shows: no caller is answered in time, or all are refused for the
+// database's own reasons.
 function createTrouble(): Trouble {
   let last: { code: string; at: number } | undefined
   const set = (code: string) => {
@@ -233,36 +246,10 @@ function createTrouble(): Trouble {
   }
 }
 
-// characters as Postgres counts them
-const isRequestId = (label: unknown) =>
-  label === undefined ||
-  label === null ||
-  (typeof label === 'string' &&
-    label !== '' &&
-    (label.length <= MAX_REQUEST_ID ||
-      (label.length <= 2 * MAX_REQUEST_ID && [...label].length <= MAX_REQUEST_ID)))
-
-/** The JSON of a label; undefined if there is none, null if it can't be kept. */
-function metadataJson(label: unknown): string | undefined | null {
-  if (label === undefined || label === null) return undefined
-  if (typeof label !== 'object' || Array.isArray(label)) return null
-  try {
-    const json = toStorableJson(label)
-    return json.startsWith('{') && Buffer.byteLength(json) <= MAX_METADATA_BYTES ? json : null
-  } catch {
-    return null
-  }
-}
-
 function eventJson({ event, metadata }: EventElement): string {
   const json = toStorableJson(event)
   return metadata === undefined ? json : `${json.slice(0, -1)},"metadata":${metadata}}`
 }
-
-const alsoLeftOut = (answer: UsageAnswer, ours: NonNullable<UsageAnswer['left_out']>): UsageAnswer => ({
-  ...answer,
-  left_out: [...new Set([...ours, ...(answer.left_out ?? [])])],
-})
 
 const tooLate = (ms: number) =>
   new KeyledgerError('timeout', 504, {
@@ -276,23 +263,15 @@ function refusal({ status, code, hold_status, mismatch }: HoldAnswer): string | 
   return hold_status === 'open' ? undefined : `hold_${hold_status}`
 }
 
-// what was asked for, and what there is, where that is why
+// the amount asked and the amount there is, if that is the reason
 function shortOf(code: string, { amount, available, remaining }: HoldAnswer): string | undefined {
   if (remaining !== undefined) return `${amount} asked, ${remaining} left of the budget`
   return code === 'insufficient_funds' ? `${amount} asked, ${available} available` : undefined
 }
 
-// who waits is told in time; the work goes on, unseen
-function soon<T>(answer: Promise<T>, ms: number): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const late = () =>
-      reject(
-        new KeyledgerError('timeout', 504, {
-          detail: `no answer within ${ms} ms`,
-          hint: 'ask again; with an id of your own, the same one',
-        }),
-      )
-    const timer = setTimeout(late, ms)
-    answer.then(resolve, reject).finally(() => clearTimeout(timer))
+// a caller is told in time; the work goes on, unseen
+const late = (ms: number) =>
+  new KeyledgerError('timeout', 504, {
+    detail: `no answer within ${ms} ms`,
+    hint: 'ask again; with an id of your own, the same one',
   })
-}

@@ -1,4 +1,6 @@
-// Holds that were given up and may be there, or come yet: looked for and released, many in a call, one call at a time.
+// Doubts: holds that were given up, and may be placed all the same. They are looked for and
+// released, many in a call.
+import { endsWithin, pause } from './time-limits.ts'
 
 export interface Doubt {
   id: string
@@ -6,9 +8,13 @@ export interface Doubt {
 }
 
 export interface Doubts {
-  /** Of a hold whose call has ended without an answer, or was answered when nobody waited any more. */
+  /**
+   * Takes a hold whose call ended without an answer, or was answered when nobody waited any more.
+   */
   add(hold: Doubt): void
-  /** Looks once more for each, and resolves when that has been answered, or after `ms`; for good. */
+  /**
+   * Looks once more for each hold, for good. Resolves when the look was answered, or after `ms`.
+   */
   stop(ms: number): Promise<void>
   size(): number
 }
@@ -16,13 +22,13 @@ export interface Doubts {
 type Answer = { status: string; code?: string }
 type Entry = Doubt & { since: number; looked: number }
 
-// ms after giving up. A call that was given up may wait in PostgREST for a connection, where a later one overtakes it:
-// the last look comes after all that.
+// ms after the hold was given up. Its call may still wait in PostgREST for a connection, and a
+// later call may overtake it: the last look comes after all that.
 const LOOKS = [500, 8000, 32_000]
 const PACE_MS = 100
 const LONGEST_PAUSE_MS = 2000
 const MAX_BATCH = 500
-// the oldest of more expire by themselves
+// past it, the oldest holds are forgotten: they expire by themselves
 const MAX = 10_000
 
 /** `release` answers in the same order. */
@@ -31,7 +37,7 @@ export function createDoubts(release: (holds: Doubt[]) => Promise<Answer[]>): Do
   let timer: NodeJS.Timeout | undefined
   let looking: Promise<void> | undefined
   let plannedAt = Number.POSITIVE_INFINITY
-  let pause = PACE_MS
+  let pace = PACE_MS
   let stopped = false
 
   const dueAt = ({ since, looked }: Entry) => since + (LOOKS.find((after) => since + after > looked) ?? 0)
@@ -47,10 +53,10 @@ export function createDoubts(release: (holds: Doubt[]) => Promise<Answer[]>): Do
         const isLast = stopped || moment >= hold.since + LOOKS.at(-1)!
         if (code !== 'hold_not_found' || isLast) entries.delete(hold.id)
       }
-      pause = PACE_MS
+      pace = PACE_MS
     } catch {
-      // Postgres is away: it was no look
-      pause = Math.min(2 * pause, LONGEST_PAUSE_MS)
+      // Postgres is away: that was no look
+      pace = Math.min(2 * pace, LONGEST_PAUSE_MS)
     }
   }
 
@@ -59,7 +65,7 @@ export function createDoubts(release: (holds: Doubt[]) => Promise<Answer[]>): Do
     plannedAt = Number.POSITIVE_INFINITY
     if (stopped || looking || entries.size === 0) return
     for (const entry of entries.values()) plannedAt = Math.min(plannedAt, dueAt(entry))
-    timer = setTimeout(next, Math.max(pause, plannedAt - performance.now())).unref()
+    timer = setTimeout(next, Math.max(pace, plannedAt - performance.now())).unref()
   }
 
   function next() {
@@ -85,22 +91,16 @@ export function createDoubts(release: (holds: Doubt[]) => Promise<Answer[]>): Do
     async stop(ms) {
       stopped = true
       clearTimeout(timer)
-      let end = () => {}
-      const ended = new Promise<void>((resolve) => {
-        end = resolve
-      })
-      const limit = setTimeout(end, ms)
-      let over = false
-      ended.then(() => {
-        over = true
-      })
-      await Promise.race([looking, ended])
-      while (entries.size > 0 && !over) {
-        await Promise.race([look([...entries.values()].slice(0, MAX_BATCH)), ended])
-        if (entries.size > 0 && !over)
-          await Promise.race([new Promise((resolve) => setTimeout(resolve, pause)), ended])
+      let isOver = false
+      async function lookAtAll() {
+        await looking
+        while (entries.size > 0 && !isOver) {
+          await look([...entries.values()].slice(0, MAX_BATCH))
+          if (entries.size > 0 && !isOver) await pause(pace)
+        }
       }
-      clearTimeout(limit)
+      await endsWithin(lookAtAll(), ms)
+      isOver = true
       entries.clear()
     },
 

@@ -1,6 +1,7 @@
-// The one error class, and the one table that turns what Postgres, PostgREST and the network say into stable codes.
+// The one error class, and the one table that turns errors of Postgres, PostgREST and the network
+// into stable codes.
 
-/** What an error carries beside its code and status. */
+/** The fields of an error beside its code and status. */
 export interface ErrorFields {
   detail?: string | null
   hint?: string | null
@@ -8,18 +9,20 @@ export interface ErrorFields {
 }
 
 /**
- * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`, `insufficient_funds`, …)
- * or, for what SQL has no words for, one of `unavailable`, `timeout`, `deadlock`, `serialization_failure`,
- * `lock_timeout`, `permission_denied`, `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
- * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`, `internal_error` and the names of
- * violated constraint kinds. `status` is the HTTP status that goes with it. Both are the same through either transport.
+ * Every error this library throws. Branch on `code`: the code SQL gave (`virtual_key_unknown`,
+ * `insufficient_funds`, …) or, for an error that SQL gives no code, one of `unavailable`,
+ * `timeout`, `deadlock`, `serialization_failure`, `lock_timeout`, `permission_denied`,
+ * `invalid_token`, `invalid_input`, `number_out_of_range`, `function_not_found`, `view_not_found`,
+ * `column_not_found`, `payload_too_large`, `overloaded`, `stopped`, `invalid_response`,
+ * `internal_error` and the names of violated constraint kinds. `status` is the HTTP status that
+ * goes with it. Both are the same through either transport.
  */
 export class KeyledgerError extends Error {
   readonly code: string
   readonly status: number
-  /** What happened. Never a key. */
+  /** The details of this one error. Never a key. */
   readonly detail: string | undefined
-  /** What to change. */
+  /** The option, argument or setting to change. */
   readonly hint: string | undefined
 
   constructor(code: string, status: number, { detail, hint, cause }: ErrorFields = {}) {
@@ -37,20 +40,20 @@ export class KeyledgerError extends Error {
 
 type Meaning = [code: string, status: number, hint?: string]
 
-const BUSY = 'all connections are in use: allow the pool more of them'
+const BUSY = 'all connections are in use: allow the pool more connections'
 
 const unavailable: Meaning = [
   'unavailable',
   503,
-  'check that the server is up, and the address the rpc was given',
+  'check that the server is up, and that the rpc has its address',
 ]
 const invalidToken: Meaning = ['invalid_token', 401, 'give postgrestRpc a `token` that PostgREST accepts']
 
-// each role has a right on schema api, from `dbmate up`: a dump without privileges brings none
+// `dbmate up` gives each role a right on schema api; a dump without privileges brings none
 const notInstalled =
-  'take a role of keyledger; if it is one, the database was loaded from a dump without privileges: install by `dbmate up`, then restore data alone'
+  'use a role of keyledger; if it is one, the database was loaded from a dump without privileges: install by `dbmate up`, and restore the data alone'
 
-// by SQLSTATE or PostgREST code; else by class (PGRST and a digit, or the first two characters)
+// by SQLSTATE or PostgREST code, else by its class: PGRST and a digit, or the first two characters
 const meanings: Record<string, Meaning> = {
   '08': unavailable,
   '22': ['invalid_input', 400],
@@ -68,7 +71,7 @@ const meanings: Record<string, Meaning> = {
   '42501': [
     'permission_denied',
     403,
-    'use a role that is granted it: `role` of pgRpc, claim `role` of the token',
+    'use a role that has the grant: `role` of pgRpc, or claim `role` of the token',
   ],
   '42703': ['column_not_found', 400],
   '42883': ['function_not_found', 404],
@@ -99,14 +102,17 @@ export interface ServerError {
   hint?: string | null
 }
 
-/** What the server answered, as our error. A `PT402` carries its own code as the message, and the status in its name. */
+/**
+ * The server's error as ours. Our own SQL raises `PT402`: its message is our code, and its name has
+ * the status.
+ */
 export function fromServer({ code, message, ...more }: ServerError): KeyledgerError {
   const detail = more.detail ?? more.details
   const raised = /^PT(\d{3})$/.exec(code)
   if (raised) return new KeyledgerError(message, Number(raised[1]), { detail, hint: more.hint })
   const known = [code, code.slice(0, 6), code.slice(0, 2)].find((part) => Object.hasOwn(meanings, part))
   const [name, status, hint]: Meaning = known ? meanings[known]! : ['internal_error', 500]
-  // these echo the value they complain about, and nobody knows what a caller may have put there
+  // errors of class 22 echo the value, and a caller may have put a secret there
   const said = [code.startsWith('22') ? message.replace(/".*"/s, '"…"') : message]
   if (detail && !code.startsWith('22')) said.push(detail)
   if (!known) said.unshift(code)
@@ -126,32 +132,39 @@ function systemCode(error: unknown): string | undefined {
   return typeof code === 'string' ? code : cause === undefined ? undefined : systemCode(cause)
 }
 
-/** Nobody answered: `timeout` (504) if that was the reason, else `unavailable` (503). */
-export function fromNetwork(cause: unknown, what: string): KeyledgerError {
+/** The error when no server answered: 504 `timeout` after a time limit, else 503 `unavailable`. */
+export function fromNetwork(cause: unknown, server: string): KeyledgerError {
   if (cause instanceof KeyledgerError) return cause
   if (cause instanceof Error && cause.name === 'TimeoutError') {
     return new KeyledgerError('timeout', 504, {
-      detail: `${what} did not answer in time`,
-      hint: 'see `timeout`',
+      detail: `${server} did not answer in time`,
+      hint: 'give the rpc a longer `timeout`, or make the server answer faster',
       cause,
     })
   }
   const [code, status, hint] = unavailable
-  const error = new KeyledgerError(code, status, { detail: `${what} could not be reached`, hint, cause })
+  const error = new KeyledgerError(code, status, { detail: `${server} could not be reached`, hint, cause })
   return unconnected.includes(systemCode(cause) ?? '') ? neverSent(error) : error
 }
 
-/** 503 `unavailable`: who gives the token gave none, or did not answer in time. */
+/** 503 `unavailable`: the caller's `token` function gave no token, or not in time. */
 export const noToken = (cause: unknown) =>
   new KeyledgerError('unavailable', 503, {
     detail: 'there is no token',
-    hint: 'see `token` of postgrestRpc',
+    hint: 'let `token` of postgrestRpc give a token within `timeout`',
     cause,
   })
 
-/** An HTTP answer that PostgREST would not have given: from a proxy before it, or another server altogether. */
+/** 504 `timeout`: Postgres did not answer a read within `ms`. */
+export const noAnswer = (ms: number) =>
+  new KeyledgerError('timeout', 504, { detail: `no answer from Postgres within ${ms} ms` })
+
+/**
+ * An HTTP answer that is not PostgREST's: it comes from a proxy before it, or from another server
+ * altogether.
+ */
 export function fromHttp(httpStatus: number): KeyledgerError {
-  const detail = `HTTP ${httpStatus}, and no answer of PostgREST's`
+  const detail = `HTTP ${httpStatus}, and the answer is not PostgREST's`
   const [code, status, hint]: Meaning =
     httpStatus === 401 || httpStatus === 403
       ? invalidToken
@@ -177,25 +190,28 @@ export const invalidInput = (detail: string, hint?: string, cause?: unknown) =>
 
 const busy = new WeakSet<KeyledgerError>()
 
-/** The error, marked: all connections were in use, which says nothing about the server. */
+/** Marks the error: all connections were in use, which says nothing about the server. */
 export function poolBusy(error: KeyledgerError): KeyledgerError {
   busy.add(error)
   return error
 }
 
-/** Does the error say by itself that the server could not be reached? A full pool and a wait that ended don't. */
+/**
+ * Does the error say by itself that the server could not be reached? A full pool doesn't, nor does
+ * a time limit.
+ */
 export const isAway = (error: unknown): boolean =>
   error instanceof KeyledgerError && error.code === 'unavailable' && !busy.has(error)
 
-/** Does it leave open whether the server could be reached? */
+/** May the error mean that the server could not be reached? */
 export const mayBeAway = (error: unknown): boolean =>
   error instanceof KeyledgerError && ['unavailable', 'timeout'].includes(error.code)
 
 const passing = ['unavailable', 'timeout', 'deadlock', 'serialization_failure', 'lock_timeout']
 
 /**
- * May the same call succeed if it is made again? For `unavailable` and `timeout` nobody knows whether the first one
- * was carried out: repeat a write only with the same ids (or `reference`).
+ * May the same call succeed if it is made again? After `unavailable` and `timeout` nobody knows
+ * whether the first call was carried out: repeat a write only with the same ids (or `reference`).
  */
 export function isRetryable(error: unknown): boolean {
   return error instanceof KeyledgerError && passing.includes(error.code)
@@ -207,7 +223,7 @@ const ofData = [
   ...['unique_violation', 'check_violation', 'constraint_violation', 'payload_too_large'],
 ]
 
-/** Is it the fault of what was sent? Else of nobody's element, or nobody knows whose. */
+/** Is it the fault of an element that was sent? */
 export const blamesData = (error: unknown): boolean =>
   error instanceof KeyledgerError && ofData.includes(error.code)
 
@@ -216,13 +232,13 @@ const ofEverybody = [
   ...['function_not_found', 'view_not_found', 'column_not_found'],
 ]
 
-/** Does it say nothing of what was sent? A smaller batch would fail alike. */
+/** Is it no element's fault? Then a smaller batch would fail in the same way. */
 export const isEverybodys = (error: unknown): boolean =>
   error instanceof KeyledgerError && ofEverybody.includes(error.code)
 
 const unsent = new WeakSet<KeyledgerError>()
 
-/** The error, marked: the call never reached the server. */
+/** Marks the error: the call never reached the server. */
 export function neverSent(error: KeyledgerError): KeyledgerError {
   unsent.add(error)
   return error
@@ -230,7 +246,7 @@ export function neverSent(error: KeyledgerError): KeyledgerError {
 
 const undone = ['overloaded', 'stopped', 'deadlock', 'serialization_failure', 'lock_timeout']
 
-/** May the call have been carried out, or be carried out yet, though it was not answered? */
+/** Nobody answered the call: may it have been carried out, or be carried out later? */
 export const mayBeDone = (error: unknown): boolean =>
   !(error instanceof KeyledgerError) ||
   (error.status >= 500 && !undone.includes(error.code) && !unsent.has(error))
@@ -255,13 +271,19 @@ const statuses: Record<string, number> = {
   hold_mismatch: 409,
 }
 
-/** The HTTP status of a code in an element of a batch; SQL gives single functions theirs. Default 422: change the request. */
+/**
+ * The HTTP status of a code in an element's answer (for single calls SQL gives the status). Default
+ * 422.
+ */
 export const statusOf = (code: string): number => statuses[code] ?? 422
 
-/** The HTTP status by which a caller presenting a key is turned away: 403 for its owner's sake, else 401, the key's own. */
+/** The HTTP status for a key that may not be used: 403 if its owner is suspended, else 401. */
 export const keyStatus = (code: string): number => (code.endsWith('_suspended') ? 403 : 401)
 
-/** The code of anything thrown, for figures: ours, also for what Postgres or the network says; or `internal_error`. */
+/**
+ * The code of anything thrown, for metrics and `health`: ours, also for an error of `pg` or the
+ * network; else `internal_error`.
+ */
 export function codeOf(error: unknown): string {
   if (error instanceof KeyledgerError) return error.code
   if (!(error instanceof Error)) return 'internal_error'

@@ -1,41 +1,33 @@
-// Ids on the server's time: a host whose clock is wrong makes ids like any other.
-
+// Ids: UUIDv7s on the server's time.
 import { randomFillSync } from 'node:crypto'
-import { v7 } from 'uuid'
+import { serverNow } from './clock.ts'
 
-// what a small correction may not undo: ids of one process go up
+// the ids of one process go up: a smaller correction of the clock changes nothing
 const MAX_BACK_MS = 60_000
-
-// server's time less the monotonic clock; undefined before the first answer
-let offset: number | undefined
 let last = 0
 
-/** Ms since 1970 by the server's clock as it was last read; by the host's before. */
-export function serverNow(): number {
-  return offset === undefined ? Date.now() : performance.now() + offset
-}
+// 4,096 bytes cost no more to ask for than 16
+const pool = Buffer.alloc(4096)
+const PER_ID = 10
+let spent = pool.length
 
-/** Takes the server's `now` from an answer: it is of the middle between `sentAt` and `receivedAt`, of the monotonic clock. */
-export function setServerTime(now: unknown, sentAt: number, receivedAt: number): void {
-  if (typeof now === 'number' && Number.isFinite(now)) offset = now - (sentAt + receivedAt) / 2
-}
-
-// bought in bulk: to ask for 16 bytes costs as much as for 4,096
-const chance = new Uint8Array(4096)
-let spent = chance.length
-
-function random(): Uint8Array {
-  if (spent === chance.length) {
-    randomFillSync(chance)
+function random(): Buffer {
+  if (spent + PER_ID > pool.length) {
+    randomFillSync(pool)
     spent = 0
   }
-  spent += 16
-  return chance.subarray(spent - 16, spent)
+  spent += PER_ID
+  return pool.subarray(spent - PER_ID, spent)
 }
 
 /** A UUIDv7 of now, by the server's clock. Give it to an event or a hold that may be repeated. */
 export function newId(): string {
   const now = Math.floor(serverNow())
   last = now < last - MAX_BACK_MS ? now : Math.max(last, now)
-  return v7({ msecs: last, random: random() })
+  const bytes = random()
+  // RFC 9562: version 7 and variant 10, each in the highest bits of its part
+  bytes[0] = 0x70 | (bytes[0]! & 0x0f)
+  bytes[2] = 0x80 | (bytes[2]! & 0x3f)
+  const hex = last.toString(16).padStart(12, '0') + bytes.toString('hex')
+  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-${hex.slice(12, 16)}-${hex.slice(16, 20)}-${hex.slice(20)}`
 }

@@ -1,6 +1,7 @@
-// What the package exports.
+// The exports of the package.
 export type { Functions, Views } from './catalog.ts'
 export { isRetryable, KeyledgerError } from './errors.ts'
+export type { Health } from './health.ts'
 export { newId } from './ids.ts'
 export type {
   Authentication,
@@ -9,8 +10,9 @@ export type {
   RequestHeaders,
   WithUserContext,
 } from './middleware.ts'
-export { type BillingModule, type BillingModuleOptions, createBillingModule, type Health } from './module.ts'
+export { type BillingModule, type BillingModuleOptions, type Changes, createBillingModule } from './module.ts'
 export type { NewsKind, NewsListener } from './news.ts'
+export type { RedisClient } from './redis-client.ts'
 export type { CallOptions, RowsQuery, Rpc, Selected } from './rpc.ts'
 export { type PgRpcOptions, pgRpc } from './rpc-pg.ts'
 export { type PostgrestRpcOptions, postgrestRpc } from './rpc-postgrest.ts'

@@ -1,9 +1,12 @@
-// The listener: reads what has changed, evicts it from both tiers, and keeps or ends their trust.
+// The listener: reads the changes, evicts their keys from both tiers, and keeps or ends the trust
+// in the tiers.
 import { randomUUID } from 'node:crypto'
-import { type KeyCache, withinTime } from './cache.ts'
-import { setServerTime } from './ids.ts'
+import type { KeyCache } from './cache.ts'
+import { setServerTime } from './clock.ts'
+import { noAnswer } from './errors.ts'
 import type { Cursor, RedisTier } from './redis.ts'
 import type { Rpc } from './rpc.ts'
+import { withinTime } from './time-limits.ts'
 import { BEAT_MS } from './trust.ts'
 import { createLoop, createSubscription, READ_MS } from './wake.ts'
 
@@ -11,16 +14,20 @@ type Reader = Pick<Rpc, 'call'>
 
 export interface ListenerOptions {
   cache: KeyCache<unknown>
-  /** Reads the changes, of the primary. */
+  /** Reads the changes, from the primary. */
   rpc: Reader
   /**
-   * Reads none: this process follows the heartbeat that others keep in Redis, trusts the Redis tier by it as long as it is
-   * of the database that `rpc` reaches, and has no memory tier.
+   * Reads no changes. This process follows the heartbeat that other listeners keep in Redis, and
+   * trusts the Redis tier by it. The heartbeat must be of the database that `rpc` reaches. It has
+   * no memory tier.
    */
   follow?: boolean
-  /** Where to LISTEN, any login of the database, not through a transaction pooler. Absent: changes are seen by polling alone. */
+  /**
+   * Where to LISTEN: any login of the database, not through a transaction pooler. Absent: polling
+   * alone sees the changes.
+   */
   connectionString?: string
-  /** Other channels to LISTEN on, over the same connection, and what to call then. */
+  /** Other channels to LISTEN on over the same connection, and the function to call then. */
   channels?: Record<string, () => unknown>
 }
 
@@ -29,14 +36,16 @@ export interface ListenerState {
   listening: boolean
   /** ms since the last complete read was sent; null before the first. */
   age: number | null
-  /** Why the last read failed, else why LISTEN is not up. */
+  /** Why the last read failed; else why LISTEN is not up. */
   error?: Error
-  /** Which could not be read last. */
+  /** Which of the two could not be read last. */
   away: { postgres: boolean; redis: boolean }
 }
 
 export interface Listener {
-  /** Resolves after the first read, also if that failed: it goes on trying until `stop`. */
+  /**
+   * Resolves after the first read, even if that failed: the listener goes on trying until `stop`.
+   */
   start(): Promise<void>
   stop(): Promise<void>
   state(): ListenerState
@@ -49,12 +58,17 @@ interface Changes {
   now: number
 }
 
-// So often that what has committed is seen within a second, and that a proof which waits for two beats is younger.
+// So often that a committed change is seen within a second, and that a proof which waits for two
+// beats is younger.
 const POLL_MS = 300
 const LOOK_MS = 100
-/** ms for which a follower trusts a proof: who keeps the heartbeat may have died since. */
+/**
+ * ms for which a follower trusts a proof: the listener that keeps the heartbeat may have died
+ * since.
+ */
 export const FOLLOWER_MS = 1000
-// how often a follower asks which database is its own, and for how long an answer serves while it can't
+// how often a follower asks which database is its own, and how long an answer serves while it can't
+// ask
 const IDENTIFY_MS = 1000
 const IDENTITY_MS = 5000
 
@@ -79,14 +93,16 @@ export function createListener({
 
   async function changesSince(since: Cursor | undefined): Promise<Changes> {
     const sentAt = performance.now()
-    // over a connection of its own: calls that wait for each other must not keep a change waiting; a follower reads none
+    // over a reserved connection: calls that wait for each other must not delay a change; a
+    // follower reads no changes
     const reading = rpc.call<Changes>('cache_changes', { cursor: since ?? null }, { reserved: !follow })
-    const changes = await withinTime(reading, READ_MS)
+    const changes = await withinTime(reading, READ_MS, noAnswer)
     setServerTime(changes.now, sentAt, performance.now())
     return changes
   }
 
-  // Redis's own cursor is read first: its next value must come from a read sent after this one was written.
+  // Redis's own cursor is read first: its next value must come from a read sent after this one was
+  // written.
   async function read() {
     const sentAt = performance.now()
     const found = await redis?.covered().catch(() => undefined)
@@ -100,14 +116,15 @@ export function createListener({
     const keys = [...new Set([...own.keys, ...(theirs?.keys ?? [])])]
     const generation = theirs?.reset || !base ? randomUUID() : base.generation
 
-    // Memory before Redis, which may take its time. Memory is not filled again from there with what is about to go: not
-    // from a generation that is over, nor with these keys until they are gone.
+    // Memory goes before Redis, which may take its time. Meanwhile Redis must not fill memory again
+    // with an entry that is about to go: no entry of a generation that is over, and none of these
+    // keys until they are gone.
     if (theirs) redis!.turn(generation)
     const advanced = theirs && advance(found!, { cursor: theirs.cursor, generation }, keys)
     cache.forget(keys, advanced)
     if (own.reset || !cursor) {
       cache.forgetAll()
-      // not past what Redis has been rid of
+      // not past the changes that Redis has been told of
       cursor = (theirs ?? own).cursor
     } else {
       cursor = own.cursor
@@ -118,19 +135,22 @@ export function createListener({
     away.postgres = false
 
     const now = await advanced
-    // written by us, or by another listener onto the same generation; a third one's generation has to be read first
+    // we wrote it, or another listener of the same generation did; another generation has to be
+    // read first
     if (now?.generation === generation) redis!.prove(sentAt, generation)
     else if (advanced && now !== null) loop.wake()
   }
 
-  // begins when memory has forgotten; null if it failed, which has ended trust in the tier
+  // begins when memory has forgotten the keys; null if it failed: the failure has ended trust in
+  // the tier
   async function advance(...args: Parameters<RedisTier<unknown>['advance']>) {
     await undefined
     return redis!.advance(...args).catch(() => null)
   }
 
-  // Beat n + 1 comes from a read that was sent after beat n was written. So when two more beats have been written
-  // since a look of ours, all that was committed before that look is evicted, whatever anybody's clock says.
+  // Beat n + 1 comes from a read that was sent after beat n was written. Say that two more beats
+  // have been written since a look of ours: then every change committed before that look is
+  // evicted. No clock of any host has a say in this.
   async function look() {
     const sentAt = performance.now()
     refreshIdentity()
@@ -158,7 +178,8 @@ export function createListener({
     looks = []
   }
 
-  // The heartbeat must be of our own database: after a failover, or by mistake, a listener of another may keep it.
+  // The heartbeat must be of our own database: after a failover, or by mistake, another database's
+  // listener may keep it.
   async function identify(cluster: string) {
     const isOurs = () => identity?.cluster === cluster && performance.now() - identity.askedAt < IDENTITY_MS
     if (!isOurs()) await asking

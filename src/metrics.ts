@@ -1,28 +1,29 @@
-// Metrics by OpenTelemetry: every instrument, and the wrappers that time calls. docs/metrics.md has a line for each.
+// Metrics by OpenTelemetry: every instrument, and the wrappers that time calls. docs/metrics.md has
+// a line for each.
 import { type Attributes, createNoopMeter, type Meter, metrics } from '@opentelemetry/api'
-import { quiet } from './batch.ts'
 import type { Answer as Looked } from './cache.ts'
-import type { Charging, Queues } from './charging.ts'
+import type { Charging, MeasureBatches, Queues } from './charging.ts'
 import { codeOf } from './errors.ts'
-import type { Health } from './module.ts'
+import type { Health } from './health.ts'
+import { quiet } from './quiet.ts'
 
 export interface Metrics {
-  /** Times look-ups of keys: from which tier, and why a key was refused. */
+  /** Times look-ups of keys, by tier, and by the reason of a refusal. */
   lookUps<Args extends unknown[], Found extends Partial<Looked<unknown>> & { code: string | null }>(
     identify: (...args: Args) => Promise<Found>,
   ): (...args: Args) => Promise<Found>
   /** Times each call until it is settled. */
   operations<Made extends Charging>(made: Made): Made
   /** Sizes and times one queue's batches. */
-  batches<Element, Answer>(
-    operation: keyof Queues,
-    send: (elements: Element[]) => Promise<Answer[]>,
-  ): (elements: Element[]) => Promise<Answer[]>
-  /** Tells how the module is whenever metrics are collected, until the function it gives is called. */
+  batches: MeasureBatches
+  /** Reports `health` at each collection of metrics. Gives the function that ends this. */
   watch(health: () => Health): () => void
 }
 
-/** Of the meter provider registered by now; without one, wrappers give back what they are given. */
+/**
+ * Uses the meter provider that is registered by now. Without one, each wrapper gives its function
+ * back unchanged.
+ */
 export function createMetrics(): Metrics {
   const meter = metrics.getMeter('keyledger')
   return meter === createNoopMeter() ? nothing : measuring(meter)
@@ -144,7 +145,7 @@ function watch(meter: Meter, health: () => Health): () => void {
   return () => meter.removeBatchObservableCallback(callback, all)
 }
 
-/** The function with a report of each call, once it is settled. */
+/** Wraps the function: each call is reported once it is settled. */
 function timed<Args extends unknown[], Answer>(
   call: (...args: Args) => Promise<Answer>,
   report: (seconds: number, answer?: Answer, error?: unknown) => void,

@@ -1,4 +1,5 @@
-// Who makes a request, by its headers, or why it goes no further; for any framework, and as Connect-style middleware.
+// The middleware: finds the maker of a request by its headers, or refuses it; for any framework,
+// and Connect-style.
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import { isEverybodys, KeyledgerError } from './errors.ts'
 import type { UserContext } from './types.ts'
@@ -7,10 +8,10 @@ import type { UserContext } from './types.ts'
 export type WithUserContext<Request> = Request & { userContext?: UserContext }
 
 /**
- * For express, connect, or node:http. It answers what it refuses; `next` is called for the rest, never with an error.
- * Should `next` throw or reject, it warns, and answers 500 `internal_error`.
- * OPTIONS without a key ends here with 204, and no handler sees it: browsers ask so before a page's
- * call. Headers that were set on `res` before go with it, as they go with each refusal.
+ * For express, connect, or node:http. It answers each request that it refuses, and calls `next` for
+ * the others, never with an error. If `next` throws or rejects, it warns, and answers 500
+ * `internal_error`. OPTIONS without a key ends here with 204, and no handler sees it: a browser
+ * asks this before a page's call. Headers set on `res` before go with each answer.
  */
 export type Middleware = (
   req: WithUserContext<IncomingMessage>,
@@ -18,7 +19,10 @@ export type Middleware = (
   next: () => void,
 ) => Promise<void>
 
-/** Names in lower case, as node:http, Express and Fastify have them; of a `Headers`, `Object.fromEntries(headers)`. */
+/**
+ * Names in lower case, as in node:http, Express and Fastify. For a `Headers`, give
+ * `Object.fromEntries(headers)`.
+ */
 export type RequestHeaders = Record<string, string | string[] | undefined>
 
 /** The answer to a request that goes no further; `body` is JSON. */
@@ -28,7 +32,7 @@ export interface Refusal {
   body: string
 }
 
-/** One of the two. */
+/** Either the user context, or a refusal. */
 export type Authentication =
   | { userContext: UserContext; refusal?: undefined }
   | { userContext?: undefined; refusal: Refusal }
@@ -37,10 +41,10 @@ const RETRY_SECONDS = 1
 
 /**
  * The key is the first found of `x-virtualkey`, a bearer token in `authorization`, `x-api-key`, and
- * `api-key`, which Azure's clients send. The headers are left as they are: take them out before you
- * forward the request, or the upstream sees the key. A refusal is in the shape OpenAI's clients show,
- * `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`),
- * an unknown or a dead one, 403 for a suspended owner, 503 when it could not be checked.
+ * `api-key`, which Azure's clients send. The headers stay as they are: take the key out before you
+ * forward the request, or the upstream sees it. A refusal has the shape that OpenAI's clients show,
+ * `{ error: { message, type, param, code } }`: 401 for no key (`virtual_key_missing`), an unknown
+ * key or a dead one, 403 for a suspended owner, 503 if the key could not be checked.
  */
 export function createAuthenticate(validate: (virtualKey: string) => Promise<UserContext>) {
   return async (headers: RequestHeaders): Promise<Authentication> => {
@@ -62,7 +66,7 @@ export function createAuthenticate(validate: (virtualKey: string) => Promise<Use
 export function createMiddleware(validate: (virtualKey: string) => Promise<UserContext>): Middleware {
   const authenticate = createAuthenticate(validate)
   return async (req, res, next) => {
-    // a browser's question never carries the key, and no handler may be reached without one
+    // a browser's OPTIONS never carries the key, and no request may reach a handler without one
     if (req.method === 'OPTIONS' && keyOf(req.headers) === undefined) {
       res.writeHead(204)
       res.end()
@@ -83,7 +87,7 @@ export function createMiddleware(validate: (virtualKey: string) => Promise<UserC
   }
 }
 
-// nobody awaits a middleware: a rejection of it would end the process
+// nobody awaits a middleware: its rejection would end the process
 function failed(res: ServerResponse, error: unknown) {
   process.emitWarning('a handler behind the middleware failed', {
     type: 'KeyledgerWarning',
@@ -105,12 +109,12 @@ function keyOf(headers: RequestHeaders): string | undefined {
   )
 }
 
-// Node joins a header that comes twice, and a framework may list it: neither is any key
+// Node joins a header that comes twice, and a framework may list both: neither form is a key
 const one = (header: string | string[] | undefined) =>
   (Array.isArray(header) ? header.join(', ') : header)?.trim() || undefined
 
 function refusalOf(error: unknown): Refusal {
-  // a token or a role of ours that the database refuses is no fault of the key's
+  // the database may refuse our own token or role: that is not the key's fault
   const refused =
     error instanceof KeyledgerError && (error.status === 401 || error.status === 403) && !isEverybodys(error)
   const status = refused ? error.status : 503

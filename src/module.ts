@@ -1,10 +1,12 @@
-// The billing module: the cache, its listener and the charging lanes put together into what a gateway calls.
+// The billing module: puts the cache, its listener and the charging queues together into the
+// methods a gateway calls.
 import { createHash } from 'node:crypto'
-import type { Cluster, Redis } from 'ioredis'
 import { createBatcher } from './batch.ts'
-import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS, type Tier } from './cache.ts'
-import { type Charging, type ChargingOptions, createCharging, type Queues } from './charging.ts'
+import { type Answer, createKeyCache, type KeyCacheOptions, STALE_IF_ERROR_MS } from './cache.ts'
+import { type Charging, type ChargingOptions, createCharging } from './charging.ts'
 import { codeOf, isAway, KeyledgerError, keyStatus, mayBeAway } from './errors.ts'
+import { type Health, type HealthParts, healthOf } from './health.ts'
+import { jsonText } from './json.ts'
 import { createListener } from './listener.ts'
 import { createMetrics } from './metrics.ts'
 import {
@@ -16,112 +18,113 @@ import {
 } from './middleware.ts'
 import { createNews, type NewsKind, type NewsListener } from './news.ts'
 import { createNodes } from './nodes.ts'
-import { refuseReplicas } from './redis.ts'
-import { jsonText } from './rpc.ts'
+import { type RedisClient, refuseReplicas } from './redis-client.ts'
+import { endsWithin } from './time-limits.ts'
 import type { Balance, BudgetAnswer, ConfigNode, KeyContext, UnknownKey, UserContext } from './types.ts'
 
-/** `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It stays yours to close. */
+/**
+ * How the module sees changes of keys, users and tenants.
+ *
+ * - `poll`: it asks Postgres three times a second.
+ * - `{ listen }`: it also LISTENs, by this connection string: any login, no transaction pooler.
+ * - `follow`: it does neither, and keeps nothing in memory. It trusts Redis as long as another
+ *   process's listener keeps Redis up to date.
+ */
+export type Changes = 'poll' | { listen: string | undefined } | 'follow'
+
+/**
+ * `rpc` reaches Postgres, the primary, as keyledger_gateway: `postgrestRpc(…)` or `pgRpc(…)`. It
+ * stays yours to close.
+ */
 export interface BillingModuleOptions
   extends ChargingOptions,
     Pick<KeyCacheOptions<KeyContext>, 'maxEntries' | 'maxStaleness' | 'staleIfError' | 'redisSecret'> {
   /**
-   * Shared tier of the cache. Stays yours to close. Default: memory alone. From masters only: `scaleReads`, `readOnly` and
-   * the like are refused. A client whose Redis has answered nothing for 3 s is made to connect again.
+   * Shared tier of the cache: a client of ioredis 5 or 6, `Redis` or `Cluster`. It stays yours to
+   * close. Default: memory alone. Reads go to masters only: `scaleReads`, `readOnly` and the like
+   * are refused. A client whose Redis has answered nothing for 3 s is made to connect again.
    */
-  redis?: Redis | Cluster
+  redis?: RedisClient | undefined
+  /** How the module sees changes. Default `poll`. */
+  changes?: Changes | undefined
   /**
-   * Connection string to LISTEN by, of any login, not through a transaction pooler. Default: changes are seen by
-   * polling three times a second. `false`: neither; Redis is trusted as long as another process's listener keeps it up.
+   * ms that `stop` takes at most to deliver the queues. Usage that isn't delivered by then is
+   * rejected with `timeout`, so that its caller can log it. Default 20,000: that leaves a process
+   * some of Kubernetes' 30 s for its other work.
    */
-  listen?: string | false
-  /**
-   * ms that `stop` takes at most to deliver what is queued. Usage that isn't delivered by then is rejected with `timeout`,
-   * so that its caller can log it. Default 20,000: with what else a process does to end, less than Kubernetes' 30 s.
-   */
-  stopDeadline?: number
+  stopDeadline?: number | undefined
 }
 
-export interface Health {
-  /**
-   * `ok`; `degraded`: at work, but something below needs a look (a tier that is not trusted, LISTEN or Redis away, the
-   * look-ups, a queue, the news or the upkeep whose last call failed); `down`: not started or stopped, or Postgres can't be read
-   * and what is known has grown too old (`staleIfError`) to answer any key by.
-   */
-  status: 'ok' | 'degraded' | 'down'
-  /** What to answer a health check with: 503 if `down`, so that a load balancer sends requests elsewhere; else 200. */
-  http_status: 200 | 503
-  /** Keys are answered as they were before Postgres went away. */
-  stale: boolean
-  /** `error`: why keys could not be looked up in Postgres last, within 30 s. */
-  cache: {
-    memory: boolean
-    redis: boolean | null
-    entries: number
-    answers: Record<Tier, number>
-    error: string | null
-  }
-  /** `listening` is null for a module that doesn't LISTEN; ages are ms since the last complete read was sent. */
-  listener: { listening: boolean | null; age: number | null; error: string | null }
-  /** Of the news of accounts; nulls while nobody listens to it. */
-  news: { age: number | null; error: string | null }
-  queues: Queues
-  /** The hourly upkeep of the database. */
-  maintenance: { at: string | null; error: string | null }
-}
-
-/** All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible everywhere. */
+/**
+ * All methods reject with `KeyledgerError`; 503 `unavailable` and 504 `timeout` are possible
+ * everywhere.
+ */
 export interface BillingModule extends Charging {
   /**
-   * Who makes the request, and who pays. 401 `virtual_key_unknown`, `virtual_key_disabled`, `virtual_key_expired`;
-   * 403 `user_suspended`, `tenant_suspended`. Any failure to find out is 503 `unavailable`, never a refusal.
+   * Finds the maker of the request, and its payer. 401 `virtual_key_unknown`,
+   * `virtual_key_disabled`, `virtual_key_expired`; 403 `user_suspended`, `tenant_suspended`. A key
+   * that could not be checked is 503 `unavailable`, never a refusal.
    */
   validate(virtualKey: string): Promise<UserContext>
   /**
-   * `validate` for a request: the key is the first found of `x-virtualkey`, a bearer token, `x-api-key` and `api-key`. A
-   * refusal is the whole answer, 401, 403 or 503, in the shape of OpenAI's errors. Never rejects. It sees no method: answer
-   * a browser's OPTIONS before you ask.
+   * `validate` for a request. The key is the first found of `x-virtualkey`, a bearer token,
+   * `x-api-key` and `api-key`. A refusal is the whole answer, 401, 403 or 503, in the shape of
+   * OpenAI's errors. Never rejects. It doesn't see the request's method: answer a browser's OPTIONS
+   * before you ask.
    */
   authenticate(headers: RequestHeaders): Promise<Authentication>
-  /** `authenticate`, Connect-style: sets `req.userContext`, or answers by itself; OPTIONS without a key is 204. */
+  /**
+   * `authenticate` as Connect-style middleware: sets `req.userContext`, or answers by itself.
+   * OPTIONS without a key is 204.
+   */
   middleware(): Middleware
   /**
-   * The active nodes mounted on the key, by name: what a gateway calls. Not a read each time: a change of a node is seen
-   * within 5 s, a new mount as soon as `validate` sees it.
+   * Gives the active nodes mounted on the key, by name. It doesn't read each time: a change of a
+   * node is seen within 5 s, a new mount as soon as `validate` sees it.
    */
   nodes(context: Pick<UserContext, 'config_node_ids'>): Promise<ConfigNode[]>
-  /** Who pays for the user, and what they have. 404 `user_not_found`. */
+  /** Gives the payer of the user, and the payer's funds. 404 `user_not_found`. */
   getBalance(userId: string): Promise<Balance>
-  /** Advice; a hold is the guarantee. 422 `invalid_amount`, 404 `user_not_found`. */
+  /**
+   * Says whether the payer could pay. It is advice; a hold is the guarantee. 422 `invalid_amount`,
+   * 404 `user_not_found`.
+   */
   checkBudget(context: Pick<UserContext, 'user_id' | 'virtual_key_id'>, amount: string): Promise<BudgetAnswer>
   /**
-   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`, `back_in_funds`, `budget_exhausted`,
-   * and `reset` when some may have been missed. Gives the function that ends it. Listeners are called in order, an account's events in
-   * the order of its entries, and not waited for; one that throws is a process warning. A lost connection is caught up
-   * with. Each process that listens is told: keep the `id` of what you have done, and drop it when it comes again.
-   * Begins with `start`; while nobody listens, nothing is read. 400 `invalid_input` for an unknown kind.
+   * Calls `listener` with each event of a kind from now on: `low_balance`, `exhausted`,
+   * `back_in_funds`, `budget_exhausted`, and `reset` when some may have been missed. Gives the
+   * function that ends it. Listeners are called in order, with an account's events in the order of
+   * its entries. Nobody waits for a listener; a throw in it is a process warning. A lost connection
+   * is caught up with. Each process that listens is told: keep the `id` of an event you have
+   * handled, and drop the event when it comes again. Begins with `start`; while nobody listens,
+   * nothing is read. 400 `invalid_input` for an unknown kind.
    */
   on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** JSON-ready, without secrets. */
   health(): Health
-  /** Begins to follow changes, and to maintain the database hourly (in 10 s again, if that fails). Until then each key is read from Postgres. */
+  /**
+   * Begins to follow changes, and to maintain the database hourly (10 s after a failure). Until
+   * then each key is read from Postgres.
+   */
   start(): Promise<void>
   /**
-   * Delivers what is queued, and ends the listener; for good. What isn't delivered at its own deadline, or after `stopDeadline`,
-   * is rejected. What you passed in stays open.
+   * Delivers the queues, and ends the listener, for good. An element that isn't delivered by its
+   * own deadline, or by `stopDeadline`, is rejected. The `rpc` and `redis` that you passed in stay
+   * open.
    */
   stop(): Promise<void>
 }
 
-// of the listener and the news, each of which may be in a read
+// the limit for the listener and the news to stop: each may be in a read
 const STOP_READING_MS = 2000
 const HOUR_MS = 3600 * 1000
 const MAINTAIN_AGAIN_MS = 10_000
-// longer than any key
+// no key is longer
 const MAX_KEY = 4096
-// a look-up that failed is not worth waiting for: what is known may do
+// a look-up that fails is not worth a longer wait: the last known answer may do
 const LOOK_UP_MS = 100
 const MAX_LOOK_UPS = 10_000
-// three reads of the changes would have been answered in it
+// a Postgres that is there would have answered three reads of the changes in it
 const SILENT_MS = 1000
 const BALANCE = [
   ...['user_id', 'tenant_id', 'account_id', 'owner', 'currency', 'balance::text', 'free_credit::text'],
@@ -130,14 +133,19 @@ const BALANCE = [
 ]
 const BUDGET = ['allowed', 'code', 'available::text', 'remaining::text', 'account_id', 'currency']
 
-/** Throws TypeError for `listen: false` without `redis`, a Redis client that reads from replicas, a short `redisSecret`. */
+/**
+ * Throws TypeError for `changes: 'follow'` without `redis`, for `changes` without a connection
+ * string to listen by, for a Redis client that reads from replicas, and for a short `redisSecret`.
+ */
 export function createBillingModule(options: BillingModuleOptions): BillingModule {
-  const { rpc, redis, redisSecret, listen, maxEntries, maxStaleness } = options
+  const { rpc, redis, redisSecret, maxEntries, maxStaleness, changes = 'poll' } = options
   const { staleIfError = STALE_IF_ERROR_MS, stopDeadline = 20_000 } = options
-  if (listen === false && !redis) throw new TypeError('createBillingModule: `listen: false` needs `redis`')
+  const { mode, connectionString } = readChanges(changes)
+  const follows = mode === 'follow'
+  if (follows && !redis) throw new TypeError("createBillingModule: `changes: 'follow'` needs `redis`")
   if (redis) refuseReplicas(redis)
-  const follows = listen === false
-  // the reads of changes have a connection of their own: while none is answered, it is not the pool that is busy
+  // the reads of changes have a connection of their own: while none is answered, a busy pool can't
+  // be the reason
   const hangs = (error: unknown, waited: number) =>
     rpc.reserves === true && !follows && waited >= SILENT_MS && mayBeAway(error)
   const cache = createKeyCache<KeyContext>({
@@ -147,9 +155,10 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     isAway: (error, waited) => isAway(error) || hangs(error, waited),
   })
   const news = createNews(rpc)
-  const followed = follows ? { follow: true } : { connectionString: listen }
-  const listener = createListener({ cache, rpc, ...followed, channels: { keyledger_account: news.wake } })
-  // Made-up keys cost few calls, and leave connections to the charges: their queue is short, and its lanes are two.
+  const channels = { keyledger_account: news.wake }
+  const listener = createListener({ cache, rpc, follow: follows, connectionString, channels })
+  // Made-up keys must cost few calls, and leave connections to the charges: their queue is short,
+  // and it has two lanes.
   const lookUps = createBatcher<string, KeyContext | UnknownKey>({
     send: (hashes) =>
       rpc.call('resolve_virtual_keys', { key_hashes: jsonText(`[${hashes.join(',')}]`) as never }),
@@ -159,7 +168,7 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
     maxQueue: MAX_LOOK_UPS,
   })
   const metrics = createMetrics()
-  const { stats, stop: drain, ...charging } = createCharging(options, metrics)
+  const { stats, stop: drain, ...charging } = createCharging(options, metrics.batches)
   let unwatch = () => {}
   const maintenance: Health['maintenance'] = { at: null, error: null }
   let timer: NodeJS.Timeout | undefined
@@ -207,39 +216,12 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       timer = setTimeout(maintain, maintenance.error ? MAINTAIN_AGAIN_MS : HOUR_MS).unref()
   }
 
-  function health(): Health {
-    const { entries, ...answers } = cache.stats()
-    const memory = cache.trust.holds()
-    const redis = cache.redis?.trust.holds() ?? null
-    const { age, error, away, ...heard } = listener.state()
-    const listening = listen ? heard.listening : null
-    const told = news.state()
-    const queues = stats()
-    const lookUp = lookUps.stats().error
-    const trusted = memory || redis === true
-    // a follower has no memory: what it knows is in Redis
-    const known = age !== null && age <= staleIfError && !(follows && away.redis)
-    const answering = trusted || !away.postgres || known
-    const failing = [
-      error,
-      lookUp,
-      told.error,
-      maintenance.error,
-      ...Object.values(queues).map((queue) => queue.error),
-    ]
-    const well = trusted && redis !== false && failing.every((reason) => !reason)
-    const status = state !== 'started' || !answering ? 'down' : well ? 'ok' : 'degraded'
-    return {
-      status,
-      http_status: status === 'down' ? 503 : 200,
-      stale: servedStale && !trusted,
-      cache: { memory, redis, entries, answers, error: lookUp },
-      listener: { listening, age, error: error ? codeOf(error) : null },
-      news: { age: told.age, error: told.error ? codeOf(told.error) : null },
-      queues,
-      maintenance: { ...maintenance },
-    }
-  }
+  const health = () =>
+    healthOf({
+      ...{ cache, listener: listener.state(), news: news.state(), queues: stats(), maintenance },
+      ...{ lookUpError: lookUps.stats().error, isStarted: state === 'started' },
+      ...{ mode, servedStale, staleIfError },
+    })
 
   return {
     ...metrics.operations(charging),
@@ -278,15 +260,17 @@ export function createBillingModule(options: BillingModuleOptions): BillingModul
       clearTimeout(timer)
       await drain(stopDeadline)
       unwatch()
-      let limit: NodeJS.Timeout | undefined
-      const enough = new Promise((resolve) => {
-        limit = setTimeout(resolve, STOP_READING_MS)
-      })
-      await Promise.race([Promise.all([listener.stop(), news.stop()]), enough])
-      clearTimeout(limit)
+      await endsWithin(Promise.all([listener.stop(), news.stop()]), STOP_READING_MS)
       cache.close()
     },
   }
+}
+
+function readChanges(changes: Changes): { mode: HealthParts['mode']; connectionString?: string } {
+  if (changes === 'poll' || changes === 'follow') return { mode: changes }
+  if (typeof changes?.listen === 'string' && changes.listen !== '')
+    return { mode: 'listen', connectionString: changes.listen }
+  throw new TypeError("createBillingModule: `changes` is 'poll', 'follow' or { listen: a connection string }")
 }
 
 const refused = (code: string) =>

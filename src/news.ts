@@ -1,8 +1,9 @@
-// News of accounts: reads what has crossed a line, while somebody listens, and tells each listener.
-import { withinTime } from './cache.ts'
-import { invalidInput } from './errors.ts'
+// News of accounts: while somebody listens, reads which funds and budgets crossed a line, and tells
+// each listener.
+import { invalidInput, noAnswer } from './errors.ts'
 import type { Cursor } from './redis.ts'
 import type { Rpc } from './rpc.ts'
+import { withinTime } from './time-limits.ts'
 import type { AccountNewss } from './types.ts'
 import { createLoop, type Loop, READ_MS } from './wake.ts'
 
@@ -17,11 +18,13 @@ export interface NewsState {
 }
 
 export interface News {
-  /** Gives the function that ends it. 400 `invalid_input`: there is no such kind. */
+  /**
+   * Gives the function that ends the subscription. Throws 400 `invalid_input` for an unknown kind.
+   */
   on<Kind extends NewsKind>(kind: Kind, listener: NewsListener<Kind>): () => void
   /** Reads now, if somebody listens. */
   wake(): void
-  /** Resolves after the first read, also if that failed. */
+  /** Resolves after the first read, even if that failed. */
   start(): Promise<void>
   stop(): Promise<void>
   state(): NewsState
@@ -37,13 +40,13 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
   let readAt: number | undefined
   let failure: unknown
 
-  // from now on, for as long as somebody listens: the cursor is this loop's own
+  // from now on, for as long as somebody listens; each loop has a cursor of its own
   function follow(): Loop {
     let cursor: Cursor | null = null
     const own = createLoop(async () => {
       const sentAt = performance.now()
       try {
-        const read = await withinTime(rpc.call('account_news', { cursor }), READ_MS)
+        const read = await withinTime(rpc.call('account_news', { cursor }), READ_MS, noAnswer)
         if (loop !== own) return
         if (read.reset) tell({ kind: 'reset' })
         for (const event of read.events) tell(event)
@@ -59,7 +62,7 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
 
   function tell(event: AccountNewss[NewsKind]) {
     for (const listener of [...(listeners.get(event.kind) ?? [])]) {
-      // in a promise, so that what one throws is as what it rejects with, and stops no other
+      // in a promise: a throw is then the same as a rejection, and stops no other listener
       new Promise((resolve) => resolve(listener(event as never))).catch((error) =>
         process.emitWarning(`a listener of account news failed on ${event.kind}`, {
           type: 'KeyledgerWarning',
@@ -90,7 +93,7 @@ export function createNews(rpc: Pick<Rpc, 'call'>): News {
       const those = listeners.get(kind)
       if (!those)
         throw invalidInput(`there is no news of kind ${JSON.stringify(kind)}`, `one of: ${kinds.join(', ')}`)
-      // its own, so that one function may be given twice, and ended once
+      // a wrapper of its own, so that one function may be given twice, and ended once
       const own: NewsListener<typeof kind> = (event) => listener(event)
       those.add(own)
       begin()

@@ -1,14 +1,18 @@
-// The nodes that may serve a key: what a gateway needs to call them, read now and then rather than at each request.
+// The nodes that may serve a key, with the fields a gateway needs to call them; read now and then,
+// not at each request.
 import type { Rpc } from './rpc.ts'
 import type { ConfigNode, UserContext } from './types.ts'
 
 const MAX_AGE_MS = 5000
 const COLUMNS = ['id', 'name', 'provider', 'model', 'endpoint', 'created_at', 'status']
 
-/** Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a new node at once. */
+/**
+ * Gives the active nodes among `config_node_ids`, by name. A change of a node is seen within 5 s, a
+ * new node at once.
+ */
 export function createNodes(rpc: Pick<Rpc, 'rows'>) {
   type Row = ConfigNode & { status: string }
-  // disabled ones too: keys have them mounted, and are no reason to read again
+  // disabled nodes too: keys have them mounted, and that is no reason to read again
   let known = new Map<string, Row>()
   let readAt = Number.NEGATIVE_INFINITY
   let reading: Promise<void> | undefined
@@ -32,10 +36,10 @@ export function createNodes(rpc: Pick<Rpc, 'rows'>) {
     if (!complete() || performance.now() - readAt > MAX_AGE_MS) {
       const joined = reading !== undefined
       await refresh().catch((error) => {
-        // what is known will do
+        // the nodes we know will do
         if (!complete()) throw error
       })
-      // one that was under way may not have seen it
+      // a read that was under way may not have seen the node
       if (joined && !complete()) await refresh()
     }
     return [...known.values()]

@@ -1,6 +1,7 @@
-// The Redis tier: entries behind leases and, beside them, the cursor that says which changes they have been rid of.
+// The Redis tier: entries behind leases, and beside them the cursor: up to which change their keys
+// are evicted.
 import { randomUUID } from 'node:crypto'
-import type { Cluster, Redis } from 'ioredis'
+import type { RedisClient } from './redis-client.ts'
 import { createSeal } from './seal.ts'
 import { createTrust, type Trust } from './trust.ts'
 
@@ -11,8 +12,9 @@ export interface Cursor {
 }
 
 /**
- * What `vk:cursor` holds: whoever wrote it had deleted every entry changed before `cursor`. Entries of another
- * `generation` are dead. `beat` grows with every write, and no value is ever written twice.
+ * The value of `vk:cursor`. Its writer had deleted every entry that changed before `cursor`.
+ * Entries of another `generation` are dead. `beat` grows with every write, and no value is ever
+ * written twice.
  */
 export interface Coverage {
   cursor: Cursor
@@ -20,13 +22,13 @@ export interface Coverage {
   beat: number
 }
 
-/** `vk:cursor` as it was read; `raw` is '' where there is none. */
+/** `vk:cursor` as it was read; `raw` is '' if Redis has none. */
 export interface Found {
   raw: string
   coverage?: Coverage
 }
 
-/** The right to store one entry, until someone deletes its key. */
+/** The right to store one entry. It ends when its key is deleted. */
 export interface Lease {
   key: string
   token: string
@@ -35,20 +37,29 @@ export interface Lease {
 
 export interface RedisTier<Context> {
   trust: Trust
-  /** What the key holds, for `open` or `lease`. */
+  /** The value of the key, for `open` or `lease`. */
   get(key: string): Promise<string | null>
-  /** The entry, if it is this key's and of the present generation. Ask whether `trust` holds after `get`, not before. */
+  /**
+   * The entry, if it is this key's and of the present generation. Ask whether `trust` is live after
+   * `get`, not before.
+   */
   open(key: string, raw: string | null): { context?: Context } | undefined
-  /** Takes the place of `raw`; undefined if somebody else was first. Take it before reading Postgres. */
+  /**
+   * Takes the place of `raw`; undefined if another reader was first. Take it before you read
+   * Postgres.
+   */
   lease(key: string, raw: string | null): Promise<Lease | undefined>
-  /** Stores for `ttl` ms, unless the lease has been deleted meanwhile. `undefined` is an unknown key. */
+  /**
+   * Stores for `ttl` ms, unless the lease has been deleted meanwhile. The context of an unknown key
+   * is `undefined`.
+   */
   store(lease: Lease, context: Context | undefined, ttl: number): Promise<void>
   covered(): Promise<Found>
-  /** From now on only entries of this generation are any, and what is stored belongs to it. */
+  /** From now on only entries of this generation count, and new entries belong to it. */
   turn(generation: string): void
   /**
-   * Deletes the entries and leases of `keys`, and moves `vk:cursor` from `found` to `to` unless it has changed meanwhile, both
-   * at once; answers what it holds afterwards.
+   * Deletes the entries and leases of `keys`, and moves `vk:cursor` from `found` to `to` unless it
+   * has changed meanwhile. Both happen at once. Answers the value of `vk:cursor` afterwards.
    */
   advance(found: Found, to: Omit<Coverage, 'beat'>, keys: string[]): Promise<Coverage | undefined>
   /** Trusts entries of this generation, complete as of `sentAt`. */
@@ -73,43 +84,27 @@ const CURSOR = 'vk:cursor'
 const LEASE = 'lease:'
 const LEASE_MS = 30_000
 const ANSWER_MS = 200
-// an answer to nothing for so long: the socket is dead, and nobody has told us
+// a socket that answers nothing for so long is dead, and nobody has told us
 const SILENT_MS = 3000
 
-/** Throws TypeError where a client may read from replicas: they lag, and know revoked keys. */
-export function refuseReplicas(redis: Redis | Cluster): void {
-  const { scaleReads, redisOptions, readOnly, role } = redis.options as Record<string, unknown> & {
-    redisOptions?: Record<string, unknown>
-  }
-  const found = [
-    scaleReads !== undefined && scaleReads !== 'master' && 'scaleReads',
-    (readOnly || redisOptions?.readOnly) && 'readOnly',
-    (role === 'slave' || redisOptions?.role === 'slave') && "role: 'slave'",
-  ].find(Boolean)
-  if (!found) return
-  const why = 'a replica lags behind, and would bring revoked keys back'
-  throw new TypeError(
-    `createBillingModule: \`redis\` reads from replicas (\`${found}\`). Leave that out: ${why}`,
-  )
-}
-
-// compare and set: null if done, else what the key holds ('' if nothing)
+// compare and set: null if done, else the value of the key ('' if it has none)
 const replace = (set: string) => `
 local held = redis.call('get', KEYS[1]) or ''
 if held ~= ARGV[1] then return held end
 redis.call('set', KEYS[1], ARGV[2]${set})
 return nil`
 const REPLACE_FOR = replace(", 'px', ARGV[3]")
-// a thousand a command: Lua's stack has an end
+// a thousand keys a command: Lua's stack has an end
 const DELETE_AND_REPLACE = `
 for i = 2, #KEYS, 1000 do redis.call('unlink', unpack(KEYS, i, math.min(i + 999, #KEYS))) end${replace('')}`
 
 /**
- * Every command fails fast: at once where the connection is down, after 200 ms where it doesn't answer. A failure
- * ends trust in the tier, so that readers don't each wait for the next one; a read of the changes restores it.
+ * Every command fails fast: at once if the connection is down, after 200 ms if it doesn't answer. A
+ * failure ends trust in the tier, so that later readers don't each wait as long; a read of the
+ * changes restores it.
  */
 export function createRedisTier<Context>(
-  redis: Redis | Cluster,
+  redis: RedisClient,
   { maxStaleness, secrets = [] }: RedisTierOptions,
 ): RedisTier<Context> {
   const trust = createTrust(maxStaleness)
@@ -117,7 +112,8 @@ export function createRedisTier<Context>(
   let generation = ''
   let silentSince: number | undefined
 
-  // In a Cluster all in one slot: a shard that fails over takes the cursor along with the entries it speaks for.
+  // In a Cluster all keys share one slot: a shard that fails over takes the cursor along with the
+  // entries it covers.
   const at = redis.isCluster ? (key: string) => `{vk}:${key}` : (key: string) => key
   const cursorAt = at(CURSOR)
 
@@ -129,7 +125,8 @@ export function createRedisTier<Context>(
   redis.on('node error', lost) // of a Cluster
   if (redis.status === 'wait') redis.connect().catch(() => {})
 
-  // A socket may be dead without a word, and ioredis waits for it for ever. Only of a client that connects again by itself.
+  // A socket may be dead without a word, and ioredis waits for it for ever. We hang up only a
+  // client that connects again by itself.
   function hangUpIfSilent() {
     silentSince ??= performance.now()
     const { retryStrategy, clusterRetryStrategy } = redis.options as Record<string, unknown>
@@ -158,11 +155,12 @@ export function createRedisTier<Context>(
         hangUpIfSilent()
         fail(new Error('redis: no answer'))
       }
-      // in an immediate: after a pause of this process, an answer that is here already is read before it
+      // in an immediate: after a pause of this process, an answer that is here already is read
+      // first
       const timer = setTimeout(() => setImmediate(giveUp), ANSWER_MS)
       if (redis.status !== 'ready') {
         clearTimeout(timer)
-        // it has a socket, which has not said that it is ready
+        // it has a socket, and the server has not said that it is ready
         if (redis.status === 'connect') hangUpIfSilent()
         return fail(new Error(`redis: not connected (${redis.status})`))
       }
@@ -174,7 +172,8 @@ export function createRedisTier<Context>(
     })
   }
 
-  // What one turn of the event loop asks for leaves as one command: each by itself costs more than all the rest of a hit.
+  // All gets of one turn of the event loop leave as one command: a command by itself costs more
+  // than the rest of a hit.
   let gets: Get[] = []
 
   function getTogether(key: string): Promise<string | null> {
@@ -209,7 +208,7 @@ export function createRedisTier<Context>(
 
     async lease(key, raw) {
       if (raw?.startsWith(LEASE)) return undefined
-      // the generation of now: what is read from here on belongs to it, and to no later one
+      // the generation of now: a context read from here on belongs to it, and to no later one
       const lease = { key, token: LEASE + randomUUID(), generation }
       const held = await ask(() => redis.eval(REPLACE_FOR, 1, at(key), raw ?? '', lease.token, LEASE_MS))
       return held === null ? lease : undefined
@@ -229,8 +228,9 @@ export function createRedisTier<Context>(
       generation = next
     },
 
-    // The deletes and the cursor are one script. ioredis may send it again, to a Redis that came back older with `found`:
-    // whichever Redis takes the cursor has lost the entries too. A slow writer finds another value, and only deletes.
+    // The deletes and the cursor are one script. ioredis may send it again, to a Redis that came
+    // back older with `found`: each Redis that takes the cursor has lost the entries too. A slow
+    // writer finds another value, and only deletes.
     async advance(found, to, keys) {
       const coverage = { ...to, beat: (read(found.raw)?.beat ?? 0) + 1 }
       const next = seal.close(cursorAt, JSON.stringify(coverage))

@@ -1,4 +1,5 @@
-// The transport over pg: what PostgREST does (role, claims, arguments by name), in one round trip a call.
+// The transport over pg: like PostgREST it sets the role and the claims, and passes arguments by
+// name; one round trip a call.
 import pg from 'pg'
 import {
   fromNetwork,
@@ -9,67 +10,54 @@ import {
   poolBusy,
   type ServerError,
 } from './errors.ts'
-import {
-  argumentJson,
-  argumentsJson,
-  type CallOptions,
-  columns,
-  count,
-  identifier,
-  isJsonText,
-  ordering,
-  type RowsQuery,
-  type Rpc,
-  toJson,
-  toText,
-  withoutRawKey,
-} from './rpc.ts'
+import { toJson } from './json.ts'
+import { calling, literal, lookup, reading, type Shape, selectList } from './pg-query.ts'
+import { identifier } from './query.ts'
+import { type CallOptions, type RowsQuery, type Rpc, withoutRawKey } from './rpc.ts'
+import { withinTime } from './time-limits.ts'
 
 export interface PgRpcOptions {
   /**
-   * Yours: to be closed by you, after listening to its `error` events. Give it `connectionTimeoutMillis`: without that, a
-   * network that goes silent while connections are made keeps their places taken, for minutes or for ever.
+   * It is yours: listen to its `error` events, and close it afterwards. Give it
+   * `connectionTimeoutMillis`: without that, a network that goes silent while connections are made
+   * keeps their places taken, for minutes or for ever.
    */
-  pool?: pg.Pool
+  pool?: pg.Pool | undefined
   /**
-   * Instead of `pool`: opens one of up to 10 connections, which `close` ends. A transaction pooler will do. Beside either pool
-   * one connection more, of the same options, is kept for calls that are `reserved`: the reads of changes. `close` waits 5 s
-   * at most for calls that are under way.
+   * Instead of `pool`: opens a pool of up to 10 connections, which `close` ends. A transaction
+   * pooler will do. Beside either pool, one more connection of the same options is kept for
+   * `reserved` calls: the reads of changes. `close` waits 5 s at most for calls that are under way.
    */
-  connectionString?: string
+  connectionString?: string | undefined
   /** The role to be; the login must be a member of it. Default `keyledger_gateway`. */
-  role?: string
+  role?: string | undefined
   /** JWT claims to stand for: `{ user_id }` for a member. Default: none but the role. */
-  claims?: Record<string, unknown>
-  /** ms to wait for a connection, then for the answer; Postgres ends the statement after as much. Default 10,000. */
-  timeout?: number
+  claims?: Record<string, unknown> | undefined
+  /**
+   * ms to wait for a connection, then for the answer; Postgres ends the statement after as much.
+   * Default 10,000.
+   */
+  timeout?: number | undefined
 }
 
-/** A function of schema `api`, as the catalog has it. */
-interface Shape {
-  params: { name: string; type: string; required: boolean }[]
-  set: boolean
-  composite: boolean
-  nothing: boolean
-}
-
-/** Where a call gets its connection, and for how long. */
+/** Where a call gets its connection, and how long it may take. */
 interface Lane {
   pool: () => pg.Pool
   timeout: number
   preamble: string
 }
 
-// gone from the catalog, or changed under us
+// errors that a function gives which is gone from the catalog, or has changed since we looked
 const stale = ['function_not_found', 'column_not_found', 'internal_error']
 const GRACE_MS = 1000
-// of a call that is reserved a connection
+// the limit of a reserved call
 const RESERVED_MS = 5000
 const CLOSE_MS = 5000
 
 /**
- * An `Rpc` over a connection of its own to Postgres. Role, claims and time limit hold for one call: each is one
- * transaction, and the next user of the connection finds it as it was. Throws TypeError without `pool` or `connectionString`.
+ * An `Rpc` over connections of its own to Postgres. Role, claims and time limit are set for one
+ * call. Each call is one transaction, so the next user of the connection finds it as it was. Throws
+ * TypeError without `pool` or `connectionString`.
  */
 export function pgRpc(options: PgRpcOptions): Rpc {
   const { connectionString, role = 'keyledger_gateway', claims, timeout = 10_000 } = options
@@ -93,12 +81,13 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     return `select ${set.join(', ')}; `
   }
   const shared: Lane = { pool: () => pool, timeout, preamble: preambleOf(timeout) }
-  // One connection beside the pool, as the pool makes them, for what must not wait for the pool's; opened when first asked for.
+  // One connection beside the pool, with the pool's options, for calls that must not wait for the
+  // pool; opened at the first.
   let own: pg.Pool | undefined
   const reservedTimeout = Math.min(timeout, RESERVED_MS)
   const reserved: Lane = {
     pool: () => {
-      // its password is no enumerable property
+      // a spread leaves the password out: it is no enumerable property
       const { options } = pool
       const limits = { min: 0, max: 1, connectionTimeoutMillis: reservedTimeout, allowExitOnIdle: true }
       own ??= new pg.Pool({ ...options, password: options.password, ...limits }).on('error', () => {})
@@ -111,11 +100,11 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   async function connect(lane: Lane): Promise<pg.PoolClient> {
     const { timeout } = lane
     const pool = lane.pool()
-    // else a connection is opened for us, and may hang as the server does
+    // if the pool is not full, a connection is opened for us, and may hang as the server does
     const full = pool.idleCount === 0 && pool.totalCount >= pool.options.max
     const connecting = pool.connect()
     try {
-      return await within(timeout, connecting, full ? poolFull : noConnection)
+      return await withinTime(connecting, timeout, full ? poolFull : noConnection)
     } catch (error) {
       connecting.then(
         (late) => late.release(),
@@ -125,7 +114,8 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     }
   }
 
-  // Several statements in one simple query are one transaction: it ends with the answer, whatever that is.
+  // Several statements in one simple query are one transaction: it ends with the answer, good or
+  // bad.
   async function run<T>(statement: string, lane = shared): Promise<T> {
     const { timeout, preamble } = lane
     const client = await connect(lane)
@@ -134,7 +124,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     busy.add(client)
     let broken = false
     try {
-      const answers = await within(timeout + GRACE_MS, client.query(preamble + statement), noAnswer)
+      const answers = await withinTime(client.query(preamble + statement), timeout + GRACE_MS, noAnswer)
       const json = (answers as unknown as pg.QueryResult[]).at(-1)?.rows[0].json
       return JSON.parse(json ?? 'null')
     } catch (error) {
@@ -147,7 +137,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
     }
   }
 
-  // asked once per function, and again when the arguments don't fit what was answered then
+  // asked once per function, and again when the arguments don't fit the shapes of the last answer
   async function shapeOf(fn: string, names: string[], lane: Lane): Promise<Shape> {
     const fitting = (candidates: Shape[]) =>
       candidates.find(
@@ -177,7 +167,7 @@ export function pgRpc(options: PgRpcOptions): Rpc {
       const args = withoutRawKey(fn, given)
       const lane = options.reserved ? reserved : shared
       const names = Object.keys(args).filter((name) => args[name] !== undefined)
-      const list = select && columnList(select, 'c.')
+      const list = select && selectList(select)
       const shape = await shapeOf(identifier(fn), names, lane)
       try {
         return await run<T>(calling(fn, shape, args, list), lane)
@@ -187,21 +177,13 @@ export function pgRpc(options: PgRpcOptions): Rpc {
       }
     },
 
-    async rows<T>(view: string, { select, where = {}, limit, order }: RowsQuery) {
-      const conditions = Object.entries(where).map(([name, value]) => `${quoted(name)} = ${literal(value)}`)
-      const keys = order === undefined ? [] : ordering(order)
-      return run<T[]>(
-        `select coalesce(json_agg(r), '[]')::text as json from (select ${columnList(select, '')} from api.${quoted(view)}${
-          conditions.length ? ` where ${conditions.join(' and ')}` : ''
-        }${keys.length ? ` order by ${keys.map(({ name, desc }) => quoted(name) + (desc ? ' desc' : '')).join(', ')}` : ''}${
-          limit === undefined ? '' : ` limit ${count(limit)}`
-        }) r`,
-      )
+    async rows<T>(view: string, query: RowsQuery) {
+      return run<T[]>(reading(view, query))
     },
 
     async close() {
       const ours = [own, options.pool ? undefined : pool].filter((each) => each && !each.ending)
-      // what hangs keeps no process from ending
+      // a call that hangs keeps no process from ending
       const limit = setTimeout(() => {
         for (const client of busy) (client as unknown as pg.Client).end().catch(() => {})
       }, CLOSE_MS)
@@ -211,80 +193,13 @@ export function pgRpc(options: PgRpcOptions): Rpc {
   }
 }
 
-// One query, one value `json`: Postgres makes the JSON, as it does for PostgREST.
-function calling(fn: string, shape: Shape, args: Record<string, unknown>, select?: string) {
-  // their names are the catalog's: `limit` is one
-  const used = shape.params.filter(({ name }) => args[name] !== undefined)
-  // JSON is parsed here and now; any other type is read from JSON as PostgREST reads it
-  const read = used.filter(({ name, type }) => !(type === 'jsonb' && isJsonText(args[name])))
-  const passed = used.map((param) => {
-    const value = read.includes(param)
-      ? `a.${pg.escapeIdentifier(param.name)}`
-      : jsonLiteral(argumentJson(args[param.name]))
-    return `${pg.escapeIdentifier(param.name)} => ${value}`
-  })
-  const record = argumentsJson(Object.fromEntries(read.map(({ name }) => [name, args[name]])))
-  const columns = read.map(({ name, type }) => `${pg.escapeIdentifier(name)} ${type}`)
-  const from = `${read.length ? `json_to_record(${jsonLiteral(record)}) as a(${columns.join(', ')}), lateral ` : ''}api.${quoted(fn)}(${passed.join(', ')}) as c`
-  if (shape.nothing) return `select null::text as json from ${from}`
-  if (shape.composite) {
-    const all = shape.set ? `coalesce(json_agg(r), '[]')` : 'row_to_json(r)'
-    return `select ${all}::text as json from (select ${select ?? 'c.*'} from ${from}) r`
-  }
-  if (select)
-    throw new KeyledgerError('column_not_found', 400, {
-      detail: `api.${fn} has no columns`,
-      hint: 'leave `select` out',
-    })
-  return `select ${shape.set ? `coalesce(json_agg(c.value), '[]')` : 'to_json(c.value)'}::text as json from ${from}(value)`
-}
-
-const lookup = (fn: string) => `
-  select coalesce(json_agg(json_build_object(
-    'set', p.proretset,
-    'composite', t.typtype = 'c' or t.typname = 'record',
-    'nothing', t.typname = 'void',
-    'params', (
-      select coalesce(json_agg(json_build_object(
-        'name', i.name,
-        'type', format_type(i.type, null),
-        'required', i.position <= p.pronargs - p.pronargdefaults
-      )), '[]')
-      from (
-        select u.name, u.type, row_number() over (order by u.n) as position
-        from unnest(p.proargnames, coalesce(p.proallargtypes, p.proargtypes::oid[]), p.proargmodes)
-          with ordinality as u (name, type, mode, n)
-        where coalesce(u.mode, 'i') in ('i', 'b')
-      ) i
-    )
-  )), '[]')::text as json
-  from pg_proc p
-  join pg_type t on t.oid = p.prorettype
-  where p.pronamespace = 'api'::regnamespace and p.prokind = 'f' and p.proname = ${literal(fn)}`
-
-function columnList(select: readonly string[], of: string) {
-  return columns(select)
-    .map(({ name, type }) => {
-      if (name === '*') return `${of}*`
-      return type ? `cast(${of}${quoted(name)} as ${type}) as ${quoted(name)}` : of + quoted(name)
-    })
-    .join(', ')
-}
-
-const quoted = (name: string) => pg.escapeIdentifier(identifier(name))
-
-const literal = (value: string) => pg.escapeLiteral(toText(value))
-
-// most JSON of ours has nothing to escape, and escapeLiteral goes letter by letter: 4 ms for 500 events
-const jsonLiteral = (json: string) => (/['\\]/.test(json) ? pg.escapeLiteral(json) : `'${json}'`)
-
 const isServerError = (error: unknown): error is ServerError & { severity: string } =>
   error instanceof Error && 'severity' in error
 
 const toError = (error: unknown) =>
   isServerError(error) ? fromServer(error) : fromNetwork(error, 'Postgres')
 
-// as the pool says it, when it gives up before we do
+// the pool's own words, when it gives up before we do
 const isTaken = (error: unknown) =>
   error instanceof Error && error.message === 'timeout exceeded when trying to connect'
 
@@ -298,14 +213,6 @@ const poolFull = (ms: number) => poolBusy(noConnection(ms))
 
 const noAnswer = (ms: number) =>
   new KeyledgerError('timeout', 504, {
-    detail: `no answer of Postgres within ${ms} ms`,
-    hint: 'see `timeout` of pgRpc',
+    detail: `no answer from Postgres within ${ms} ms`,
+    hint: 'give pgRpc a longer `timeout`, or make Postgres answer faster',
   })
-
-// The work goes on, unseen.
-function within<T>(ms: number, work: Promise<T>, late: (ms: number) => Error): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(late(ms)), ms)
-    work.then(resolve, reject).finally(() => clearTimeout(timer))
-  })
-}

@@ -8,31 +8,31 @@ import {
   neverSent,
   noToken,
 } from './errors.ts'
-import {
-  argumentsJson,
-  columns,
-  count,
-  identifier,
-  ordering,
-  type Rpc,
-  toText,
-  withoutRawKey,
-} from './rpc.ts'
+import { argumentsJson, toText } from './json.ts'
+import { columns, count, identifier, ordering } from './query.ts'
+import { type Rpc, withoutRawKey } from './rpc.ts'
+import { createLimit } from './time-limits.ts'
 
 export interface PostgrestRpcOptions {
   /** The root of PostgREST, `http://127.0.0.1:3000`. */
   url: string
-  /** JSON web token whose `role` claim is the role to be; or what gives one, asked before each request, within `timeout`. */
+  /**
+   * JSON web token whose `role` claim is the role to be. Or a function that gives one: it is called
+   * before each request, and has `timeout` ms.
+   */
   token: string | (() => string | Promise<string>)
-  /** ms until a request is given up with `timeout`; PostgREST may still carry it out. Default 10,000. */
-  timeout?: number
+  /**
+   * ms until a request is given up with `timeout`; PostgREST may still carry it out. Default
+   * 10,000.
+   */
+  timeout?: number | undefined
   /** Default: Node's own, which keeps connections alive. */
-  fetch?: typeof fetch
+  fetch?: typeof fetch | undefined
 }
 
 /**
- * An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that PostgREST refuses.
- * Throws TypeError without `url`.
+ * An `Rpc` through PostgREST 12 or later. Errors also: 401 `invalid_token` for a token that
+ * PostgREST refuses. Throws TypeError without `url`.
  */
 export function postgrestRpc({
   url,
@@ -56,7 +56,7 @@ export function postgrestRpc({
       const headers: Record<string, string> = {
         accept: 'application/json',
         authorization: `Bearer ${given}`,
-        // where other schemas are exposed as well, the first of them would be meant
+        // without it PostgREST means its first schema, which may be another one
         [body === undefined ? 'accept-profile' : 'content-profile']: 'api',
       }
       if (body !== undefined) headers['content-type'] = 'application/json'
@@ -65,7 +65,7 @@ export function postgrestRpc({
         const response = await fetch(root + path, { method, headers, body, signal: limit.signal })
         return { status: response.status, text: await response.text() }
       }
-      // a `fetch` of the caller's may not heed the signal
+      // a caller's own `fetch` may not heed the signal
       ;({ status, text } = await limit.race(asked()))
     } catch (error) {
       throw fromNetwork(error, 'PostgREST')
@@ -117,24 +117,6 @@ export function postgrestRpc({
     },
 
     async close() {},
-  }
-}
-
-/** A time limit on all parts of a request, also on those that can't be aborted. */
-function createLimit(ms: number) {
-  const controller = new AbortController()
-  const { signal } = controller
-  // not AbortSignal.timeout: a process that waits for nothing else would end
-  const late = () => controller.abort(new DOMException(`no answer within ${ms} ms`, 'TimeoutError'))
-  const timer = setTimeout(late, ms)
-  return {
-    signal,
-    race: <T>(work: Promise<T>) =>
-      new Promise<T>((resolve, reject) => {
-        work.then(resolve, reject)
-        signal.addEventListener('abort', () => reject(signal.reason), { once: true })
-      }),
-    end: () => clearTimeout(timer),
   }
 }
 

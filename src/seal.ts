@@ -1,18 +1,22 @@
-// The seal of a value in Redis: an HMAC of its name and its text, so that who may only write there can't forge one.
+// The seal of a value in Redis: an HMAC of its name and its text, so that a stranger who may write
+// there can't forge it.
 import { createHmac, timingSafeEqual } from 'node:crypto'
 
 export interface Seal {
-  /** What to store under `name`. */
+  /** Seals the text for `name`: store the result there. */
   close(name: string, text: string): string
-  /** The text, if what was stored is sealed for this name; undefined else. */
+  /** The text, if the stored value is sealed for this name; undefined else. */
   open(name: string, stored: string): string | undefined
 }
 
-// of a sha-256, base64url
+// a sha-256 in base64url
 const MAC_LENGTH = 43
 const LEAST_SECRET = 16
 
-/** The first secret seals, all of them open; without any, values are stored as they are. Throws TypeError for a short one. */
+/**
+ * The first secret seals, and every secret opens. Without any, values are stored as they are.
+ * Throws TypeError for a short one.
+ */
 export function createSeal(secrets: readonly string[]): Seal {
   if (secrets.some((secret) => typeof secret !== 'string' || secret.length < LEAST_SECRET))
     throw new TypeError(`createBillingModule: a \`redisSecret\` has at least ${LEAST_SECRET} characters`)

@@ -1,23 +1,32 @@
 // Trust: how long a cache tier may answer by itself after the last read that proved it complete.
 
-/** Kept by whoever reads the changes, asked by whoever serves. All times are of the monotonic clock, in ms. */
+/** The listener keeps it, and the cache asks it. All times are of the monotonic clock, in ms. */
 export interface Trust {
   /** May the tier answer now? */
-  holds(): boolean
-  /** All changes that were committed before `sentAt` are evicted. Doesn't bring back trust that ended after it. */
+  live(): boolean
+  /**
+   * Says that all changes committed before `sentAt` are evicted. It doesn't bring back trust that
+   * ended after `sentAt`.
+   */
   prove(sentAt: number): void
   /** Nothing proven so far counts any more: a connection broke, a read or an eviction failed. */
   end(): void
-  /** Called ten times a second while changes are read. Where the calls stop, this process stood still: trust ends. */
+  /**
+   * Called ten times a second while changes are read. A gap between the calls ends trust: this
+   * process stood still.
+   */
   beat(): void
-  /** Trusts a proof for `ms` at most from now on. */
+  /** From now on, trusts a proof for `ms` at most. */
   shorten(ms: number): void
-  /** The moment up to which the tier is known to be complete, whether or not that is still trusted. */
+  /**
+   * The moment up to which the tier is known to be complete, whether or not that is still trusted.
+   */
   provenAt(): number
 }
 
 export const BEAT_MS = 100
-// A read is sent every 300 ms. A longer gap than this, and what changed in it could be older than a second.
+// A read is sent every 300 ms. After a longer gap than this, a change could be unseen for more than
+// a second.
 const STILL_MS = 500
 
 export function createTrust(maxStaleness: number): Trust {
@@ -37,7 +46,7 @@ export function createTrust(maxStaleness: number): Trust {
   }
 
   return {
-    holds() {
+    live() {
       look()
       return provenAt > endedAt && performance.now() - provenAt <= maxStaleness
     },

@@ -1,18 +1,23 @@
-// The shapes of schema `api` that the client sends and gets. Amounts are decimal strings, ids UUIDs, moments ISO 8601.
-import type { Cursor } from './redis.ts'
+// The shapes that the client sends to schema `api`, and gets from it. Amounts are decimal strings,
+// ids UUIDs, moments ISO 8601.
 
-/** What `api.resolve_virtual_key` answers, and the cache keeps: who a key is, who pays, and until when that holds. */
+export type * from './news-types.ts'
+
+/**
+ * The answer of `api.resolve_virtual_key`, which the cache keeps: the key's user, its payer, and
+ * until when both are right.
+ */
 export interface KeyContext {
   virtual_key_id: string
   user_id: string
   tenant_id: string | null
-  /** Who pays: the tenant's id, or the user's own. */
+  /** The payer's account: the tenant's id, or the user's own. */
   account_id: string
   currency: string
   name: string | null
   /** The beginning of the key, for display. */
   key_prefix: string
-  /** The nodes mounted on the key, also those that are disabled now: it may hold funds for those that are active. */
+  /** The nodes mounted on the key, disabled ones too. It may hold funds for the active ones. */
   config_node_ids: readonly string[]
   virtual_key_status: string
   user_status: string
@@ -21,39 +26,48 @@ export interface KeyContext {
   code: string | null
   /** When this changes by the clock alone. */
   valid_until: string | null
-  /** ms from the answer until then, a day at most. */
+  /** ms from the answer until `valid_until`, a day at most. */
   valid_for_ms: number | null
 }
 
-/** What `api.resolve_virtual_keys` answers for a hash that no key has. */
+/** The answer of `api.resolve_virtual_keys` for a hash that no key has. */
 export interface UnknownKey {
   code: 'virtual_key_unknown'
   virtual_key_id: null
 }
 
-/** Who makes a request, and who pays for it: what `validate` gives. Neither the key nor its hash. */
+/**
+ * The result of `validate`: the maker of a request, and its payer. It has neither the key nor its
+ * hash.
+ */
 export type UserContext = Omit<
   KeyContext,
   'virtual_key_status' | 'user_status' | 'tenant_status' | 'code' | 'valid_until' | 'valid_for_ms'
 >
 
-/** An upstream instance, as the operator set it up. */
+/** An upstream instance, with the operator's settings. */
 export interface ConfigNode {
   readonly id: string
   readonly name: string
   readonly provider: string | null
   readonly model: string | null
-  /** Where it is called. */
+  /** The address at which it is called. */
   readonly endpoint: string | null
   readonly created_at: string
 }
 
-/** Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal strings. */
+/**
+ * Measured use: a count per meter, `{ input_tokens: 374, output_tokens: 44 }`. Numbers, or decimal
+ * strings.
+ */
 export type Meters = Record<string, number | string>
 
-/** What to hold: an amount in the account's currency, or what a use would cost on a node, priced in SQL. */
+/**
+ * The sum to hold: an amount in the account's currency, or the cost of a use of a node, priced in
+ * SQL.
+ */
 export type HoldRequest = ({ amount: string } | { config_node_id: string; meters: Meters }) & {
-  /** UUIDv7; one is made if absent. Give your own to repeat a hold safely. */
+  /** UUIDv7; the client makes one if it is absent. Give your own to repeat a hold safely. */
   id?: string
   /** Seconds until the hold gives itself back, up to 30 days. Default 900. */
   expires_in?: number
@@ -64,16 +78,19 @@ export interface Hold {
   id: string
   account_id: string
   amount: string
-  /** What the account has left beside its holds. */
+  /** The account's funds that no hold sets aside. */
   available: string
   expires_at: string
 }
 
-/** What was used. It may be a `UserContext` and more: `{ ...context, config_node_id, meters }`. */
+/** One use. It may carry a whole `UserContext`: `{ ...context, config_node_id, meters }`. */
 export interface UsageEvent {
-  /** UUIDv7: time, identity and idempotency in one; made if absent. To repeat an event, repeat its id. */
+  /**
+   * UUIDv7: time, identity and idempotency in one. The client makes one if it is absent. To repeat
+   * an event, repeat its id.
+   */
   id?: string
-  /** As the request was validated: who paid then pays, wherever the user is now. */
+  /** From the validation of the request: that account pays, even if the user has moved since. */
   account_id: string
   virtual_key_id: string
   config_node_id: string
@@ -82,13 +99,22 @@ export interface UsageEvent {
   hold_id?: string
   /** Whether it ends its hold. Default true. */
   final?: boolean
-  /** Yours, up to 512 characters. One that is longer or empty is left out, and the event charged without it. */
+  /**
+   * Your own label, up to 512 characters. A longer or empty one is left out, and the event charged
+   * without it.
+   */
   request_id?: string
-  /** Yours, an object of up to 16,384 bytes of JSON. What is no such object is left out, and the event charged without it. */
+  /**
+   * Your own object, up to 16,384 bytes of JSON. Any other value is left out, and the event charged
+   * without it.
+   */
   metadata?: Record<string, unknown>
 }
 
-/** All three are final: what is `parked` is kept with its `code`, to be charged once its cause is repaired. */
+/**
+ * Each status is final. A `parked` event is kept with its `code`, and charged once its cause is
+ * repaired.
+ */
 export interface UsageAnswer {
   id: string
   status: 'charged' | 'duplicate' | 'parked'
@@ -106,8 +132,8 @@ export interface UsageAnswer {
 }
 
 /**
- * Of a call that names several accounts: another call has this one. Nothing was kept: send its elements by themselves. The
- * methods of the module do so.
+ * In a call that names several accounts: another call has this account locked, and nothing was kept
+ * for it. Send the account's elements in a call of their own; the module's methods do so.
  */
 export interface BusyAnswer {
   id: string
@@ -132,19 +158,19 @@ export interface ExtendAnswer {
   available?: string
 }
 
-/** Whether a user could pay an amount now. */
+/** Says whether a user could pay an amount now. */
 export interface BudgetAnswer {
   allowed: boolean
-  /** Why not. */
+  /** The reason if not. */
   code: string | null
   available: string
-  /** What the tightest budget of the key, the user and the tenant has left; null if there is none. */
+  /** The rest of the tightest budget of the key, the user and the tenant; null if there is none. */
   remaining: string | null
   account_id: string
   currency: string
 }
 
-/** Who pays for a user, and what they have. */
+/** The payer of a user, and the payer's funds. */
 export interface Balance {
   user_id: string
   tenant_id: string | null
@@ -167,89 +193,46 @@ export interface Balance {
   balance_version: number
 }
 
-/** As `api.place_holds` answers one request. */
+/** The answer of `api.place_holds` to one request. */
 export interface HoldAnswer {
   id: string
-  /** `busy`: another session holds the account, and nothing was kept; only in calls that name several accounts. */
+  /**
+   * `busy`: another session holds the account, and nothing was kept; only in calls that name
+   * several accounts.
+   */
   status: 'held' | 'duplicate' | 'refused' | 'busy'
   code?: string
   amount?: string
   available?: string
-  /** What the budget that refused it has left. */
+  /** The rest of the budget that refused it. */
   remaining?: string
   expires_at?: string
   hold_status?: 'open' | 'captured' | 'released' | 'expired'
   mismatch?: true
 }
 
-/** A crossing of an account's funds or of a budget, at the moment of the posting that caused it. */
-export interface NewsOf<Kind extends string> {
-  /** The same in every process that is told, so that copies can be dropped. Grows with the account's entries. */
-  id: number
-  kind: Kind
-  account_id: string
-  /** The ledger entry that changed the funds. */
-  seq: number
-  /** balance + free_credit + credit_limit - outstanding_amount: what open holds set aside is not taken off. */
-  funds: string
-  /** The account's low_balance_threshold, if it has one. */
-  threshold?: string
-  created_at: string
-}
-
-/** A budget that is used up: whose it is, and how far. */
-export interface BudgetNews {
-  id: string
-  scope: 'virtual_key' | 'user' | 'tenant'
-  /** The id of the key, user or tenant. */
-  scope_id: string
-  period: 'day' | 'week' | 'month' | 'total'
-  amount: string
-  spent: string
-}
-
-/** What `on` tells, by kind. */
-export interface AccountNewss {
-  /** Funds fell to the account's threshold or below it. */
-  low_balance: NewsOf<'low_balance'> & { threshold: string }
-  /** Funds fell to 0 or below. */
-  exhausted: NewsOf<'exhausted'>
-  /** Funds rose above 0. */
-  back_in_funds: NewsOf<'back_in_funds'>
-  /** What counts against a budget in its present window has reached its amount; a budget of 0 says nothing. */
-  budget_exhausted: NewsOf<'budget_exhausted'> & { budget: BudgetNews }
-  /** News may have been missed (Postgres failed over, or was away for 48 hours): read the accounts you care about. */
-  reset: { kind: 'reset' }
-}
-
-/** What `api.account_news` answers. Keep the cursor after handling the events. */
-export interface AccountNews {
-  cursor: Cursor
-  /** Oldest first. */
-  events: AccountNewss[Exclude<keyof AccountNewss, 'reset'>][]
-  /** Some may have been missed since the cursor given: read the accounts you care about. */
-  reset: boolean
-}
-
-/** As `api.place_holds` takes one request. */
+/** One request of `api.place_holds`. */
 export type PlaceHoldRequest = HoldRequest & { id: string; account_id: string; virtual_key_id: string }
 
-/** As `api.release_holds` takes one. */
+/** One request of `api.release_holds`. */
 export interface ReleaseRequest {
   id: string
   account_id: string
 }
 
-/** As `api.extend_holds` takes one. */
+/** One request of `api.extend_holds`. */
 export interface ExtendRequest extends ReleaseRequest {
   /** Seconds from now. Default 900. */
   expires_in?: number
 }
 
-/** As `api.record_usage` takes one event. */
+/** One event of `api.record_usage`. */
 export type RecordedEvent = UsageEvent & { id: string }
 
-/** A key in use elsewhere, for `api.import_virtual_keys`: whose it is, and its sha-256 or the key itself. */
+/**
+ * A key in use elsewhere, for `api.import_virtual_keys`: its user, and its sha-256 or the key
+ * itself.
+ */
 export type KeyImport = ({ user_id: string } | { user_external_id: string }) &
   ({ key_hash: string } | { virtual_key: string }) & {
     name?: string | null
@@ -264,11 +247,14 @@ export interface KeyImportAnswer {
   code?: string
   id?: string
   key_prefix?: string
-  /** A duplicate that differs from what is here. */
+  /** A duplicate that differs from the key kept here. */
   mismatch?: true
 }
 
-/** What an account had elsewhere, for `api.record_openings`. Amounts are decimal strings; a negative balance is owed. */
+/**
+ * An account's funds elsewhere, for `api.record_openings`. Amounts are decimal strings; a negative
+ * balance is owed.
+ */
 export type Opening = (
   | { account_id: string }
   | { tenant_external_id: string }

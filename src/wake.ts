@@ -1,21 +1,26 @@
-// Wake-ups: loops that read on each wake-up and now and then anyway, and the one LISTEN connection that wakes them.
+// Wake-ups: loops that read on each wake-up and now and then anyway, and the one LISTEN connection
+// that wakes them.
 import pgListen from 'pg-listen'
+import { endsWithin, pause } from './time-limits.ts'
 
 export interface Loop {
-  /** Resolves when what was to be read at this moment has been tried. */
+  /** Resolves when a read that began after this call, or with it, has been tried. */
   wake(): Promise<void>
-  /** Resolves when the read under way has ended; for good. */
+  /** Resolves when the read under way has ended; the loop never reads again. */
   stop(): Promise<void>
 }
 
 const POLL_MS = 500
-// anybody may notify, as often as they like
+// any login may notify, as often as it likes
 const LEAST_MS = 20
 /** ms that one read of Postgres may take. */
 export const READ_MS = 5000
 const RECONNECT_MS = 500
 
-/** Begins with the first wake-up, and reads every `poll` ms at least, every 20 ms at most. `read` must not reject. */
+/**
+ * Begins with the first wake-up, and reads every `poll` ms at least, every 20 ms at most. `read`
+ * must not reject.
+ */
 export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
   let stopped = false
   let wakened = false
@@ -24,18 +29,19 @@ export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
   let sentAt = -Infinity
   let endPause = () => {}
 
-  function pause(ms: number) {
+  function wait(ms: number) {
     return new Promise<void>((resolve) => {
       endPause = resolve
       timer = setTimeout(resolve, ms)
     })
   }
 
-  // one read at a time; a wake-up during it means another one, since the change may be newer than its snapshot
+  // one read at a time; a wake-up during a read means another read, since the change may be newer
+  // than its snapshot
   async function readAll() {
     while (wakened && !stopped) {
       const early = sentAt + LEAST_MS - performance.now()
-      if (early > 0) await pause(early)
+      if (early > 0) await wait(early)
       if (stopped) break
       wakened = false
       sentAt = performance.now()
@@ -68,7 +74,10 @@ export function createLoop(read: () => Promise<void>, poll = POLL_MS): Loop {
 export interface SubscriptionOptions {
   /** Any login of the database, not through a transaction pooler. */
   connectionString: string
-  /** What to call at each notification, and when LISTEN takes effect: what was committed before woke nobody. */
+  /**
+   * The function to call at each notification, and when LISTEN takes effect: a change committed
+   * before woke nobody.
+   */
   channels: Record<string, () => unknown>
   lost: () => void
 }
@@ -79,7 +88,9 @@ export interface Subscription {
   state(): { listening: boolean; error?: Error }
 }
 
-/** Comes back however long Postgres was away. The payload is never looked at: anyone can notify. */
+/**
+ * Comes back however long Postgres was away. It never looks at the payload: any login can notify.
+ */
 export function createSubscription({ connectionString, channels, lost }: SubscriptionOptions): Subscription {
   let listening = false
   let stopped = false
@@ -90,8 +101,8 @@ export function createSubscription({ connectionString, channels, lost }: Subscri
     release = resolve
   })
 
-  // One subscriber per connection, and this loop in place of pg-listen's own reconnecting, which ends by itself after
-  // retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
+  // One subscriber per connection. This loop replaces pg-listen's own reconnecting: that ends by
+  // itself after retryTimeout (3 s) or if LISTEN fails, and doesn't end on close.
   async function connect() {
     while (!stopped) {
       const subscriber = pgListen.default(
@@ -124,7 +135,10 @@ export function createSubscription({ connectionString, channels, lost }: Subscri
         listening = false
         lost()
       }
-      await Promise.race([subscriber.close().catch(() => {}), pause(RECONNECT_MS)])
+      await endsWithin(
+        subscriber.close().catch(() => {}),
+        RECONNECT_MS,
+      )
       if (!stopped) await Promise.race([pause(RECONNECT_MS), released])
     }
     listening = false
@@ -142,5 +156,3 @@ export function createSubscription({ connectionString, channels, lost }: Subscri
     state: () => ({ listening, error }),
   }
 }
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms))

@@ -1,4 +1,5 @@
-// The gateway in each framework, and in none: who gets in, what goes through, and that a caller who leaves is noticed.
+// The gateway in each framework, and in none: it admits keys, passes answers on, and notices a
+// caller that leaves.
 import { request } from 'node:http'
 import OpenAI from 'openai'
 import { suite } from 'uvu'
@@ -29,7 +30,8 @@ db.onClose(() => {
 })
 const { port } = upstream.address() as { port: number }
 
-// a key for model `demo`, for `stall`, which says three words and no more, and for `hang`, which never answers
+// a key for model `demo`, for `stall`, which says three words and no more, and for `hang`, which
+// never answers
 async function caller(url: string, options = {}) {
   const world = await seed(db.operator, options)
   const { nodeId, keyId, key, accountId } = world
@@ -134,7 +136,7 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
     }
   })
 
-  test(`${name}: a caller who leaves mid-stream pays for what came, and no hold is left`, async () => {
+  test(`${name}: a caller that leaves mid-stream pays for the part it got, and no hold is left`, async () => {
     const { openai, events, open } = await caller(gateway.url)
     const before = left
     let words = 0
@@ -147,7 +149,7 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
     await holdsTrue(db.sql)
   })
 
-  test(`${name}: a caller who leaves before anything came pays nothing, and no hold is left`, async () => {
+  test(`${name}: a caller that leaves before anything came pays nothing, and no hold is left`, async () => {
     const { openai, events, open } = await caller(gateway.url)
     const [before, calls] = [left, called]
     const leave = new AbortController()
@@ -168,8 +170,8 @@ for (const name of ['proxy', 'express', 'fastify', 'hono']) {
       const headers = { authorization: `Bearer ${key}`, 'content-type': type }
       return (await fetch(url, { method: 'POST', headers, body })).status
     }
-    // announced to all, and sent to those who read it to its end: the others may close at once, and who still sends then
-    // may not get the answer
+    // announced to all, and sent to the frameworks that read it to its end. The others may close at
+    // once, and a caller that still sends then may not get the answer.
     const tooLarge = new Promise<number | undefined>((resolve, reject) => {
       const headers = { authorization: `Bearer ${key}`, 'content-length': 11_000_000 }
       const asked = request(url, {

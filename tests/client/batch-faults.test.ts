@@ -1,4 +1,5 @@
-// Batches under faults: whose fault an error is, halves that wait for a lane, busy accounts, and bounds in bytes.
+// Batches under faults: whose fault an error is, halves that wait for a lane, busy accounts, and
+// bounds in bytes.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
@@ -300,7 +301,7 @@ test('a failed call is told for a while, not for ever', async () => {
   await until(() => stats().error === null, 'it to be forgotten')
 })
 
-test('in doubt is only what may have been carried out', async () => {
+test('an element is in doubt only if it may have been carried out', async () => {
   const errors: [error: unknown, doubt: boolean][] = [
     [new KeyledgerError('timeout', 504), true],
     [new KeyledgerError('unavailable', 503), true],
@@ -340,7 +341,7 @@ test("nobody is given up with an error about another's data", async () => {
   }
 })
 
-test('a half that is late before its turn is not told what the whole was told', async () => {
+test('a half that is late before its turn gets an error of its own, not that of the whole batch', async () => {
   const { add } = batches(
     async (elements) => {
       if (elements.some(({ id }) => id === 1) && elements.length > 1)

@@ -1,4 +1,4 @@
-// Lanes: what goes together, what is repeated, what is given up, and that one bad element harms no other.
+// The batcher: elements go together, are repeated or given up, and one bad element harms no other.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
@@ -63,7 +63,7 @@ function open(send: (ids: number[]) => void, options: Partial<BatcherOptions<Ele
 const outcomes = (promises: Promise<string>[]) =>
   Promise.all(promises.map((promise) => promise.catch((error) => error.code)))
 
-test('what comes in one turn goes together; what comes during a call goes in the next, in order', async () => {
+test('elements of one turn go together; elements that come during a call go in the next, in order', async () => {
   const { add, calls } = held()
   const first = [add(1), add(2), add(3)]
   await turn()
@@ -268,7 +268,7 @@ for (const code of ['timeout', 'lock_timeout'])
     assert.is((await outcomes(next.slice(1)))[0], code)
   })
 
-test('each try sends what was given, whatever has become of it', async () => {
+test('each try sends the element as it was given, even if the caller has changed it since', async () => {
   const { put, calls } = held()
   const meters = { tokens: 1 }
   const promise = put({ id: 1, account: 'a', meters })
@@ -322,7 +322,7 @@ test('an element that comes later has its own deadline', async () => {
   assert.is(await late, 'done 2')
 })
 
-test('while calls fail, what is late is given up unsent', async () => {
+test('while calls fail, late elements are given up unsent', async () => {
   const { add, calls } = held({ deadline: 100 })
   const first = failure(add(1))
   await turn()
@@ -436,7 +436,7 @@ test('a full queue refuses, and takes more when it has room', async () => {
   assert.is((await Promise.all([...first, ...more])).length, 6)
 })
 
-test('flush resolves when what was added before is settled, rejected ones too', async () => {
+test('flush resolves when all elements added before are settled, rejected ones too', async () => {
   const { add, calls, flush } = held({ lanes: 2 })
   await flush() // nothing to wait for
   const rejected = failure(add(1, 'a'))
@@ -460,7 +460,7 @@ test('flush resolves when what was added before is settled, rejected ones too', 
   await later
 })
 
-test('stop delivers what is queued, and refuses the rest', async () => {
+test('stop delivers the queue, and refuses later elements', async () => {
   const { add, calls, stop } = held()
   const before = add(1)
   await turn()

@@ -1,4 +1,5 @@
-// The two tiers alone: what is stored, what is trusted, and what a reader that was overtaken may not store.
+// The two tiers alone: they store and trust entries, and a reader that was overtaken stores
+// nothing.
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { suite } from 'uvu'
@@ -43,7 +44,10 @@ function client(): Redis {
   return redis
 }
 
-/** A cache on a Postgres that the test plays; `holds` is what it has, `asked` what it was asked, `gate` holds its answers up. */
+/**
+ * A cache on a Postgres that the test plays: `holds` has its keys, `asked` the questions, and
+ * `gate` delays its answers.
+ */
 function cacheOf(options: Partial<KeyCacheOptions<Context>> = {}) {
   const postgres = {
     holds: new Map<string, Context>(),
@@ -86,7 +90,7 @@ function gate() {
   return { closed, open }
 }
 
-/** Waits until the key in Redis holds what the pattern matches, '' for nothing. */
+/** Waits until the key's value in Redis matches the pattern; '' stands for no value. */
 const inRedis = (hash: string, pattern: RegExp) =>
   until(async () => pattern.test((await admin.get(`vk:${hash}`)) ?? ''), `vk:${hash} to match ${pattern}`)
 
@@ -135,7 +139,7 @@ test('trust ends maxStaleness after the last proof was sent', async () => {
   cache.trust.prove(performance.now())
   await get(hash)
   assert.is((await get(hash)).tier, 'memory')
-  await until(() => !cache.trust.holds(), 'trust to end')
+  await until(() => !cache.trust.live(), 'trust to end')
   assert.is((await get(hash)).tier, 'database')
 })
 
@@ -145,7 +149,7 @@ test('a proof that was sent before trust ended does not bring it back', async ()
   await until(() => performance.now() > sentAt, 'the clock')
   cache.trust.end()
   cache.trust.prove(sentAt)
-  assert.not(cache.trust.holds())
+  assert.not(cache.trust.live())
 })
 
 test('an unknown key is remembered, and found once it is created', async () => {
@@ -333,7 +337,8 @@ test('memory: without trust a caller does not join a reader that started a secon
   await before
 })
 
-// What may happen while a reader is between its read and its store in Redis; Postgres has the new answer by then.
+// What may happen while a reader is between its read and its store in Redis; Postgres has the new
+// answer by then.
 const overtaking = {
   'an eviction': async (key: string) => admin.del(key),
   'Redis being emptied': async () => admin.flushall(),
@@ -361,7 +366,7 @@ for (const [what, happens] of Object.entries(overtaking))
     assert.is(await admin.get(`vk:${hash}`), held)
   })
 
-test('redis: what a reader stores belongs to the generation from before it read', async () => {
+test('redis: an entry belongs to the generation from before its reader read', async () => {
   const slow = await sharedCache('generation 1')
   const hash = newHash()
   slow.postgres.holds.set(hash, answer('old'))
@@ -379,7 +384,7 @@ test('redis: what a reader stores belongs to the generation from before it read'
   await inRedis(hash, /"new"/)
 })
 
-test('redis: one who finds the lease of another reads Postgres and stores nothing', async () => {
+test('redis: a reader that finds the lease of another reads Postgres and stores nothing', async () => {
   const { postgres, get } = await sharedCache('other')
   const hash = newHash()
   await admin.set(`vk:${hash}`, 'lease:of another')
@@ -397,7 +402,7 @@ test('redis: of two readers that find nothing one gets the lease, and a lease en
   assert.ok(ttl > 0 && ttl <= 30_000, `${ttl}`)
 })
 
-test('redis: what is not an entry is replaced', async () => {
+test('redis: a value that is no entry is replaced', async () => {
   const { postgres, get } = await sharedCache('garbage')
   for (const garbage of ['{', 'null', '"text"', '{"generation":"another","context":{"name":"old"}}']) {
     const hash = newHash()
@@ -469,7 +474,7 @@ test('redis down: memory, then Postgres, at once and in one flight', async () =>
     assert.is(postgres.asked.length, 2)
     await own.restart()
     await until(() => redis.status === 'ready', 'redis')
-    assert.not(cache.redis!.trust.holds(), 'not trusted before the changes are read')
+    assert.not(cache.redis!.trust.live(), 'not trusted before the changes are read')
   } finally {
     redis.disconnect()
     await own.stop()
@@ -494,7 +499,7 @@ test('redis hanging: an answer within a second, and the next callers do not wait
     })
     assert.equal(await until(() => seen, 'an answer', 5), { context: answer('a'), tier: 'database' })
     assert.ok(performance.now() - startedAt < 1000)
-    assert.not(cache.redis!.trust.holds())
+    assert.not(cache.redis!.trust.live())
   } finally {
     redis.disconnect()
     process.kill(own.pid, 'SIGCONT')

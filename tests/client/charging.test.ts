@@ -1,4 +1,4 @@
-// The charging side over a transport that fails as told: labels, holds that were given up, stop, and what health says.
+// Charging over a transport that fails as told: labels, holds that were given up, stop, and health.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
@@ -80,7 +80,7 @@ const unfit: [what: string, label: object, left_out: string[]][] = [
   ['16,385 bytes of two a character', { metadata: { a: 'é'.repeat(8190) } }, ['metadata']],
   ['a text', { metadata: 'x' }, ['metadata']],
   ['an array', { metadata: [1] }, ['metadata']],
-  ['what JSON makes a text', { metadata: new Date(0) }, ['metadata']],
+  ['an object that JSON makes a text', { metadata: new Date(0) }, ['metadata']],
   ['a cycle', { metadata: cycle }, ['metadata']],
   ['a BigInt', { metadata: { n: 5n } }, ['metadata']],
   ['both', { request_id: '', metadata: 'x'.repeat(2_000_000) }, ['request_id', 'metadata']],
@@ -96,7 +96,7 @@ for (const [what, label, left_out] of unfit)
     await stop()
   })
 
-test('what SQL left out is said beside what the client did', async () => {
+test('the answer names the labels that SQL left out, and those the client left out', async () => {
   const { recordUsage, stop } = billing({
     record_usage: each('charged', { left_out: ['metadata'], hold: 'unknown' }),
   })
@@ -142,7 +142,7 @@ const noAnswers: [what: string, answer: (id: string) => unknown][] = [
   ['no status', (id) => ({ id })],
 ]
 for (const [what, answer] of noAnswers)
-  test(`an answer that is none is no commit: ${what}`, async () => {
+  test(`a malformed answer is no commit: ${what}`, async () => {
     const tries: Record<string, number> = {}
     // the first try of each is answered wrongly; a hold's release then finds it
     const once = (fn: string) => (elements: Sent[]) => {
@@ -187,7 +187,7 @@ test('an answer is known by its id, in whichever spelling, and where the id is n
   for (const { stop } of [lower, echoed, texts]) await stop()
 })
 
-test('given-up holds: no warning, no release of what was never sent, no failure counted', async () => {
+test('given-up holds: no warning, no release of a hold that was never sent, no failure counted', async () => {
   const refused = Object.assign(new Error('refused'), { code: 'ECONNREFUSED', syscall: 'connect' })
   const { hold, of, health, stop } = billing(
     {
@@ -255,7 +255,7 @@ test('a hold in doubt is looked for until it is found, a busy account once more'
   assert.is(doubts.size(), 0)
 })
 
-test('stop ends at its own deadline: what is not delivered is rejected', async () => {
+test('stop ends at its own deadline: elements that are not delivered are rejected', async () => {
   for (const fails of [never, () => Promise.reject(new KeyledgerError('unavailable', 503))]) {
     const { recordUsage, release, hold, stop, health } = billing(
       { record_usage: fails, release_holds: fails, place_holds: fails },

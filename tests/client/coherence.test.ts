@@ -1,4 +1,5 @@
-// What keeps the cache right on bad days: floods, busy pools, clocks, processes that stand still, strangers in Redis.
+// What keeps the cache right on bad days: floods, busy pools, clocks, processes that stand still,
+// strangers in Redis.
 import { createHash, randomUUID } from 'node:crypto'
 import { mock } from 'node:test'
 import { Redis } from 'ioredis'
@@ -8,8 +9,9 @@ import * as assert from 'uvu/assert'
 import type { Server } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
 import { createKeyCache } from '../../src/cache.ts'
+import { serverNow, setServerTime } from '../../src/clock.ts'
 import { fromNetwork, fromServer, isAway } from '../../src/errors.ts'
-import { newId, serverNow, setServerTime } from '../../src/ids.ts'
+import { newId } from '../../src/ids.ts'
 import { createBillingModule, KeyledgerError, pgRpc, type Rpc } from '../../src/index.ts'
 import { createSeal } from '../../src/seal.ts'
 import { createTrust } from '../../src/trust.ts'
@@ -126,7 +128,7 @@ test('a follower whose pool is full does not answer a revoked key as stale', asy
   await leader.start()
   const pool = new pg.Pool({ connectionString: db.loginUrl, max: 2 }).on('error', () => {})
   open.push(() => pool.end())
-  const follower = moduleOf({ rpc: rpcOf({ pool, timeout: 1000 }), redis: redisClient(), listen: false })
+  const follower = moduleOf({ rpc: rpcOf({ pool, timeout: 1000 }), redis: redisClient(), changes: 'follow' })
   await follower.start()
   const world = await seed(db.operator)
   await until(() => follower.health().cache.redis, 'trust')
@@ -186,7 +188,7 @@ test('a follower that reaches neither Redis nor Postgres is down', async () => {
     () => toPostgres.close(),
   )
   const rpc = rpcOf({ connectionString: toPostgres.url })
-  const follower = moduleOf({ rpc, redis: redisClient(toRedis.url), listen: false, staleIfError: 1000 })
+  const follower = moduleOf({ rpc, redis: redisClient(toRedis.url), changes: 'follow', staleIfError: 1000 })
   await follower.start()
   await until(() => follower.health().status === 'ok', 'health')
   toRedis.mode = toPostgres.mode = 'refuse'
@@ -276,18 +278,18 @@ test('trust ends where a process stood still, by either clock, until a read that
       for (let i = 0; i < 20; i++) {
         wait(100)
         trust.beat()
-        assert.ok(trust.holds(), 'at work')
+        assert.ok(trust.live(), 'at work')
       }
       const sentAt = at.monotonic
       at[clock] += 600
-      assert.not(trust.holds(), 'before anything else has run')
+      assert.not(trust.live(), 'before anything else has run')
       trust.beat()
-      assert.not(trust.holds(), 'nor after')
+      assert.not(trust.live(), 'nor after')
       trust.prove(sentAt)
-      assert.not(trust.holds(), 'not by what was under way')
+      assert.not(trust.live(), 'not by what was under way')
       wait(1)
       trust.prove(at.monotonic)
-      assert.ok(trust.holds())
+      assert.ok(trust.live())
     } finally {
       restore()
     }
@@ -409,7 +411,7 @@ test('a key that ends in the year 10000 is cached like any other', async () => {
   assert.ok(billing.health().cache.answers.database <= before + 1)
 })
 
-test('what a key is valid for is a duration: no clock of ours has a say', async () => {
+test('a key is valid for a duration: no clock of this host changes that', async () => {
   for (const wrong of [-3_600_000, 3_600_000]) {
     const { at, restore } = clocks()
     try {
@@ -512,7 +514,7 @@ test('a seal fits one name and one text, and each of the secrets', () => {
     assert.throws(() => createBillingModule({ rpc, redis: client, redisSecret }), /redisSecret/)
 })
 
-test('with a secret, who writes to Redis makes no key valid, and no key another', async () => {
+test('with a secret, a stranger that writes to Redis makes no key valid, and turns no key into another', async () => {
   const redisSecret = 'a secret of sixteen or more'
   const [one, two] = [await seed(db.operator), await seed(db.operator)]
   const at = ({ keyHash }: { keyHash: string }) => `vk:${keyHash}`
@@ -532,7 +534,8 @@ test('with a secret, who writes to Redis makes no key valid, and no key another'
   assert.is((await reader.validate(one.key)).user_id, one.userId)
   assert.is(reader.health().cache.answers.redis, 1, 'what is signed is believed')
 
-  // forged from what is there: the text of one under the name of the other, and a text of one's own
+  // forged from the entries there: the text of one under the name of the other, and a text of one's
+  // own
   const raw = (await admin.get(at(one)))!
   const stranger = madeUp()
   for (const forged of [raw, raw.slice(43), raw.replace(one.userId, two.userId)]) {
@@ -563,7 +566,7 @@ test('Redis that says nothing any more: the client connects again by itself', as
   let closed = 0
   client.on('close', () => closed++)
   proxy.mode = 'hang'
-  // also while it connects anew to what is still silent
+  // also while it connects anew to a server that is still silent
   await until(() => closed >= 2, 'the client to hang up twice')
   proxy.mode = 'pass'
   await until(() => billing.health().cache.redis, 'trust to be back')
@@ -587,13 +590,13 @@ test('a follower believes the heartbeat of its own database only', async () => {
   const { trust } = follower.cache.redis!
   const since = beat
   await until(() => beat > since + 10, 'many beats')
-  assert.not(trust.holds())
+  assert.not(trust.live())
   assert.match(follower.listener.state().error!.message, 'another database')
   cluster = changes.cursor.cluster
-  await until(() => trust.holds(), 'trust')
+  await until(() => trust.live(), 'trust')
   assert.is(follower.listener.state().error, undefined)
   cluster = 'another:00000001:5:6'
-  await until(() => !trust.holds(), 'trust to end')
+  await until(() => !trust.live(), 'trust to end')
 })
 
 test('a follower trusts a proof for a second', async () => {
@@ -606,15 +609,15 @@ test('a follower trusts a proof for a second', async () => {
   })
   open.push(follower.stop)
   const { trust } = follower.cache.redis!
-  await until(() => trust.holds(), 'trust')
+  await until(() => trust.live(), 'trust')
   // it holds without a break while the listener lives
   const since = performance.now()
   await until(() => {
-    assert.ok(trust.holds())
+    assert.ok(trust.live())
     return performance.now() - since > 1500
   }, 'some beats')
   await listener.stop()
-  await until(() => !trust.holds(), 'trust to end with the listener')
+  await until(() => !trust.live(), 'trust to end with the listener')
   assert.ok(performance.now() - trust.provenAt() < 1500, `${performance.now() - trust.provenAt()} ms`)
 })
 

@@ -1,4 +1,5 @@
-// The listener: which changes it sees, when it trusts, and how cursors move when servers and other listeners misbehave.
+// The listener: which changes it sees, when it trusts, and how cursors move when servers and other
+// listeners misbehave.
 import { Redis } from 'ioredis'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -70,7 +71,7 @@ const revoke = (world: World) => db.operator('select api.revoke_virtual_key($1)'
 const covered = async (): Promise<Coverage | null> => JSON.parse((await admin.get('vk:cursor')) ?? 'null')
 const entry = (world: World) => admin.get(`vk:${world.keyHash}`)
 const trusted = ({ cache }: Pick<Client, 'cache'>) =>
-  until(() => cache.trust.holds() && (cache.redis?.trust.holds() ?? true), 'trust')
+  until(() => cache.trust.live() && (cache.redis?.trust.live() ?? true), 'trust')
 const listeners = `from pg_stat_activity where application_name = 'keyledger listener' and datname = current_database()`
 
 /** A key that the client has in memory and, if it has a Redis tier, there too. */
@@ -199,8 +200,8 @@ test('a lost LISTEN connection ends trust at once', async () => {
   await held.arm()
   await db.sql(`select pg_terminate_backend(pid) ${listeners}`)
   await until(() => !one.listener.state().listening, 'the loss to be seen')
-  assert.not(one.cache.trust.holds())
-  assert.not(one.cache.redis!.trust.holds())
+  assert.not(one.cache.trust.live())
+  assert.not(one.cache.redis!.trust.live())
   held.open()
   await trusted(one)
 })
@@ -212,7 +213,7 @@ test('a read that fails ends trust at once', async () => {
   })
   const world = await warm(one)
   fails = true
-  await until(() => !one.cache.trust.holds() && !one.cache.redis!.trust.holds(), 'trust to end')
+  await until(() => !one.cache.trust.live() && !one.cache.redis!.trust.live(), 'trust to end')
   assert.is(one.listener.state().error!.message, 'away')
   assert.ok(one.listener.state().listening)
   assert.is((await one.validate(world.keyHash)).tier, 'database')
@@ -226,10 +227,11 @@ test('LISTEN comes back however long Postgres was away, and nothing that changed
   const world = await warm(one)
   postgres.mode = 'refuse'
   postgres.cut()
-  await until(() => !one.cache.trust.holds(), 'the loss to be seen')
+  await until(() => !one.cache.trust.live(), 'the loss to be seen')
   await revoke(world)
   assert.equal(await one.validate(world.keyHash), { accepted: true, code: null, tier: 'stale' })
-  // pg-listen by itself gives up after 3 s; its attempts, at most two a second, are counted together with the polls'
+  // pg-listen by itself gives up after 3 s; its attempts, at most two a second, are counted
+  // together with the polls'
   const since = performance.now()
   await until(() => postgres.refused > 14 && performance.now() - since > 3500, 'many attempts')
   assert.not(one.listener.state().listening)
@@ -267,7 +269,7 @@ test('a listener that starts while Postgres is away works once it is there', asy
   await away.start()
   assert.equal([away.state().listening, away.state().age], [false, null])
   assert.instance(away.state().error, Error)
-  assert.not(cache.trust.holds())
+  assert.not(cache.trust.live())
   postgres.mode = 'pass'
   await until(() => away.state().listening, 'LISTEN')
   await away.stop()
@@ -285,15 +287,15 @@ test('stop while Postgres is away leaves nothing trying', async () => {
   const since = performance.now()
   await until(() => performance.now() - since > 1200, 'two more turns')
   assert.is(postgres.refused, refused)
-  assert.not(one.cache.trust.holds())
+  assert.not(one.cache.trust.live())
 })
 
 test('nothing is trusted after stop', async () => {
   const one = await client('poll')
   await trusted(one)
   await one.listener.stop()
-  assert.not(one.cache.trust.holds())
-  assert.not(one.cache.redis!.trust.holds())
+  assert.not(one.cache.trust.live())
+  assert.not(one.cache.redis!.trust.live())
 })
 
 test('half-open: trust ends maxStaleness after the last answered read was sent', async () => {
@@ -303,8 +305,8 @@ test('half-open: trust ends maxStaleness after the last answered read was sent',
   postgres.mode = 'hang'
   const age = () => one.listener.state().age!
   await until(() => age() > 1000, 'reads to stay without an answer')
-  assert.ok(one.cache.trust.holds())
-  await until(() => !one.cache.trust.holds() && !one.cache.redis!.trust.holds(), 'trust to end')
+  assert.ok(one.cache.trust.live())
+  await until(() => !one.cache.trust.live() && !one.cache.redis!.trust.live(), 'trust to end')
   assert.ok(age() >= 1500 && age() < 2500, `${age()}`)
   assert.is(one.listener.state().error, undefined)
   postgres.cut()
@@ -312,7 +314,7 @@ test('half-open: trust ends maxStaleness after the last answered read was sent',
   await trusted(one)
 })
 
-test('what was in memory before the first read is dropped, wherever Redis has got to', async () => {
+test('entries in memory from before the first read are dropped, whatever cursor Redis has', async () => {
   const other = await client('poll')
   const late = await client('nothing')
   const world = await seed(db.operator)
@@ -327,7 +329,8 @@ test('what was in memory before the first read is dropped, wherever Redis has go
   assert.not((await late.validate(world.keyHash)).accepted)
 })
 
-// A cursor that says nothing about this cluster's changes, found in Redis with entries of its generation.
+// A cursor that says nothing about this cluster's changes, found in Redis with entries of its
+// generation.
 const strange: Record<string, (now: Coverage) => unknown> = {
   'of another cluster': (now) => ({ ...now, cursor: { ...now.cursor, cluster: '1:00000001' } }),
   'from the future': (now) => ({ ...now, cursor: { ...now.cursor, snapshot: '900000000:900000000:' } }),
@@ -371,7 +374,7 @@ test('Redis emptied: a new generation', async () => {
 test('memory is dropped when its own cursor says nothing any more', async () => {
   let reset = false
   const one = await client('poll', { redisUrl: undefined }, async (_, answer) => {
-    // as after a failover: nothing can be said about what has changed
+    // as after a failover: nobody can say which keys have changed
     if (reset) Object.assign(answer as object, { reset: true, keys: [] })
   })
   const world = await warm(one)
@@ -394,7 +397,7 @@ test('memory is evicted before Redis, and is not filled again from there meanwhi
   await until(() => sendDelete, 'the delete')
   // Redis has the entry, and is trusted
   assert.ok((await entry(world))!.includes('"code":null'))
-  assert.ok(one.cache.redis!.trust.holds())
+  assert.ok(one.cache.redis!.trust.live())
   assert.equal(await one.validate(world.keyHash), {
     accepted: false,
     code: 'virtual_key_disabled',
@@ -410,7 +413,7 @@ test('an eviction of Redis that takes long ends trust in it', async () => {
   const world = await warm(one)
   nextDelete(one, () => new Promise(() => {}))
   await revoke(world)
-  await until(() => !one.cache.redis!.trust.holds(), 'trust to end')
+  await until(() => !one.cache.redis!.trust.live(), 'trust to end')
   assert.not((await one.validate(world.keyHash)).accepted)
   await trusted(one)
   one.cache.forget([`vk:${world.keyHash}`])
@@ -440,7 +443,7 @@ test('a change of all keys: memory is not filled again from the generation that 
   await session.query('commit')
   await until(() => stopped, 'the cursor to be on its way')
   assert.ok((await entry(world))!.includes('"code":null'), 'Redis is as it was')
-  assert.ok(one.cache.redis!.trust.holds())
+  assert.ok(one.cache.redis!.trust.live())
   const { code, tier } = await one.validate(world.keyHash)
   assert.equal([code, tier], ['virtual_key_disabled', 'database'])
   one.redis.eval = run
@@ -449,7 +452,7 @@ test('a change of all keys: memory is not filled again from the generation that 
   assert.not((await one.validate(world.keyHash)).accepted)
 })
 
-test('a slow listener does not write its cursor over one that came after', async () => {
+test('a slow listener does not write its cursor over a later one', async () => {
   const held = gate()
   const slow = await client('poll', {}, held.between)
   await trusted(slow)
@@ -505,7 +508,7 @@ test('a change while Redis cannot be reached is evicted before Redis is trusted 
   const world = await warm(one)
   away.mode = 'refuse'
   away.cut()
-  await until(() => !one.cache.redis!.trust.holds(), 'the loss to be seen')
+  await until(() => !one.cache.redis!.trust.live(), 'the loss to be seen')
   await revoke(world)
   await refused(one, world)
   assert.ok((await entry(world))!.includes('"code":null'), 'Redis was out of reach')
@@ -541,7 +544,7 @@ test('a cursor that ioredis sends again, to an older Redis, takes the entries al
   await trusted(other)
   const raw = (await entry(world))!
   const found = (await admin.get('vk:cursor'))!
-  // the older Redis has seen nothing of what was done since
+  // the older Redis has seen none of the changes since
   let sent = false
   nextDelete(one, (send) => {
     away.mode = 'hang'
@@ -554,10 +557,7 @@ test('a cursor that ioredis sends again, to an older Redis, takes the entries al
   })
   await revoke(world)
   await until(() => sent, 'the script')
-  await until(
-    () => !one.cache.redis!.trust.holds() && !other.cache.redis!.trust.holds(),
-    'the loss to be seen',
-  )
+  await until(() => !one.cache.redis!.trust.live() && !other.cache.redis!.trust.live(), 'the loss to be seen')
   assert.is(await entry(world), raw)
   assert.ok(JSON.parse(found).beat <= (await covered())!.beat)
   const { beat } = (await covered())!
@@ -608,11 +608,11 @@ test('a process without a listener follows the heartbeat in Redis', async () => 
   await refused(follower, world)
   assert.is(follower.cache.stats().memory, 0)
   await one.listener.stop()
-  await until(() => !follower.cache.redis!.trust.holds(), 'trust to end with the heartbeat')
+  await until(() => !follower.cache.redis!.trust.live(), 'trust to end with the heartbeat')
   assert.is((await follower.validate(world.keyHash)).tier, 'database')
 })
 
-test('a follower trusts a beat only from before the one that preceded it', async () => {
+test('a follower trusts a beat only up to the look before the preceding beat', async () => {
   const { cursor } = await fromGateway<{ cursor: object }>('cache_changes')
   const write = (beat: number, generation = 'g') =>
     admin.set('vk:cursor', JSON.stringify({ cursor, generation, beat }))
@@ -625,19 +625,19 @@ test('a follower trusts a beat only from before the one that preceded it', async
   const follower = await client('follow', { maxStaleness: 60_000 })
   const { trust } = follower.cache.redis!
   await looked()
-  assert.not(trust.holds(), 'one beat may be of any age')
+  assert.not(trust.live(), 'one beat may be of any age')
   await write(6)
   await looked()
-  assert.not(trust.holds(), 'it may come from a read that was sent before our first look')
+  assert.not(trust.live(), 'it may come from a read that was sent before our first look')
   await write(7)
-  await until(() => trust.holds(), 'trust')
+  await until(() => trust.live(), 'trust')
   await write(8, 'another')
-  await until(() => !trust.holds(), 'trust to end with the generation')
+  await until(() => !trust.live(), 'trust to end with the generation')
   await looked()
   await write(10, 'another')
-  await until(() => trust.holds(), 'trust')
+  await until(() => trust.live(), 'trust')
   await admin.flushall()
-  await until(() => !trust.holds(), 'trust to end with the cursor')
+  await until(() => !trust.live(), 'trust to end with the cursor')
   assert.instance(follower.listener.state().error, Error)
 })
 

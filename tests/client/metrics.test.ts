@@ -29,7 +29,7 @@ import { payer } from '../support/payer.ts'
 const test = suite('metrics')
 const db = await database(test)
 
-// what the tests have seen, as `name unit`
+// the instruments that the tests have seen, as `name unit`
 const collected = new Set<string>()
 
 interface Metric {
@@ -37,7 +37,10 @@ interface Metric {
   points: DataPoint<number | Histogram>[]
 }
 
-/** What a provider registered for the run of `work` has collected by the end of `work`, and may collect before. */
+/**
+ * What a provider registered for the run of `work` has collected by the end of `work`, and may
+ * collect before.
+ */
 async function collecting(work: (collect: () => Promise<Record<string, Metric>>) => Promise<void>) {
   const reader = new PeriodicExportingMetricReader({
     exporter: new InMemoryMetricExporter(AggregationTemporality.CUMULATIVE),
@@ -94,7 +97,7 @@ const shown = ({ points }: Metric) =>
 
 const histograms = ({ points }: Metric) => points.map(({ value }) => value as Histogram)
 
-test('without an SDK, what would be measured is left as it is', () => {
+test('without an SDK, each wrapper gives its function back unchanged', () => {
   const made = createMetrics()
   const identify = async () => ({ code: null })
   const send = async () => []
@@ -204,7 +207,7 @@ test('how the module is: queues, trust, cursors, LISTEN and upkeep', () =>
         return made.call<T>(fn, ...rest)
       },
     }
-    await withModule({ rpc, listen: db.loginUrl }, async (billing) => {
+    await withModule({ rpc, changes: { listen: db.loginUrl } }, async (billing) => {
       assert.equal(Object.keys(await collect()), [], 'nothing is told before the start')
       billing.on('exhausted', () => {})
       await billing.start()
@@ -259,7 +262,7 @@ test('how the module is: queues, trust, cursors, LISTEN and upkeep', () =>
     })
   }))
 
-test('a stopped module tells nothing more; one that only polls nothing of LISTEN', () =>
+test('a stopped module tells nothing more; a module that only polls tells nothing of LISTEN', () =>
   collecting(async (collect) => {
     const age = async () => shown((await collect())['keyledger.cursor.age']!)
     await withModule({}, async (billing) => {
@@ -267,11 +270,11 @@ test('a stopped module tells nothing more; one that only polls nothing of LISTEN
       assert.is.not(String(await age()), String(await age()))
       assert.equal((await collect())['keyledger.listener.up']?.points ?? [], [])
     })
-    // an SDK goes on to show what it was told last
+    // an SDK goes on to show the last value it was told
     assert.equal(await age(), await age())
   }))
 
-test('calls that fail, by code; nobody has to handle the rejection of what is recorded', () =>
+test('calls that fail, by code; nobody has to handle the rejection of a recorded event', () =>
   collecting(async (collect) => {
     const account = await payer(db, { funds: '10' })
     const made = pgRpc({ connectionString: db.loginUrl })
@@ -313,7 +316,7 @@ test('calls that fail, by code; nobody has to handle the rejection of what is re
     }
   }))
 
-test('docs/metrics.md lists what there is, with its unit', () => {
+test('docs/metrics.md lists each instrument, with its unit', () => {
   const text = readFileSync(new URL('../../docs/metrics.md', import.meta.url), 'utf8')
   const listed = [...text.matchAll(/^\| `(keyledger\.[a-z.]+)` \| [a-z -]+ \| `([^`]+)`/gm)]
   assert.equal(listed.map(([, name, unit]) => `${name} ${unit}`).sort(), [...collected].sort())

@@ -1,4 +1,5 @@
-// The middleware in front of node:http: which header counts, what is set, and what each refusal looks like.
+// The middleware in front of node:http: the headers it reads, the context it sets, and each
+// refusal.
 import { createServer, type IncomingMessage, request, type Server, type ServerResponse } from 'node:http'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -12,7 +13,8 @@ const test = suite('middleware')
 const db = await database(test)
 const servers: Server[] = []
 
-// What a server with the middleware says to these headers; `passed` is what it says itself.
+// The answer of a server with the middleware to these headers; `passed` is the handler's own
+// answer.
 async function serve(middleware: Middleware) {
   const server = createServer((req, res) => {
     middleware(req, res, () => {

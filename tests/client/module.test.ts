@@ -1,4 +1,5 @@
-// The billing module on real servers, through both transports: from a virtual key to an exact charge, and what goes wrong.
+// The billing module on real servers, through both transports: from a virtual key to an exact
+// charge, and its failures.
 import { inspect } from 'node:util'
 import { Redis } from 'ioredis'
 import type pg from 'pg'
@@ -386,7 +387,7 @@ async function withModule(
 
 test('a started module answers from memory, follows changes, and says how it is', async () => {
   const rpc = counted(pgRpc(pgOptions))
-  await withModule({ rpc, listen: db.loginUrl }, async (billing) => {
+  await withModule({ rpc, changes: { listen: db.loginUrl } }, async (billing) => {
     const world = await seed(db.operator)
     assert.equal([billing.health().status, billing.health().http_status], ['down', 503])
     await billing.start()
@@ -398,7 +399,7 @@ test('a started module answers from memory, follows changes, and says how it is'
     await billing.validate(world.key)
     assert.is(rpc.of('resolve_virtual_keys').length, 1)
 
-    // what a caller does to its context is its own business
+    // a caller may change its own context
     context.account_id = newId()
     ;(context.config_node_ids as string[]).push(newId())
     const fresh = await billing.validate(world.key)
@@ -447,7 +448,7 @@ test('the Redis tier serves the next process, which only polls', async () => {
       await until(() => first.health().cache.redis, 'trust in Redis')
       await first.validate(world.key)
       const rpc = counted(pgRpc(pgOptions))
-      await withModule({ rpc, redis, listen: false }, async (second) => {
+      await withModule({ rpc, redis, changes: 'follow' }, async (second) => {
         await second.start()
         await until(() => second.health().cache.redis, 'trust in Redis')
         assert.is((await second.validate(world.key)).account_id, world.accountId)
@@ -463,7 +464,7 @@ test('the Redis tier serves the next process, which only polls', async () => {
   } finally {
     redis.disconnect()
   }
-  assert.throws(() => createBillingModule({ rpc: pgRpc(pgOptions), listen: false }), /needs `redis`/)
+  assert.throws(() => createBillingModule({ rpc: pgRpc(pgOptions), changes: 'follow' }), /needs `redis`/)
 })
 
 test('a failure is never an unknown key', async () => {
@@ -489,29 +490,32 @@ test('Postgres away: known keys are answered and that is said, usage waits, and 
   const proxy = await startProxy(db.loginUrl)
   const world = await seed(db.operator)
   try {
-    await withModule({ rpc: pgRpc({ connectionString: proxy.url }), listen: proxy.url }, async (billing) => {
-      await billing.start()
-      await until(() => billing.health().status === 'ok' && billing.health().maintenance.at, 'trust')
-      const context = await billing.validate(world.key)
-      proxy.mode = 'refuse'
-      proxy.cut()
-      await until(() => !billing.health().cache.memory, 'trust to end')
-      assert.equal(await billing.validate(world.key), context)
-      const health = billing.health()
-      assert.equal([health.status, health.http_status, health.stale], ['degraded', 200, true])
-      assert.ok(health.listener.error)
-      await refused(billing.validate(`${world.key}x`), 'unavailable', 503)
-      await refused(billing.checkBudget(context, '1'), 'unavailable', 503)
+    await withModule(
+      { rpc: pgRpc({ connectionString: proxy.url }), changes: { listen: proxy.url } },
+      async (billing) => {
+        await billing.start()
+        await until(() => billing.health().status === 'ok' && billing.health().maintenance.at, 'trust')
+        const context = await billing.validate(world.key)
+        proxy.mode = 'refuse'
+        proxy.cut()
+        await until(() => !billing.health().cache.memory, 'trust to end')
+        assert.equal(await billing.validate(world.key), context)
+        const health = billing.health()
+        assert.equal([health.status, health.http_status, health.stale], ['degraded', 200, true])
+        assert.ok(health.listener.error)
+        await refused(billing.validate(`${world.key}x`), 'unavailable', 503)
+        await refused(billing.checkBudget(context, '1'), 'unavailable', 503)
 
-      const answer = billing.recordUsage(use(context, world))
-      await until(() => billing.health().queues.record.error === 'unavailable', 'a first try')
-      proxy.mode = 'pass'
-      assert.is((await answer).status, 'charged')
-      // a look-up that succeeds ends what health says of the last one
-      await refused(billing.validate(`${world.key}y`), 'virtual_key_unknown', 401)
-      await until(() => billing.health().status === 'ok' && !billing.health().stale, 'health')
-      assert.is(billing.health().queues.record.error, null)
-    })
+        const answer = billing.recordUsage(use(context, world))
+        await until(() => billing.health().queues.record.error === 'unavailable', 'a first try')
+        proxy.mode = 'pass'
+        assert.is((await answer).status, 'charged')
+        // a look-up that succeeds clears the error of the last one from health
+        await refused(billing.validate(`${world.key}y`), 'virtual_key_unknown', 401)
+        await until(() => billing.health().status === 'ok' && !billing.health().stale, 'health')
+        assert.is(billing.health().queues.record.error, null)
+      },
+    )
   } finally {
     await proxy.close()
   }
@@ -587,7 +591,8 @@ test('a hold that is being carried out is given up at its deadline too', async (
       await refused(billing.extend({ id, account_id: world.accountId }), 'timeout', 504)
       await holder.query('commit')
       await until(() => billing.health().queues.hold.in_flight === 0, 'the answer nobody waits for')
-      // it was carried out: asked again, it is the same hold; the one whose id nobody knows is released
+      // it was carried out: asked again, it is the same hold; the one whose id nobody knows is
+      // released
       const held = `select amount::text, status from api.holds where account_id = $1 order by amount`
       await until(
         async () => (await db.operator(held, [world.accountId]))[1]?.status === 'released',
@@ -662,7 +667,7 @@ test('health is down when no key can be answered, and each lesser trouble is deg
   try {
     proxy.mode = 'refuse'
     const rpc = pgRpc({ connectionString: proxy.url })
-    const options = { rpc, redis, listen: proxy.url, maxStaleness: 1000, staleIfError: 1500 }
+    const options = { rpc, redis, changes: { listen: proxy.url }, maxStaleness: 1000, staleIfError: 1500 }
     await withModule(options, async (billing) => {
       await billing.start()
       assert.equal([billing.health().status, billing.health().http_status], ['down', 503])
@@ -681,7 +686,7 @@ test('health is down when no key can be answered, and each lesser trouble is deg
       await is(billing, 'degraded')
     })
 
-    await withModule({ rpc: pgRpc(pgOptions), redis, listen: proxy.url }, async (billing) => {
+    await withModule({ rpc: pgRpc(pgOptions), redis, changes: { listen: proxy.url } }, async (billing) => {
       await billing.start()
       await until(() => billing.health().maintenance.at, 'the upkeep')
       await is(billing, 'ok')

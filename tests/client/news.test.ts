@@ -1,4 +1,5 @@
-// News of accounts: each crossing of their funds is told once, to whoever listens, and a charge that crosses nothing is silent.
+// News of accounts: each crossing of their funds is told once to each listener; a charge without a
+// crossing is silent.
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -81,7 +82,7 @@ test('each crossing is told as it happens, and nothing else', async () => {
   await holdsTrue(db.sql)
 })
 
-test('an event says which entry crossed which line, and with what figures', async () => {
+test('an event names the entry, the line it crossed, and the figures', async () => {
   const account = await payer(db, { funds: '5' })
   await threshold(account, '3.5')
   const { cursor } = await news()
@@ -104,7 +105,7 @@ test('an event says which entry crossed which line, and with what figures', asyn
   assert.type(events[0]!.id, 'number')
 })
 
-test('holds come and go without news; only what they are used for counts', async () => {
+test('holds come and go without news; only the use charged against them counts', async () => {
   const account = await payer(db, { funds: '10' })
   await threshold(account, '4')
   let id = ''
@@ -136,7 +137,7 @@ test('a grant that has expired counts when the next posting settles it, before t
   assert.equal(await told(account, () => account.topUp('10')), ['low_balance 5'])
 })
 
-test('what takes money back crosses as a charge does', async () => {
+test('an entry that takes money back crosses a line as a charge does', async () => {
   const account = await payer(db, { funds: '5' })
   const top = await account.topUp('5')
   await threshold(account, '5')
@@ -195,7 +196,7 @@ test('a budget is told when it is used up, once in each window', async () => {
   assert.equal(
     (await after(() => first.record(first.event('0.2'), second.event('2')))).sort(),
     ['tenant total', 'user month'],
-    'two at once, of what both have used',
+    'two at once, of a use of both',
   )
   assert.equal(await after(() => setBudget(first, 'user', '5', { period: 'day' })), [], 'set lower')
   assert.equal(await after(() => setBudget(first, 'user', '20', { period: 'day' })), [], 'set higher')
@@ -264,7 +265,7 @@ test.after.each(async () => {
 const charge = (session: pg.Client, account: Payer, usd: string) =>
   session.query('select api.record_usage($1)', [JSON.stringify([account.event(usd)])])
 
-test('a posting that is rolled back tells nothing, and one that committed late is not skipped', async () => {
+test('a posting that is rolled back tells nothing, and a posting that committed late is not skipped', async () => {
   const [gone, late, quick] = await Promise.all([1, 2, 3].map(() => payer(db, { funds: '1' })))
   const one = await session('keyledger_gateway')
   await one.query('begin')
@@ -287,7 +288,7 @@ test('a posting that is rolled back tells nothing, and one that committed late i
     [late!.accountId],
   )
   assert.equal((await news(last.cursor)).events, [])
-  // who repeats a cursor is told the same again
+  // the same cursor gives the same events again
   assert.equal((await news(next.cursor)).events, last.events)
 })
 
@@ -299,7 +300,7 @@ test('only a crossing notifies', async () => {
   listening.on('notification', ({ channel, payload }) => heard.push(`${channel} ${payload}`))
   await listening.query('listen keyledger_account')
   await listening.query('listen keyledger_test')
-  // commits are notified of in their order, so that what came before `done` has been heard by then
+  // notifications come in the order of the commits: all before `done` have been heard by then
   const hears = async (work: () => Promise<unknown>) => {
     heard.length = 0
     await work()
@@ -388,7 +389,7 @@ test('events that came with a dump, of transactions still to come here, are not 
   assert.equal(await seen(), ['back_in_funds'])
 })
 
-test('a threshold is set, shown, changed and taken away; what is no amount is refused', async () => {
+test('a threshold is set, shown, changed and taken away; any value that is no amount is refused', async () => {
   const account = await payer(db, { funds: '1' })
   assert.is((await threshold(account, '2.5')).low_balance_threshold, '2.5000000000')
   for (const amount of ['0', '-1', 'NaN', 'Infinity', '0.00000000001', '1000000000000'])
@@ -463,10 +464,10 @@ async function readAgain({ billing }: Client) {
 }
 
 for (const [name, make] of Object.entries(rpcs))
-  test(`${name}: whoever listens to a kind is told, with figures and an id that is the same everywhere`, async () => {
+  test(`${name}: each listener of a kind is told, with figures and an id that is the same everywhere`, async () => {
     const account = await payer(db, { funds: '10' })
     await threshold(account, '5')
-    const one = await started({ rpc: make(), listen: db.loginUrl })
+    const one = await started({ rpc: make(), changes: { listen: db.loginUrl } })
     const other = await started({ rpc: make() }, ['exhausted'])
     await account.use('6')
     await account.use('4')
@@ -488,7 +489,7 @@ for (const [name, make] of Object.entries(rpcs))
   })
 
 test('a notification leads to a read sooner than the poll would', async () => {
-  const one = await started({ listen: db.loginUrl })
+  const one = await started({ changes: { listen: db.loginUrl } })
   await until(() => one.billing.health().listener.listening, 'LISTEN')
   const account = await payer(db)
   const startedAt = performance.now()
@@ -499,10 +500,10 @@ test('a notification leads to a read sooner than the poll would', async () => {
   assert.ok(performance.now() - startedAt < 2500, 'ten polls take 5 s')
 })
 
-test('what was missed while Postgres was away is told once it is back, each event once', async () => {
+test('events missed while Postgres was away are told when it is back, each once', async () => {
   const postgres = await startProxy(db.loginUrl)
   try {
-    const one = await started({ rpc: rpcs.pg!(postgres.url), listen: postgres.url })
+    const one = await started({ rpc: rpcs.pg!(postgres.url), changes: { listen: postgres.url } })
     await until(() => one.billing.health().listener.listening, 'LISTEN')
     const account = await payer(db, { funds: '1' })
     await until(() => one.of(account).length === 1, 'the first')
@@ -539,7 +540,7 @@ test('what was missed while Postgres was away is told once it is back, each even
   }
 })
 
-test('away for longer than events are kept: the app is told to look for itself, and then what is new', async () => {
+test('away for longer than events are kept: the app is told to look for itself, and then of new events', async () => {
   const postgres = await startProxy(db.loginUrl)
   try {
     const one = await started({ rpc: rpcs.pg!(postgres.url) })
@@ -564,7 +565,7 @@ test('away for longer than events are kept: the app is told to look for itself, 
   }
 })
 
-test('nothing is read while nobody listens, and what happened then is not told', async () => {
+test('nothing is read while nobody listens, and events of that time are not told', async () => {
   const account = await payer(db)
   const one = await started({}, [])
   await until(() => (one.billing.health().listener.age ?? Infinity) < 400, 'the cache to be read')
@@ -590,7 +591,7 @@ test('nothing is read while nobody listens, and what happened then is not told',
   await until(() => seen.length === 1, 'the news')
 })
 
-test('what was read for one who has ended listening is told to nobody who came after', async () => {
+test('events read for a listener that has ended are told to no later listener', async () => {
   const account = await payer(db, { funds: '1' })
   const made = rpcs.pg!()
   let open = () => {}
@@ -655,7 +656,7 @@ test('a listener that throws, or rejects, stops no other, and is a warning', asy
   }
 })
 
-test('one who ends listening in the midst is told no more; the same function may listen twice', async () => {
+test('a listener that ends amid a telling is told no more; the same function may listen twice', async () => {
   const [first, second] = [await payer(db), await payer(db)]
   const one = await started({}, [])
   const told: string[] = []

@@ -1,4 +1,4 @@
-// The example gateway before upstreams as they are: what the caller gets, and that it is charged once.
+// The example gateway before real-life upstreams: the caller gets its answer, and is charged once.
 import { createServer, type ServerResponse } from 'node:http'
 import { text as textOf } from 'node:stream/consumers'
 import OpenAI, { AzureOpenAI } from 'openai'
@@ -21,12 +21,12 @@ const db = await database(test)
 const postgrest = await db.postgrest()
 
 /** How a node answers: the response to write, and the request it was sent. */
-// biome-ignore lint/suspicious/noExplicitAny: what a gateway sent
+// biome-ignore lint/suspicious/noExplicitAny: a gateway may send anything
 type Answering = (res: ServerResponse, asked: any) => unknown
 
 interface Call {
   node: number
-  // biome-ignore lint/suspicious/noExplicitAny: what a gateway sent
+  // biome-ignore lint/suspicious/noExplicitAny: a gateway may send anything
   body: any
   closed: boolean
 }
@@ -293,7 +293,7 @@ for (const [name, status, refusal] of refusingOptions)
     assert.is(await said(await who.openai.chat.completions.create(streaming)), 'hi!')
     assert.equal(bodies(), [{ ...streaming, stream_options: { include_usage: true } }, streaming])
     for (const stream_options of [undefined, { include_usage: true }]) {
-      // as it comes without us: what the upstream says unasked is not ours to hide
+      // as it comes without us: we hide nothing that the upstream says unasked
       const answer = await who.post({ ...streaming, stream_options })
       assert.is(await answer.text(), last)
       assert.equal(bodies(), [streaming])
@@ -537,7 +537,7 @@ test("the gateway's own trouble is a 503 to callers, without its hints; theirs i
   console.error = print
 })
 
-test('a gateway that is told to stop waits for a caller who reads no more, but not for ever', async () => {
+test('a gateway that is told to stop waits for a caller that reads no more, but not for ever', async () => {
   const other = await start({ STOP_WAIT: '500' })
   let full = false
   const who = await caller(other.url, async (res) => {
@@ -663,7 +663,7 @@ test('a stream that nobody asked for is passed on as it is, and charged by its f
   await charged(who, [PAID])
 })
 
-// --- who shows the key how, and from where
+// --- the ways to send the key, and pages of other origins
 
 test('the client of Azure works unchanged, whole and streaming', async () => {
   const who = await caller(proxy.url, good)
@@ -687,7 +687,7 @@ test('the client of Azure works unchanged, whole and streaming', async () => {
   assert.is((await failure(azure.chat.completions.create(asked))).code, 'virtual_key_unknown')
 })
 
-test('a page may ask first, without a key, and read what it is answered', async () => {
+test('a page may ask first, without a key, and read the answer', async () => {
   const narrow = await start({ CORS_ORIGIN: 'https://a.example, https://b.example' })
   const closed = await start({ CORS_ORIGIN: '' })
   try {
@@ -742,7 +742,7 @@ test('an empty id is no id, a long one is cut, and no id keeps a charge waiting'
   }
 })
 
-// --- callers who leave
+// --- callers that leave
 
 /** The gateway has seen that it is gone, as it has answered others since. */
 async function gone(url: string) {
@@ -762,7 +762,7 @@ async function leave(who: Caller, body: object, begun: () => boolean, url = prox
   await gone(url)
 }
 
-test('a caller who leaves just before a whole answer pays for it, as the upstream counted it', async () => {
+test('a caller that leaves just before a whole answer pays for it, as the upstream counted it', async () => {
   let finish: (() => void) | undefined
   const who = await caller(proxy.url, (res) => {
     res.writeHead(200, { 'content-type': 'application/json' }).write(' ')
@@ -802,7 +802,7 @@ for (const [name, body] of [
   ['a whole answer', asked],
   ['a stream', streaming],
 ] as const)
-  test(`a caller who leaves before ${name} that does not come pays the prompt, once the upstream has said 200`, async () => {
+  test(`a caller that leaves before ${name} that does not come pays the prompt, once the upstream has said 200`, async () => {
     let begun = false
     const who = await caller(proxy.url, (res, { stream }) => {
       res.writeHead(200, { 'content-type': stream ? 'text/event-stream' : 'application/json' }).write('\n')
@@ -814,7 +814,7 @@ for (const [name, body] of [
     await until(() => calls[0]!.closed, 'the upstream to be told')
   })
 
-test('a caller who leaves before the upstream refuses pays nothing', async () => {
+test('a caller that leaves before the upstream refuses pays nothing', async () => {
   let finish: (() => void) | undefined
   const who = await caller(
     proxy.url,
@@ -844,14 +844,14 @@ const odd: [name: string, message: unknown, choices?: unknown][] = [
 for (const [name, message, choices] of odd)
   test(`${name}: the answer is the caller's, and is charged once`, async () => {
     const made = { ...whole(message as object), ...(choices ? { choices } : {}) }
-    // with a node after it, and a client that repeats what it takes for a failure
+    // with a node after it, and a client that repeats a call it takes for a failure
     const who = await caller(proxy.url, json(made), good)
     const openai = new OpenAI({ baseURL: `${proxy.url}/v1`, apiKey: who.key })
     assert.equal(await openai.chat.completions.create(asked), made)
     await charged(who, [PAID])
     assert.equal(calls.splice(0).length, 1)
 
-    // the same within a stream, where what was read before and after counts
+    // the same within a stream, where the parts before and after count
     const part = choices ? { choices } : { choices: [{ index: 0, delta: message }] }
     const text = [part, chunk(), { ...part, usage }].map(event).join('') + event('[DONE]')
     const streamed = await caller(proxy.url, stream(text), good)

@@ -1,4 +1,5 @@
-// The example gateway with OpenAI's own client, and an upstream where everything goes wrong: exact charges, no hold left.
+// The example gateway with OpenAI's own client, and an upstream where everything goes wrong: exact
+// charges, no hold left.
 import { randomUUID } from 'node:crypto'
 import { type IncomingMessage, request, type ServerResponse } from 'node:http'
 import OpenAI from 'openai'
@@ -18,7 +19,7 @@ const db = await database(test)
 const postgrest = await db.postgrest()
 const redis = await db.redis()
 
-// what the upstream was sent, and whether its answer was cut short
+// the requests that the upstream got, and whether its answer was cut short
 interface Call {
   scenario: string
   headers: IncomingMessage['headers']
@@ -67,7 +68,8 @@ db.onClose(() => proxy.stop())
 const patient = await start('60000')
 db.onClose(() => patient.stop())
 
-// model `demo`, one per scenario, one that nobody answers for, and chains: `429+500+demo` has three nodes, tried in this order
+// model `demo`, one per scenario, a node without a server, and chains: `429+500+demo` has three
+// nodes, tried in this order
 const nodes = new Map<string, string>()
 async function model(name: string) {
   for (const [n, scenario] of name.split('+').entries()) {
@@ -122,7 +124,9 @@ async function caller(options: { funds?: string } = {}, url = proxy.url): Promis
   }
 }
 
-/** Nothing is set aside any more, and every cent is where these events put it: 100 less what they cost. */
+/**
+ * Nothing is set aside any more, and every cent is where these events put it: 100 less their cost.
+ */
 async function charged({ accountId, events }: Caller, expected: [node: string, meters: Row][]) {
   await until(async () => !(await open(accountId)), 'holds to end')
   const made = await events()
@@ -169,7 +173,7 @@ const messages = [
 ]
 const ANSWER = 'You said: one two three four'
 const used = { input_tokens: 4, cached_input_tokens: 2, output_tokens: 6 }
-// of what the gateway was sent, and of the three words that came
+// the bytes that the gateway was sent, and the three words that came
 const bytesOf = (body: object) => Buffer.byteLength(JSON.stringify(body))
 const estimated = (body: object, output_tokens: number) => ({
   input_tokens: Math.ceil(bytesOf(body) / 4),
@@ -186,7 +190,7 @@ test.before.each(() => {
   calls.length = 0
 })
 
-test('an answer comes as the upstream gave it, with what it cost', async () => {
+test('an answer comes as the upstream gave it, with its cost', async () => {
   const who = await caller()
   const { data, response } = await who.openai.chat.completions
     .create({ model: 'demo', messages })
@@ -206,7 +210,7 @@ test('an answer comes as the upstream gave it, with what it cost', async () => {
   assert.equal(call!.body, { model: 'demo', messages })
 })
 
-test('a stream is passed on as without us; its usage is asked for, and shown to whoever asked', async () => {
+test('a stream is passed on as without us; its usage is asked for, and shown to a caller that asked', async () => {
   for (const stream_options of [undefined, { include_usage: false }, { include_usage: true }]) {
     calls.length = 0
     const who = await caller()
@@ -248,7 +252,7 @@ test('the charge is committed before a stream says that it is done', async () =>
   assert.is(response.headers.get('x-usage-id'), (await who.events())[0]!.id)
 })
 
-test('without figures of the upstream, what was passed on is charged', async () => {
+test('without figures of the upstream, the text passed on is charged', async () => {
   for (const stream of [true, false]) {
     const who = await caller()
     const body = { model: 'no-usage', messages, stream }
@@ -282,7 +286,7 @@ test('the hold is the most that the request may cost', async () => {
   }
 })
 
-test('who cannot pay that much is refused before the upstream is asked', async () => {
+test('a caller that cannot pay that much is refused before the upstream is asked', async () => {
   const who = await caller({ funds: '0.01' })
   const error = await failure(
     who.openai.chat.completions.create({ model: 'demo', messages, max_tokens: 1000 }),
@@ -327,7 +331,7 @@ for (const chain of chains.filter((chain) => chain.endsWith('demo')))
       const answer = await who.openai.chat.completions.create({ model: chain, messages, stream })
       if (stream) await streamed(answer as AsyncIterable<OpenAI.ChatCompletionChunk>)
       const last = `${chain} ${chain.split('+').length - 1}`
-      // what the first try used is an event of its own
+      // the use of the first try is an event of its own
       const first: [string, Row][] = chain.startsWith('billed') ? [[`${chain} 0`, used]] : []
       await charged(who, [...first, [last, used]])
     })
@@ -340,7 +344,7 @@ test('a node that answers is the only one asked', async () => {
 })
 
 for (const scenario of ['cut', 'stall'])
-  test(`${scenario}: a stream that breaks off ends in an error, and what came is charged`, async () => {
+  test(`${scenario}: a stream that breaks off ends in an error, and the part that came is charged`, async () => {
     const who = await caller()
     const body = { model: scenario, messages, stream: true as const }
     let said = ''
@@ -364,7 +368,7 @@ test('stall: a whole answer that does not come is not charged', async () => {
   await charged(who, [])
 })
 
-test('a caller who leaves mid-stream pays for what came, and the upstream is told to stop', async () => {
+test('a caller that leaves mid-stream pays for the part it got, and the upstream is told to stop', async () => {
   const who = await caller({}, patient.url)
   const body = { model: 'stall', messages, stream: true as const }
   let words = 0
@@ -375,7 +379,7 @@ test('a caller who leaves mid-stream pays for what came, and the upstream is tol
   await charged(who, [['stall 0', estimated(body, 4)]])
 })
 
-test('a caller who stops reading, and then leaves, pays for what was passed on', async () => {
+test('a caller that stops reading, and then leaves, pays for the part passed on', async () => {
   const who = await caller({}, patient.url)
   // about 60 MB of stream: the sockets on its way may hold 20
   const said = 300_000
@@ -393,7 +397,7 @@ test('a caller who stops reading, and then leaves, pays for what was passed on',
 })
 
 for (const stream of [true, false])
-  test(`a caller who leaves before anything came${stream ? ' of a stream' : ''} pays nothing`, async () => {
+  test(`a caller that leaves before anything came${stream ? ' of a stream' : ''} pays nothing`, async () => {
     const who = await caller({}, patient.url)
     const leave = new AbortController()
     const asked = who.openai.chat.completions.create(
@@ -439,7 +443,7 @@ test('the hold of a gateway that died is given back by the clock', async () => {
   await other.stop()
 })
 
-test('told to stop, it ends what it has begun and delivers what is queued', async () => {
+test('told to stop, it ends its open requests and delivers the queue', async () => {
   const other = await start()
   const who = await caller({}, other.url)
   const stream = await who.openai.chat.completions.create({ model: 'stall', messages, stream: true })
@@ -451,7 +455,7 @@ test('told to stop, it ends what it has begun and delivers what is queued', asyn
   await other.stop()
 })
 
-test('what was used while the database was away is charged when it is back', async () => {
+test('a use while the database was away is charged when it is back', async () => {
   const who = await caller()
   const body = { model: 'stall', messages, stream: true as const }
   const stream = await who.openai.chat.completions.create(body)
@@ -499,7 +503,7 @@ test('a key that may not be used gets no further', async () => {
   assert.equal(await ask(suspended.key), [403, 'tenant_suspended'])
 })
 
-test('what is no request of the API is refused in its shape', async () => {
+test('a call that is no request of the API is refused in its shape', async () => {
   const { key, accountId } = await caller()
   const ask = async (path: string, method: string, body?: string) => {
     const headers = { authorization: `Bearer ${key}`, 'content-type': 'application/json' }

@@ -1,4 +1,5 @@
-// A Redis Cluster of three shards with replicas: a key that was revoked stays so when a replica that lagged takes over.
+// A Redis Cluster of three shards with replicas: a key that was revoked stays so when a replica
+// that lagged takes over.
 import { createHash } from 'node:crypto'
 import { Cluster, Redis } from 'ioredis'
 import { suite } from 'uvu'
@@ -6,7 +7,7 @@ import * as assert from 'uvu/assert'
 import { temporaryDirectory } from '../../scripts/binaries.ts'
 import { freePort, secret } from '../../scripts/servers.ts'
 import { type Supervised, supervise, until } from '../../scripts/supervise.ts'
-import { type BillingModule, createBillingModule, pgRpc } from '../../src/index.ts'
+import { type BillingModule, type Changes, createBillingModule, pgRpc } from '../../src/index.ts'
 import { database } from '../support/database.ts'
 import { seed, type World } from '../support/seed.ts'
 
@@ -99,13 +100,13 @@ async function entryOf(hash: string): Promise<{ shard: number; name: string } | 
   return undefined
 }
 
-async function gateway(listen: string | false): Promise<BillingModule> {
+async function gateway(changes: Changes): Promise<BillingModule> {
   const rpc = pgRpc({ connectionString: db.loginUrl })
   const redis = new Cluster(
     nodes.map(({ port }) => ({ host: '127.0.0.1', port })),
     { redisOptions: { password }, clusterRetryStrategy: () => 100, slotsRefreshInterval: 500 },
   ).on('error', () => {})
-  const billing = createBillingModule({ rpc, redis, listen })
+  const billing = createBillingModule({ rpc, redis, changes })
   open.push(async () => {
     await billing.stop()
     redis.disconnect()
@@ -126,8 +127,8 @@ const refused = async (billing: BillingModule, world: World) =>
 
 test('a revoked key stays revoked when the replica of a shard, which had not heard of it, takes over', async () => {
   await startCluster()
-  const [one, follower] = [await gateway(db.loginUrl), await gateway(false)]
-  // one that would be in another shard than the cursor, were both where their plain names belong
+  const [one, follower] = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
+  // a key that would be in another shard than the cursor, if both went by their plain names
   let world: World
   do world = await seed(db.operator)
   while ((await shardOf(`vk:${world.keyHash}`)) === (await shardOf('vk:cursor')))
@@ -151,9 +152,9 @@ test('a revoked key stays revoked when the replica of a shard, which had not hea
   process.kill(master.process.pid, 'SIGKILL')
   await until(async () => (await replica.admin.info('replication')).includes('role:master'), 'the takeover')
 
-  // who was there, and who comes new and knows what Redis knows
+  // the modules that were there, and new ones, which know only the state of Redis
   for (const billing of [one, follower]) assert.ok(await refused(billing, world))
-  const late = [await gateway(db.loginUrl), await gateway(false)]
+  const late = [await gateway({ listen: db.loginUrl }), await gateway('follow')]
   for (const billing of [one, follower]) await trusts(billing)
   for (const billing of [one, follower, ...late])
     for (let i = 0; i < 10; i++) assert.ok(await refused(billing, world))

@@ -1,4 +1,5 @@
-// Both transports, held to one suite: the same calls get the same answers and the same errors, through PostgREST and pg.
+// Both transports, held to one suite: the same calls get the same answers and the same errors,
+// through PostgREST and pg.
 import { createServer, type Server } from 'node:http'
 import { inspect } from 'node:util'
 import pg from 'pg'
@@ -6,7 +7,8 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
 import { isRetryable, type KeyledgerError, mayBeDone } from '../../src/errors.ts'
-import { jsonText, type Rpc } from '../../src/rpc.ts'
+import { jsonText } from '../../src/json.ts'
+import type { Rpc } from '../../src/rpc.ts'
 import { pgRpc } from '../../src/rpc-pg.ts'
 import { postgrestRpc } from '../../src/rpc-postgrest.ts'
 import { database } from '../support/database.ts'
@@ -83,7 +85,7 @@ for (const [name, make] of Object.entries(transports)) {
           id: ID,
           name: 'first',
           amount: 1.5,
-          big: 9007199254740992, // what a JSON number can hold
+          big: 9007199254740992, // the largest integer that a JSON number holds exactly, and one more
           at: '2026-01-02T03:04:05.678+00:00',
           tags: ['a', 'b c', null],
           about: { rate: 1.5, on: true },
@@ -176,20 +178,23 @@ for (const [name, make] of Object.entries(transports)) {
     }
     const cycle: Record<string, unknown> = {}
     cycle.self = cycle
-    same(await failure(rpc.call('same_json', { value: cycle })), ['invalid_input', 400])
+    same(await failure(rpc.call<unknown>('same_json', { value: cycle })), ['invalid_input', 400])
   })
 
   the('an error carries what SQL said, and names what to change', async () => {
-    const refused = await failure(rpc.call('fail', { state: 'PT402', said: 'insufficient_funds' }))
+    const refused = await failure(rpc.call<unknown>('fail', { state: 'PT402', said: 'insufficient_funds' }))
     assert.equal([refused.detail, refused.hint], ['a detail', 'a hint'])
     assert.is(refused.message, 'insufficient_funds: a detail (a hint)')
-    const misspelt = await failure(rpc.call('add', { a: 1, c: 2 }))
+    const misspelt = await failure(rpc.call<unknown>('add', { a: 1, c: 2 }))
     assert.match(misspelt.message, /api\.add\(a, c\).*names of its arguments/)
     assert.match(
-      (await failure(rpc.call('forbidden'))).message,
+      (await failure(rpc.call<unknown>('forbidden'))).message,
       /permission denied for function forbidden.*role/,
     )
-    assert.match((await failure(rpc.call('fail', { state: 'XX000' }))).message, /XX000: said: a detail/)
+    assert.match(
+      (await failure(rpc.call<unknown>('fail', { state: 'XX000' }))).message,
+      /XX000: said: a detail/,
+    )
   })
 
   the('a key that strays into a call is in no error', async () => {
@@ -202,9 +207,9 @@ for (const [name, make] of Object.entries(transports)) {
       () => rpc.call('resolve_virtual_key', { key_hash: key }),
       () => rpc.call('check_budget', { user_id: key, amount: '1' }),
       () => rpc.call('check_budget', { user_id: userId, amount: key }),
-      () => rpc.call('same_ids', { value: [key] }),
-      () => rpc.call('same_moment', { value: key }),
-      () => rpc.call('to_json', { value: 'vk_0123456789abcdef' }),
+      () => rpc.call<unknown>('same_ids', { value: [key] }),
+      () => rpc.call<unknown>('same_moment', { value: key }),
+      () => rpc.call<unknown>('to_json', { value: 'vk_0123456789abcdef' }),
       () => operator.call('top_up', { account_id: userId, amount: '1', metadata: `${key}\u0000` }),
       () => rpc.rows('account_balances', { select: ['balance'], where: { user_id: key } }),
     ]
@@ -254,17 +259,17 @@ for (const [name, make] of Object.entries(transports)) {
 
   the('5,000 elements in one call come back in order', async () => {
     const value = Array.from({ length: 5000 }, (_, i) => ({ i, text: NASTY }))
-    assert.equal(await rpc.call('same_json', { value }), value)
+    assert.equal(await rpc.call<unknown>('same_json', { value }), value)
   })
 
   the('rows: filters, order, limit and casts', async () => {
     const names = [NASTY, 'a,b', '(a)', '"a"', 'eq.a', 'a b+c%20&x=1', '*', 'null', '', 'a.b:c', "it's", '{}']
     await db.sql('insert into api.thing (id, name) select gen_random_uuid(), unnest($1::text[])', [names])
     for (const name of names) {
-      assert.equal(await rpc.rows('thing', { select: ['name'], where: { name } }), [{ name }], name)
+      assert.equal(await rpc.rows<unknown>('thing', { select: ['name'], where: { name } }), [{ name }], name)
     }
     await db.sql('delete from api.thing where name = any ($1)', [names])
-    const rows = (query: object) => rpc.rows('thing', { select: ['name', 'amount::text'], ...query })
+    const rows = (query: object) => rpc.rows<unknown>('thing', { select: ['name', 'amount::text'], ...query })
     const [first, second] = [
       { name: 'first', amount: '1.5000000000' },
       { name: 'second', amount: '0.0000000001' },
@@ -292,12 +297,12 @@ for (const [name, make] of Object.entries(transports)) {
       [{ limit: 1.5 }, ['invalid_input', 400]],
     ]
     for (const [query, error] of wrong) same(await failure(rows(query)), error)
-    same(await failure(rpc.rows('nowhere', { select: ['*'] })), ['view_not_found', 404])
+    same(await failure(rpc.rows<unknown>('nowhere', { select: ['*'] })), ['view_not_found', 404])
     same(await failure(rpc.rows('billing_transactions', { select: ['seq'] })), ['permission_denied', 403])
   })
 
   the('role and claims are the ones given', async () => {
-    assert.equal(await rpc.call('caller'), {
+    assert.equal(await rpc.call<unknown>('caller'), {
       role: 'keyledger_gateway',
       claims: { role: 'keyledger_gateway' },
     })
@@ -305,22 +310,22 @@ for (const [name, make] of Object.entries(transports)) {
     const claims = { user_id: userId, note: NASTY }
     const member = make({ role: 'keyledger_member', claims })
     db.onClose(() => member.close())
-    assert.equal(await member.call('caller'), {
+    assert.equal(await member.call<unknown>('caller'), {
       role: 'keyledger_member',
       claims: { role: 'keyledger_member', ...claims },
     })
     assert.equal(await member.rows('account_balances', { select: ['user_id'] }), [{ user_id: userId }])
     const nobody = make({ role: 'nobody_at_all' })
     db.onClose(() => nobody.close())
-    same(await failure(nobody.call('caller')), ['invalid_input', 400])
+    same(await failure(nobody.call<unknown>('caller')), ['invalid_input', 400])
     const owner = make({ role: 'keyledger_owner' })
     db.onClose(() => owner.close())
-    same(await failure(owner.call('caller')), ['permission_denied', 403])
+    same(await failure(owner.call<unknown>('caller')), ['permission_denied', 403])
   })
 
   the('an error leaves nothing behind', async () => {
     const id = newId()
-    same(await failure(rpc.call('write_and_fail', { id })), ['too_late', 409])
+    same(await failure(rpc.call<unknown>('write_and_fail', { id })), ['too_late', 409])
     assert.equal(await db.sql('select from api.thing where id = $1', [id]), [])
   })
 
@@ -330,20 +335,20 @@ for (const [name, make] of Object.entries(transports)) {
     db.onClose(() => impatient.close())
     await holder.query('select pg_advisory_lock(1)')
     try {
-      const error = await failure(impatient.call('wait'))
+      const error = await failure(impatient.call<unknown>('wait'))
       same(error, ['timeout', 504])
       assert.ok(isRetryable(error))
     } finally {
       await holder.end()
     }
-    assert.is(await impatient.call('wait'), true)
+    assert.is(await impatient.call<unknown>('wait'), true)
   })
 
   the('a lost connection is unavailable, and the next call finds another', async () => {
     const holder = await db.session()
     await holder.query('select pg_advisory_lock(1)')
     try {
-      const lost = failure(rpc.call('wait'))
+      const lost = failure(rpc.call<unknown>('wait'))
       const waiting = `from pg_stat_activity where datname = current_database() and wait_event = 'advisory'`
       await until(async () => (await db.sql(`select ${waiting}`)).length, 'the call to wait')
       await db.sql(`select pg_terminate_backend(pid) ${waiting}`)
@@ -353,7 +358,7 @@ for (const [name, make] of Object.entries(transports)) {
     } finally {
       await holder.end()
     }
-    assert.is(await rpc.call('wait'), true)
+    assert.is(await rpc.call<unknown>('wait'), true)
   })
 
   the('a server that is cut off, refuses or hangs is unavailable, then well again', async () => {
@@ -363,7 +368,7 @@ for (const [name, make] of Object.entries(transports)) {
     const patient = make({ via: proxy.url })
     try {
       await holder.query('select pg_advisory_lock(1)')
-      const cut = failure(patient.call('wait'))
+      const cut = failure(patient.call<unknown>('wait'))
       await until(
         async () => (await db.sql(`select from pg_stat_activity where wait_event = 'advisory'`)).length,
         'the call to wait',
@@ -371,15 +376,15 @@ for (const [name, make] of Object.entries(transports)) {
       proxy.cut()
       same(await cut, ['unavailable', 503])
       proxy.mode = 'refuse'
-      const error = await failure(through.call('add', { a: 1 }))
+      const error = await failure(through.call<unknown>('add', { a: 1 }))
       same(error, ['unavailable', 503])
       assert.ok(error.cause instanceof Error)
       proxy.mode = 'pass'
-      assert.is(await through.call('add', { a: 1 }), 3)
+      assert.is(await through.call<unknown>('add', { a: 1 }), 3)
       proxy.mode = 'hang'
-      same(await failure(through.call('add', { a: 1 })), ['timeout', 504])
+      same(await failure(through.call<unknown>('add', { a: 1 })), ['timeout', 504])
       proxy.mode = 'pass'
-      assert.is(await through.call('add', { a: 1 }), 3)
+      assert.is(await through.call<unknown>('add', { a: 1 }), 3)
     } finally {
       await holder.end()
       await through.close()
@@ -387,7 +392,7 @@ for (const [name, make] of Object.entries(transports)) {
       await proxy.close()
     }
     const gone = make({ via: proxy.url })
-    same(await failure(gone.call('add', { a: 1 })), ['unavailable', 503])
+    same(await failure(gone.call<unknown>('add', { a: 1 })), ['unavailable', 503])
     await gone.close()
   })
 }
@@ -406,11 +411,11 @@ test('pg: nothing of a call is left on the connection, after an answer or an err
     assert.is(before.role, 'none')
     const rpc = pgRpc({ pool, claims: { user_id: 'someone' } })
     const calls = [
-      () => rpc.call('add', { a: 1 }),
-      () => rpc.rows('thing', { select: ['id'] }),
-      () => failure(rpc.call('fail', { state: 'PT402' })),
-      () => failure(rpc.call('forbidden')),
-      () => failure(rpc.rows('nowhere', { select: ['id'] })),
+      () => rpc.call<unknown>('add', { a: 1 }),
+      () => rpc.rows<unknown>('thing', { select: ['id'] }),
+      () => failure(rpc.call<unknown>('fail', { state: 'PT402' })),
+      () => failure(rpc.call<unknown>('forbidden')),
+      () => failure(rpc.rows<unknown>('nowhere', { select: ['id'] })),
     ]
     for (const call of calls) {
       await call()
@@ -428,7 +433,7 @@ test('pg: a call that is timed out is ended in Postgres too', async () => {
   await holder.query('select pg_advisory_lock(1)')
   const rpc = pgRpc({ connectionString: db.loginUrl, timeout: 100 })
   try {
-    const error = await failure(rpc.call('wait'))
+    const error = await failure(rpc.call<unknown>('wait'))
     assert.match(error.detail, 'statement timeout')
     assert.equal(await db.sql(`select from pg_locks where not granted`), [])
   } finally {
@@ -442,9 +447,9 @@ test('pg: text survives with standard_conforming_strings off', async () => {
   url.searchParams.set('options', '-c standard_conforming_strings=off -c escape_string_warning=off')
   const rpc = pgRpc({ connectionString: url.href, claims: { note: NASTY } })
   try {
-    assert.is(await rpc.call('same_text', { value: NASTY }), NASTY)
-    assert.equal(await rpc.call('same_json', { value: { [NASTY]: [NASTY] } }), { [NASTY]: [NASTY] })
-    assert.equal(await rpc.rows('thing', { select: ['id'], where: { name: NASTY } }), [])
+    assert.is(await rpc.call<unknown>('same_text', { value: NASTY }), NASTY)
+    assert.equal(await rpc.call<unknown>('same_json', { value: { [NASTY]: [NASTY] } }), { [NASTY]: [NASTY] })
+    assert.equal(await rpc.rows<unknown>('thing', { select: ['id'], where: { name: NASTY } }), [])
   } finally {
     await rpc.close()
   }
@@ -461,10 +466,10 @@ test('pg: a call is one round trip', async () => {
     }) as never
   })
   const rpc = pgRpc({ pool })
-  await rpc.call('add', { a: 1 })
+  await rpc.call<unknown>('add', { a: 1 })
   assert.is(texts.length, 2) // the function's shape is asked once
-  await rpc.call('add', { a: 2 })
-  await failure(rpc.call('add', { a: 'x' }))
+  await rpc.call<unknown>('add', { a: 2 })
+  await failure(rpc.call<unknown>('add', { a: 'x' }))
   assert.is(texts.length, 4)
   assert.ok(texts.every((text) => typeof text === 'string')) // and no prepared statement, which a pooler would lose
   await pool.end()
@@ -476,16 +481,16 @@ test('pg: a function that has changed is found as it is now', async () => {
     db.sql(`${body}; grant execute on function api.changing to keyledger_gateway`)
   try {
     await define('create function api.changing(a integer) returns integer language sql as $$ select a $$')
-    assert.is(await rpc.call('changing', { a: 1 }), 1)
-    same(await failure(rpc.call('changing', { b: 1 })), ['function_not_found', 404])
+    assert.is(await rpc.call<unknown>('changing', { a: 1 }), 1)
+    same(await failure(rpc.call<unknown>('changing', { b: 1 })), ['function_not_found', 404])
     await db.sql('drop function api.changing')
     await define(
       'create function api.changing(b text, a integer default 0) returns setof text language sql as $$ select b $$',
     )
-    assert.equal(await rpc.call('changing', { b: 'x' }), ['x'])
+    assert.equal(await rpc.call<unknown>('changing', { b: 'x' }), ['x'])
     await db.sql('drop function api.changing')
-    await failure(rpc.call('changing', { b: 'x' }))
-    same(await failure(rpc.call('changing', { b: 'x' })), ['function_not_found', 404])
+    await failure(rpc.call<unknown>('changing', { b: 'x' }))
+    same(await failure(rpc.call<unknown>('changing', { b: 'x' })), ['function_not_found', 404])
   } finally {
     await rpc.close()
   }
@@ -495,12 +500,12 @@ test('pg: an exhausted pool is unavailable, and leaks no client', async () => {
   const pool = new pg.Pool({ connectionString: db.loginUrl, max: 1 })
   const taken = await pool.connect()
   const rpc = pgRpc({ pool, timeout: 100 })
-  const error = await failure(rpc.call('add', { a: 1 }))
+  const error = await failure(rpc.call<unknown>('add', { a: 1 }))
   same(error, ['unavailable', 503])
   assert.match(error.hint, '`max`')
   taken.release()
   await until(() => pool.idleCount === 1 && pool.waitingCount === 0, 'the client to be free')
-  assert.is(await rpc.call('add', { a: 1 }), 3)
+  assert.is(await rpc.call<unknown>('add', { a: 1 }), 3)
   await pool.end()
 })
 
@@ -509,10 +514,10 @@ test('pg: an idle connection that breaks ends neither the process nor the next c
   url.searchParams.set('application_name', 'idle')
   const rpc = pgRpc({ connectionString: url.href })
   const idle = `from pg_stat_activity where application_name = 'idle'`
-  await rpc.call('add', { a: 1 })
+  await rpc.call<unknown>('add', { a: 1 })
   await db.sql(`select pg_terminate_backend(pid, 5000) ${idle}`)
   assert.equal(await db.sql(`select ${idle}`), [])
-  await until(() => rpc.call('add', { a: 1 }).catch(() => 0), 'another connection')
+  await until(() => rpc.call<unknown>('add', { a: 1 }).catch(() => 0), 'another connection')
   await rpc.close()
   await rpc.close()
 })
@@ -525,7 +530,7 @@ test('pg: needs a pool or a connection string; wrong ones are unavailable', asyn
   nowhere.pathname = '/nowhere'
   for (const { href } of [wrong, nowhere]) {
     const rpc = pgRpc({ connectionString: href })
-    const error = await failure(rpc.call('add', { a: 1 }))
+    const error = await failure(rpc.call<unknown>('add', { a: 1 }))
     same(error, ['unavailable', 503])
     assert.not.match(inspect(error, { depth: 9 }), new URL(db.loginUrl).password)
     await rpc.close()
@@ -541,21 +546,23 @@ test('postgrest: tokens are asked per request; a refused one has its own code', 
       return server.token({ role: 'keyledger_gateway' })
     },
   })
-  await rpc.call('add', { a: 1 })
-  await rpc.rows('thing', { select: ['id'] })
+  await rpc.call<unknown>('add', { a: 1 })
+  await rpc.rows<unknown>('thing', { select: ['id'] })
   assert.is(asked, 2)
   const fixed = await server.token({ role: 'keyledger_gateway' })
-  assert.is(await postgrestRpc({ url: server.url, token: fixed }).call('add', { a: 1 }), 3)
+  assert.is(await postgrestRpc({ url: server.url, token: fixed }).call<unknown>('add', { a: 1 }), 3)
 
   const expired = { role: 'keyledger_gateway', exp: 1000 }
   for (const token of [await server.token(expired), `${fixed}x`, 'nonsense', '']) {
-    const error = await failure(postgrestRpc({ url: server.url, token }).call('add', { a: 1 }))
+    const error = await failure(postgrestRpc({ url: server.url, token }).call<unknown>('add', { a: 1 }))
     same(error, ['invalid_token', 401])
     assert.ok(!isRetryable(error))
     assert.not.match(inspect(error, { depth: 9 }), fixed)
   }
   const none = await failure(
-    postgrestRpc({ url: server.url, token: () => Promise.reject(new Error('no token')) }).call('add'),
+    postgrestRpc({ url: server.url, token: () => Promise.reject(new Error('no token')) }).call<unknown>(
+      'add',
+    ),
   )
   same(none, ['unavailable', 503])
   assert.is(none.cause.message, 'no token')
@@ -564,15 +571,17 @@ test('postgrest: tokens are asked per request; a refused one has its own code', 
 test('postgrest: a token or a fetch that never comes is given up in time, and may be asked again', async () => {
   const never = () => new Promise<never>(() => {})
   const asked = { url: server.url, timeout: 100 }
-  const noToken = await failure(postgrestRpc({ ...asked, token: never }).call('add', { a: 1 }))
+  const noToken = await failure(postgrestRpc({ ...asked, token: never }).call<unknown>('add', { a: 1 }))
   same(noToken, ['unavailable', 503])
-  const noFetch = await failure(postgrestRpc({ ...asked, token: 't', fetch: never }).call('add', { a: 1 }))
+  const noFetch = await failure(
+    postgrestRpc({ ...asked, token: 't', fetch: never }).call<unknown>('add', { a: 1 }),
+  )
   same(noFetch, ['timeout', 504])
   assert.ok(isRetryable(noToken) && isRetryable(noFetch))
   assert.equal([mayBeDone(noToken), mayBeDone(noFetch)], [false, true])
 })
 
-test('postgrest: what is not its answer gets a code all the same', async () => {
+test('postgrest: an answer that is not its own gets a code all the same', async () => {
   const replies: [status: number, body: string, error: [string, number]][] = [
     [200, '<html>', ['invalid_response', 502]],
     [404, '<html>not here</html>', ['invalid_response', 502]],
@@ -596,7 +605,7 @@ test('postgrest: what is not its answer gets a code all the same', async () => {
     url: `http://127.0.0.1:${(proxy.address() as { port: number }).port}`,
     token: 't',
   })
-  for (reply of replies) same(await failure(rpc.call('add', { a: 1 })), reply[2])
+  for (reply of replies) same(await failure(rpc.call<unknown>('add', { a: 1 })), reply[2])
   proxy.closeAllConnections()
   proxy.close()
 })

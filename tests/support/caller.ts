@@ -1,4 +1,5 @@
-// A process of `callers`: several connections that take the next call as soon as their last one is answered.
+// A process of `callers`: several connections that take the next call as soon as their last one is
+// answered.
 import pg from 'pg'
 import type { Answer, Call } from './callers.ts'
 import type { Row } from './database.ts'

@@ -17,8 +17,9 @@ export interface Answer {
 }
 
 /**
- * Makes the calls as the login role of `url`; the answers come in the order of the calls. Each process works through its
- * share (every 4th call, by default) in order. All are connected before the first call; then `onReady` runs.
+ * Makes the calls as the login role of `url`; the answers come in the order of the calls. Each
+ * process works through its share (every 4th call, by default) in order. All are connected before
+ * the first call; then `onReady` runs.
  */
 export async function callers(
   url: string,

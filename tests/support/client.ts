@@ -1,4 +1,5 @@
-// The cache and the listener of one client process on real servers, in this process or in one of its own.
+// The cache and the listener of one client process on real servers, in this process or in one of
+// its own.
 import { type ChildProcess, fork } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { Redis } from 'ioredis'
@@ -19,7 +20,7 @@ export interface ClientOptions {
   maxStaleness?: number
 }
 
-/** Called between a read of Postgres and what is done with its answer; for clients of this process. */
+/** Called after a read of Postgres, before its answer is used; for clients of this process. */
 export type Between = (fn: string, answer: unknown) => Promise<void>
 
 export interface Seen {

@@ -1,4 +1,5 @@
-// Both transports to one database, and a table of cases that must come out the same through either and change nothing.
+// Both transports to one database, and a table of cases that must come out the same through either
+// and change nothing.
 import * as assert from 'uvu/assert'
 import type { Rpc } from '../../src/rpc.ts'
 import { pgRpc } from '../../src/rpc-pg.ts'
@@ -23,10 +24,13 @@ export async function transports(db: Database): Promise<{ postgrest: Rpcs; pg: R
   }
 }
 
-/** What is tried, how, and what it must give. */
+/** A name, a call, and the result it must give. */
 export type Case<Way = Rpcs> = [what: string, run: (way: Way) => Promise<unknown>, expected: unknown]
 
-/** Makes each case a test per transport, or other way to call; every balance, hold, grant, entry and usage row must be as it was before. */
+/**
+ * Makes each case a test per transport, or other way to call; every balance, hold, grant, entry and
+ * usage row must be as it was before.
+ */
 export function refusals<Way = Rpcs>(
   test: (name: string, run: () => Promise<void>) => void,
   db: Database,
