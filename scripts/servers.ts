@@ -255,7 +255,7 @@ function redisAnswers(port: number, password: string): Promise<boolean> {
  * Applies db/migrations with dbmate, as the documentation tells a DBA to. Throws with dbmate's own
  * words.
  */
-export async function migrate(databaseUrl: string, table = 'keyledger_migrations'): Promise<void> {
+export async function migrate(databaseUrl: string, table = 'keyledger.migrations'): Promise<void> {
   const flags = ['--migrations-dir', 'db/migrations', '--migrations-table', table, '--no-dump-schema']
   await promisify(execFile)(dbmate(), ['--url', databaseUrl, ...flags, 'up'], { cwd: root }).catch(
     (error) => {

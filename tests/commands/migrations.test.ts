@@ -121,7 +121,7 @@ for (const shared of [false, true])
     assert.ok(before.every(({ owner }) => owner === host))
     assert.equal(await sql('select * from data.invoice'), [{ id: 1, note: 'theirs' }])
     assert.equal(await sql('select * from schema_migrations'), [{ version: '20200101000001' }])
-    const [{ applied }] = (await sql('select count(*)::int as applied from keyledger_migrations')) as [Row]
+    const [{ applied }] = (await sql('select count(*)::int as applied from keyledger.migrations')) as [Row]
     assert.is(applied, files.length)
   })
 
@@ -150,8 +150,8 @@ for (const [object, statement] of clashes)
       select n.nspname || '.' || c.relname as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
       where n.nspname not in ('pg_catalog', 'information_schema', 'pg_toast', 'data', 'api') and c.relkind = 'r'
         and n.nspname !~ '^pg_'`)
-    assert.equal(left, [{ name: 'public.keyledger_migrations' }]) // dbmate's own
-    assert.equal(await sql('select * from keyledger_migrations'), [])
+    assert.equal(left, [{ name: 'keyledger.migrations' }]) // dbmate's own
+    assert.equal(await sql('select * from keyledger.migrations'), [])
   })
 
 test('the names whose clash is refused are exactly those that are made', async () => {
@@ -197,7 +197,7 @@ test('every code file may be applied again, over data, and changes nothing', asy
   }
   assert.equal(await catalog(sql), before)
   // all of them, as a release that re-dates them does
-  await sql('delete from keyledger_migrations where version = any ($1)', [
+  await sql('delete from keyledger.migrations where version = any ($1)', [
     code.map((file) => file.slice(0, 14)),
   ])
   await migrate(url)

@@ -114,7 +114,7 @@ tried('its migrations make a database', async () => {
   const name = `${db.name}_packed`
   await once(db.url, `create database ${name}`)
   try {
-    const flags = ['--migrations-table', 'keyledger_migrations', '--no-dump-schema']
+    const flags = ['--migrations-table', 'keyledger.migrations', '--no-dump-schema']
     const url = withDatabase(db.url, name)
     const dir = join(installed, 'db/migrations')
     await promisify(execFile)(dbmate(), ['--url', url, '--migrations-dir', dir, ...flags, 'up'])
@@ -174,7 +174,9 @@ test('tests and docker-compose.yml run one version of PostgREST, and one of dbma
   assert.is(image('amacneil/dbmate'), devDependencies.dbmate)
 })
 
-const readme = ['README.md', 'docs/client.md'].map((file) => readFileSync(join(root, file), 'utf8')).join('\n')
+const readme = ['README.md', 'docs/client.md']
+  .map((file) => readFileSync(join(root, file), 'utf8'))
+  .join('\n')
 const programs = [...readme.matchAll(/^```ts\n\/\/ (\S+)\n(.*?)^```$/gms)].map(([, file, code]) => ({
   file: file!,
   code: code!,

@@ -18,10 +18,10 @@ const migrations = new URL('../../db/migrations/', import.meta.url)
 const files = readdirSync(migrations).sort()
 
 const run = (command: string): Promise<{ stdout: string; stderr: string }> => {
-  const flags = ['--migrations-dir', fileURLToPath(migrations), '--migrations-table', 'keyledger_migrations']
+  const flags = ['--migrations-dir', fileURLToPath(migrations), '--migrations-table', 'keyledger.migrations']
   return promisify(execFile)(dbmate(), ['--url', db.url, ...flags, '--no-dump-schema', command])
 }
-const versions = async () => await db.sql('select version from keyledger_migrations order by 1')
+const versions = async () => await db.sql('select version from keyledger.migrations order by 1')
 const counts = () =>
   db.sql(`
     select (select count(*) from pg_proc where pronamespace in ('data'::regnamespace, 'api'::regnamespace)) as functions,
@@ -51,10 +51,10 @@ test('each file refuses to be rolled back, as the last applied', async () => {
     const { stderr } = await failure(run('rollback'))
     assert.match(stderr, "keyledger can't be rolled back", file)
     const last = file.slice(0, 14)
-    const left = await db.sql('delete from keyledger_migrations where version = $1 returning version', [last])
+    const left = await db.sql('delete from keyledger.migrations where version = $1 returning version', [last])
     assert.equal(left, [{ version: last }], 'it was still recorded')
   }
-  await db.sql('insert into keyledger_migrations select unnest($1::text[])', [all.map((row) => row.version)])
+  await db.sql('insert into keyledger.migrations select unnest($1::text[])', [all.map((row) => row.version)])
 })
 
 test('a database loaded without grants is told by both transports', async () => {

@@ -53,7 +53,7 @@ async function up(url: string): Promise<string> {
     '--migrations-dir',
     directory,
     '--migrations-table',
-    'keyledger_migrations',
+    'keyledger.migrations',
     '--no-dump-schema',
   ]
   const { stdout, stderr } = await promisify(execFile)(dbmate(), ['--url', url, ...flags, 'up'])
@@ -100,7 +100,7 @@ test('each migration applies by itself, in order, beside data of the host; then 
       [...said.matchAll(/Applied: (\S+)/g)].map(([, name]) => name),
       [file],
     )
-    const [{ applied }] = (await sql('select count(*)::int as applied from keyledger_migrations')) as [Row]
+    const [{ applied }] = (await sql('select count(*)::int as applied from keyledger.migrations')) as [Row]
     assert.is(applied, i + 1)
   }
   assert.equal(await sql('select * from public.invoice'), [{ id: 1 }])
@@ -166,7 +166,7 @@ test('a release re-dates the code, and is applied to a database at work: calls g
   ended = true
   await Promise.all(lanes)
 
-  const applied = await sql(`select from keyledger_migrations where version like '20270115%'`)
+  const applied = await sql(`select from keyledger.migrations where version like '20270115%'`)
   assert.is(applied.length, code.length)
   assert.equal(errors, [])
   assert.ok(meanwhile > 20, `${meanwhile} calls while it was applied`)
@@ -178,7 +178,7 @@ test('every code file may be applied again by itself, and changes no row', async
   const sql = await connected(url)
   const before = [await catalog(sql), await tables(sql)]
   for (const file of (await readdir(directory)).filter(isCode)) {
-    await sql('delete from keyledger_migrations where version = $1', [file.slice(0, 14)])
+    await sql('delete from keyledger.migrations where version = $1', [file.slice(0, 14)])
     await up(url)
   }
   assert.equal([await catalog(sql), await tables(sql)], before)
