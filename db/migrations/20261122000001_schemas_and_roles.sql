@@ -1,5 +1,5 @@
 -- migrate:up
--- Refuses a clash of names before anything is made; then the roles and the two schemas.
+-- Refuses a clash of names before it makes anything; then makes the roles and the two schemas.
 
 do $$
 declare
@@ -18,6 +18,7 @@ begin
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_news', 'account_now', 'accounting_snapshot', 'actor', 'after', 'amount',
+      'answer_key_imports', 'insert_account', 'insert_key_imports',
       'available_past_grants', 'await_postings', 'await_window_readers', 'billing_transaction', 'broken_fact',
       'budget', 'budget_code', 'budget_shown', 'budget_spend', 'budgets_left', 'cache_invalidation', 'caller',
       'charged_before', 'check_entry', 'check_written', 'codes_now', 'config_node', 'count_sealed_month',
@@ -65,12 +66,16 @@ begin
   select n.nspname into v_schema
   from pg_namespace n
   where n.nspname in ('data', 'api') and n.nspowner is distinct from to_regrole('keyledger_owner')
-    and not (has_schema_privilege(n.oid, 'create with grant option') and has_schema_privilege(n.oid, 'usage with grant option'))
+    and not (
+      has_schema_privilege(n.oid, 'create with grant option')
+      and has_schema_privilege(n.oid, 'usage with grant option'))
   order by n.nspname
   limit 1;
   if found then
     -- dbmate shows the message alone
-    raise exception 'keyledger can''t be installed by % yet: as the owner of schema %, grant create, usage on schema % to % with grant option',
+    raise exception
+      'keyledger can''t be installed by % yet: as the owner of schema %, '
+      'grant create, usage on schema % to % with grant option',
       current_user, v_schema, v_schema, quote_ident(current_user);
   end if;
 end
@@ -93,8 +98,10 @@ begin
     end if;
   end loop;
 
-  -- What a role asks may take so long and no longer: PostgREST applies a role's settings to the requests of its tokens. Roles are the
-  -- cluster's, and so are these: one that has the setting keeps it, and one that is not ours to alter stays as it is.
+  -- Bounds how long a role's statement may take or wait.
+  -- PostgREST applies a role's settings to the requests of its tokens.
+  -- Roles belong to the cluster: a setting that a role has already stays.
+  -- A role that this user may not alter stays as it is.
   for v_role, v_setting, v_value in
     values ('keyledger_member', 'statement_timeout', '5s'), ('keyledger_gateway', 'statement_timeout', '10s'),
       ('keyledger_operator', 'lock_timeout', '4s')
@@ -113,7 +120,7 @@ begin
     end if;
   end loop;
 
-  -- whoever migrates acts as the owner, so that everything is owned by a role that can't log in
+  -- the migrating user acts as the owner: a role that can't log in then owns every object
   begin
     set local role keyledger_owner;
     reset role;
@@ -121,7 +128,8 @@ begin
     begin
       execute format('grant keyledger_owner to %I', current_user);
     exception when insufficient_privilege then
-      raise exception 'keyledger can''t be installed by % yet: as the role that made keyledger_owner, grant keyledger_owner to %',
+      raise exception
+        'keyledger can''t be installed by % yet: as the role that made keyledger_owner, grant keyledger_owner to %',
         current_user, quote_ident(current_user);
     end;
   end;
@@ -140,9 +148,9 @@ begin
       execute format('comment on schema %I is %L', v_schema, case v_schema
         when 'api' then 'keyledger: virtual keys, balances and exact charges
 Callers branch on codes: the message of an error, and the `code` of each answer of a function on many.'
-        else 'keyledger''s tables and internal functions; the owner''s alone.' end);
+        else 'keyledger''s tables and internal functions: only the owner may use them.' end);
     else
-      -- a schema that was here before stays its owner's
+      -- the owner of an earlier schema stays its owner
       execute format('grant create, usage on schema %I to keyledger_owner with grant option', v_schema);
     end if;
   end loop;
@@ -152,12 +160,13 @@ $$;
 set local role keyledger_owner;
 
 grant usage on schema api to keyledger_gateway, keyledger_operator, keyledger_member;
--- functions are granted by name only, and types are the owner's
+-- each function has its own grant, and only the owner may use the types
 alter default privileges for role keyledger_owner revoke execute on functions from public;
 alter default privileges for role keyledger_owner revoke usage on types from public;
 
--- What one column must hold is a domain, checked once per value; a table's check constraint is planned anew by every
--- statement (5 to 10 microseconds each, measured), so the hot tables keep those for what spans columns.
+-- A rule about one column is a domain, which Postgres checks once per value.
+-- Every statement plans a table's check constraint anew (5 to 10 microseconds each, measured).
+-- So the hot tables have check constraints only for rules that span columns.
 create domain data.money as numeric(28, 10) constraint money_is_a_number check (value <> 'NaN');
 create domain data.amount as numeric(28, 10) constraint amount_is_not_negative check (value >= 0 and value <> 'NaN');
 create domain data.currency as text constraint currency_is_iso_4217 check (value ~ '^[A-Z]{3}$');
@@ -166,7 +175,8 @@ create domain data.sha256 as bytea constraint sha256_has_32_bytes check (octet_l
 create domain data.uuidv7 as uuid
   constraint id_is_a_uuidv7 check (get_byte(uuid_send(value), 6) >> 4 = 7 and get_byte(uuid_send(value), 8) >> 6 = 2);
 create domain data.entry_kind as text constraint kind_is_known check (value in (
-  'opening', 'top_up', 'top_up_reversal', 'usage', 'refund', 'adjustment', 'credit_grant', 'credit_expiry', 'limit_change'));
+  'opening', 'top_up', 'top_up_reversal', 'usage', 'refund', 'adjustment', 'credit_grant', 'credit_expiry',
+  'limit_change'));
 
 reset role;
 
