@@ -1,4 +1,4 @@
-// Adopting: keys, users and balances of another system come in as they are, and keep working.
+// Openings: accounts of another system open with their money, debt, credit and limit.
 import { createHash, randomBytes, randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -6,8 +6,8 @@ import { until } from '../../scripts/supervise.ts'
 import { createBillingModule, pgRpc } from '../../src/index.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { event, hold, holdsTrue } from '../support/ledger.ts'
-import { seed } from '../support/seed.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { event, hold, seed } from '../support/seed.ts'
 
 const test = suite('adopt')
 const db = await database(test)
@@ -60,7 +60,7 @@ test('a key in use keeps working: imported by its hash, or hashed on the way in'
   const [second] = await gateway('select * from api.resolve_billing_account($1)', [keys[1]])
   assert.equal([second!.virtual_key_id, second!.user_id], [answers[1]!.id, other])
 
-  // again: nothing changes, and what differs is said
+  // a repeated import changes nothing, and says whether they differ
   const before = await count('data.virtual_key')
   assert.equal(await importKeys(elements), [
     { ...answers[0], status: 'duplicate' },
@@ -128,7 +128,7 @@ test('no imported key is stored, answered or told in an error', async () => {
     assert.not(text.includes(key.slice(0, -4)), 'all but the end of it')
     assert.not(text.includes(key.slice(12)))
   }
-  // 16 letters are all there is: a quarter of them is shown
+  // the key has 16 letters, so a quarter of them is shown
   assert.is(answers[0]![2]!.key_prefix, keys[2]!.slice(0, 4))
   const short = keys[0]!.slice(0, 12)
   assert.equal(codes(await importKeys([{ user_id: userId, key_hash: sha256(short), key_prefix: short }])), [
@@ -180,7 +180,7 @@ test('one bad key among many stops none of the others', async () => {
   assert.is(of[500]!.code, 'user_not_found')
 })
 
-test('a key is one key’s: another’s is refused, a revoked one stays revoked, a copy is a duplicate', async () => {
+test('an import refuses another user’s key, leaves a revoked key revoked, and calls a copy a duplicate', async () => {
   const [mine, theirs] = [await user(), await user()]
   const key_hash = sha256(foreignKey())
   assert.equal(
@@ -202,7 +202,7 @@ test('a key is one key’s: another’s is refused, a revoked one stays revoked,
   assert.is(resolved!.code, 'virtual_key_disabled')
 })
 
-test('a key rotated since is a duplicate while its old text is good, and expired then; another user never gets it', async () => {
+test('an import of a rotated key’s old text is a duplicate within its grace, then expired; no other user gets it', async () => {
   const [mine, theirs] = [await user(), await user()]
   const key_hash = sha256(foreignKey())
   const [{ id }] = (await importKeys([{ user_id: mine, key_hash }])) as [Row]
@@ -247,7 +247,7 @@ test('two imports of the same keys at once, in opposite orders: each key comes i
   }
 })
 
-test('accounts open with what they had: money, debt, free credit and a limit', async () => {
+test('accounts open with their money, debt, free credit and limit', async () => {
   const [rich, poor, within, promised, owing] = [
     await user(),
     await user(),
@@ -300,7 +300,7 @@ test('accounts open with what they had: money, debt, free credit and a limit', a
     { seq: '1', kind: 'opening', amount: 12.5, counter_account: 'opening', reference: 'old:17' },
     { seq: '2', kind: 'credit_grant', amount: 3, counter_account: 'promotion', reference: null },
   ])
-  // an account opens once; a retry is told from another opening
+  // an account opens once; the answer tells a retry from another opening
   const entries = await count('data.billing_transaction')
   assert.equal(
     await open(openings),
@@ -356,7 +356,7 @@ test('an opening is an account’s first entry, and each bad one is refused alon
   assert.is(balance_version, '0')
   assert.equal(await open([]), [])
   assert.is((await failure(open('x'))).message, 'invalid_openings')
-  // and an opened account goes on like any other
+  // an opened account goes on like any other
   await operator('select api.top_up($1, 5)', [twice])
   await holdsTrue(db.sql)
 })
@@ -387,7 +387,7 @@ test('a top-up and an opening at once: whichever is second finds the other', asy
   await holdsTrue(db.sql)
 })
 
-test('5,000 accounts open in one call, and prove', async () => {
+test('5,000 accounts open in one call, and verify', async () => {
   const ids = (
     await operator(
       `insert into api.user_profiles (display_name) select 'n' from generate_series(1, 5000) returning id`,

@@ -1,11 +1,12 @@
-// Money back: refunds of charges and reversed top-ups, where they go, once per reference, never more than came.
+// Refunds of charges and reversed top-ups: where the money goes, once per reference, never more than came.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { until } from '../../scripts/supervise.ts'
 import { type Call, callers, errors } from '../support/callers.ts'
+import { movableClock, now } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { chances, holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { chances, holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 import { code, refusals, short, transports } from '../support/transports.ts'
 
@@ -19,7 +20,8 @@ const test = (name: string, run: () => Promise<void>) =>
 
 const refund = (account: Payer, args: Row) => account.post('refund_charge', args)
 const reverse = (account: Payer, args: Row) => account.post('reverse_top_up', args)
-const soon = (seconds: number) => new Date(Date.now() + seconds * 1000).toISOString()
+const forward = await movableClock(db.sql)
+const soon = (seconds: number) => new Date(now() + seconds * 1000).toISOString()
 const refused = async (call: Promise<unknown>, message: string, detail?: string) => {
   const error = await failure(call)
   assert.equal([error.code, error.message], ['PT409', message])
@@ -232,16 +234,16 @@ test('free credit returns to the grants it came from, the last drawn first, and 
   assert.equal(await account.figures(), { free_credit: '4', available: '4' })
 })
 
-test('what an expired grant paid comes back to the balance', async () => {
+test('the part that an expired grant paid comes back to the balance', async () => {
   const account = await payer(db)
-  const expires_at = soon(2)
+  const expires_at = soon(60)
   await account.grant('3', { expires_at })
   await account.grant('1', { priority: 1 })
   await account.use('3')
   assert.is(await grants(account), '1 0')
   await refund(account, { seq: 3, amount: '0.25' })
   assert.is(await grants(account), '1.25 0', 'while it lasts')
-  await until(async () => !(await account.figures()).free_credit, 'the grant to expire')
+  await forward(60)
   await refund(account, { seq: 3 })
   assert.equal(await account.entries(4), [
     'credit_expiry -1.25: free_credit -1.25',
@@ -411,7 +413,7 @@ test('only the operator gives money back', async () => {
       assert.is((await failure(sql(`select api.${fn}($1, 3)`, [one.accountId]))).code, '42501')
 })
 
-// 200 at once: what each call passes, and what has come back in all
+// 200 at once: the arguments of each call, and the total that has come back
 const storms: [what: string, fn: string, args: (i: number, usage: string) => Row, entries: number][] = [
   ['one refund', 'refund_charge', () => ({ seq: 3, amount: '7', reference: 'r' }), 1],
   ['one refund of all', 'refund_charge', () => ({ seq: 3, reference: 'r' }), 1],
@@ -454,7 +456,7 @@ for (const [what, fn, args, entries] of storms)
     const isRefund = fn === 'refund_charge'
     assert.is(back.reduce((sum, { amount }) => sum + Number(amount) * 10, 0) / 10, isRefund ? 7 : -5)
     const done = answers.filter(({ error }) => !error)
-    // one reference: everybody gets the entry; else who came too late is told
+    // with one reference every caller gets the entry; else late callers get a refusal
     const sameForAll = args(1, event.id).reference === 'r'
     assert.is(done.length, sameForAll ? 200 : entries)
     assert.equal([...new Set(done.map(({ rows }) => rows[0]!.seq))].sort(), back.map(({ seq }) => seq).sort())
@@ -469,7 +471,7 @@ for (const [what, fn, args, entries] of storms)
     assert.is(await grants(account), isRefund ? '3' : '0')
   })
 
-test('refunds, reversals, grants that run out, charges and limits at once: every invariant', async () => {
+test('refunds, reversals, expiring grants, charges and limits at once keep every invariant', async () => {
   const accounts = await Promise.all(Array.from({ length: 4 }, () => payer(db, { funds: '1' })))
   const chance = chances(7)
   const some = (above: number) => `${(above + chance(30)) / 10}`
@@ -487,7 +489,7 @@ test('refunds, reversals, grants that run out, charges and limits at once: every
       passed('grant_credit', account, { amount: some(1), priority: chance(3), expires_at: soon(600) }),
     (account) => ({
       role: 'keyledger_operator',
-      text: `select api.grant_credit($1, $2, clock_timestamp() + interval '0.3 s')`,
+      text: `select api.grant_credit($1, $2, clock.clock_timestamp() + interval '0.3 s')`,
       values: [account.accountId, some(1)],
     }),
     (account) => ({

@@ -1,4 +1,4 @@
-// What may be written through the views and what may not, whoever asks: identities are fixed, history is append-only.
+// Writes through the views, and their refusals, for every role: identities are fixed, history is append-only.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -82,7 +82,7 @@ test('an operator writes every writable view through PostgREST, and no column be
     assert.is((await send('DELETE', `${view}?created_at=lt.2000-01-01`))[0], 403, view)
 })
 
-test('identities keep what money hangs on', async () => {
+test('ids, currencies and owners are fixed, closed and revoked are final', async () => {
   const { tenantId, keyId } = await seed(operator)
   const other = await seed(operator, { alone: true })
   const cases: [sql: string, code: string, message?: string][] = [

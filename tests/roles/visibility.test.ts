@@ -1,4 +1,4 @@
-// Which rows each reader sees through the views, tried as that reader.
+// Visibility: the rows that each reader sees through the views.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -11,7 +11,7 @@ const test = suite('visibility')
 const db = await database(test)
 const { operator, gateway } = db
 
-// Two tenants and one who pays alone. In tenant a: adam (admin), mary, nora (paid alone before), eve (left, pays alone now).
+// Two tenants, and sam, who pays alone. In tenant a: adam (admin), mary, nora (paid alone before), eve (left since).
 const ids: Record<string, string> = {}
 const add = async (name: string, sql: string, values: unknown[] = []) => {
   ids[name] = (await operator(sql, values))[0]!.id
@@ -199,7 +199,7 @@ for (const [who, claims, expected] of readers)
     assert.equal(await sees(db.as('keyledger_member', claims)), expected)
   })
 
-test("a role in the claims is no role: the database's decides", async () => {
+test("a role in the claims counts for nothing: the database's role decides", async () => {
   const session = await db.session('keyledger_member')
   try {
     const claims = JSON.stringify({ role: 'keyledger_operator', user_id: ids.mary })
@@ -229,7 +229,7 @@ test('a member sees every price, and no node, mount or parked event', async () =
     assert.is((await failure(member(`select from api.${view}`))).code, '42501', view)
 })
 
-test('gateway and operator see everyone', async () => {
+test('gateway and operator see every row', async () => {
   const everyone = people.map(([name]) => name)
   for (const reader of [gateway, operator]) {
     const seen = (await reader('select user_id from api.account_balances')).map(({ user_id }) =>
@@ -243,7 +243,7 @@ test('gateway and operator see everyone', async () => {
   assert.is((await operator('select from api.parked_usage')).length, 1)
 })
 
-test("figures on the member's page are the account's", async () => {
+test("the figures that a member sees are the account's", async () => {
   const read =
     'select account_id, balance::text, frozen_balance::text, available::text from api.account_balances'
   // four members topped up 10, held 1 and used 0.0025 each
@@ -257,7 +257,7 @@ test("figures on the member's page are the account's", async () => {
   ])
 })
 
-test("the same rows through PostgREST, with a member's token", async () => {
+test("a member's token gets the same rows through PostgREST", async () => {
   const { url, token } = await db.postgrest()
   for (const [name, expected] of [
     ['mary', mary],

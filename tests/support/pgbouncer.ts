@@ -1,4 +1,4 @@
-// PgBouncer in front of a database, for a test of what holds in transaction mode.
+// PgBouncer in front of a database, for a test in transaction mode.
 import { chownSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import pg from 'pg'
