@@ -6,7 +6,7 @@ import { database, type Row, type Sql } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { seed } from '../support/seed.ts'
 
-const test = suite('status')
+const test = suite('statuses')
 const db = await database(test)
 const olga = db.as('keyledger_operator', { sub: 'olga' })
 

@@ -20,7 +20,6 @@ const test = (name: string, run: () => Promise<void>) =>
 
 const refund = (account: Payer, args: Row) => account.post('refund_charge', args)
 const reverse = (account: Payer, args: Row) => account.post('reverse_top_up', args)
-const forward = await movableClock(db.sql)
 const soon = (seconds: number) => new Date(now() + seconds * 1000).toISOString()
 const refused = async (call: Promise<unknown>, message: string, detail?: string) => {
   const error = await failure(call)
@@ -232,25 +231,6 @@ test('free credit returns to the grants it came from, the last drawn first, and 
   await refund(account, { seq: 9 })
   assert.is(await grants(account), '1 1 1 1')
   assert.equal(await account.figures(), { free_credit: '4', available: '4' })
-})
-
-test('the part that an expired grant paid comes back to the balance', async () => {
-  const account = await payer(db)
-  const expires_at = soon(60)
-  await account.grant('3', { expires_at })
-  await account.grant('1', { priority: 1 })
-  await account.use('3')
-  assert.is(await grants(account), '1 0')
-  await refund(account, { seq: 3, amount: '0.25' })
-  assert.is(await grants(account), '1.25 0', 'while it lasts')
-  await forward(60)
-  await refund(account, { seq: 3 })
-  assert.equal(await account.entries(4), [
-    'credit_expiry -1.25: free_credit -1.25',
-    'refund 2.75: balance 1.75, free_credit 1',
-  ])
-  assert.is(await grants(account), '0 1')
-  assert.equal(await account.figures(), { balance: '1.75', free_credit: '1', available: '2.75' })
 })
 
 test('a refund is done once per reference; other content under it is refused', async () => {
@@ -489,7 +469,7 @@ test('refunds, reversals, expiring grants, charges and limits at once keep every
       passed('grant_credit', account, { amount: some(1), priority: chance(3), expires_at: soon(600) }),
     (account) => ({
       role: 'keyledger_operator',
-      text: `select api.grant_credit($1, $2, clock.clock_timestamp() + interval '0.3 s')`,
+      text: `select api.grant_credit($1, $2, clock_timestamp() + interval '0.3 s')`,
       values: [account.accountId, some(1)],
     }),
     (account) => ({
@@ -520,6 +500,26 @@ test('refunds, reversals, expiring grants, charges and limits at once keep every
     [accounts.map(({ accountId }) => accountId)],
   )
   for (const [what, count] of Object.entries(posted!)) assert.ok(count > 0, `${what}: ${count}`)
+})
+
+test('the part that an expired grant paid comes back to the balance', async () => {
+  const forward = await movableClock(db.sql) // last in this file: this clock is slower
+  const account = await payer(db)
+  const expires_at = soon(60)
+  await account.grant('3', { expires_at })
+  await account.grant('1', { priority: 1 })
+  await account.use('3')
+  assert.is(await grants(account), '1 0')
+  await refund(account, { seq: 3, amount: '0.25' })
+  assert.is(await grants(account), '1.25 0', 'while it lasts')
+  await forward(60)
+  await refund(account, { seq: 3 })
+  assert.equal(await account.entries(4), [
+    'credit_expiry -1.25: free_credit -1.25',
+    'refund 2.75: balance 1.75, free_credit 1',
+  ])
+  assert.is(await grants(account), '0 1')
+  assert.equal(await account.figures(), { balance: '1.75', free_credit: '1', available: '2.75' })
 })
 
 refunds.run()

@@ -6,7 +6,7 @@ import { database, type Row } from '../support/database.ts'
 import { idAt } from '../support/ids.ts'
 import { type Payer, payer } from '../support/payer.ts'
 
-const test = suite('last used')
+const test = suite('key use')
 const db = await database(test)
 const move = await movableClock(db.sql)
 

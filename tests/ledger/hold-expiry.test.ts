@@ -7,7 +7,7 @@ import { holdsTrue } from '../support/ledger.ts'
 import { payer } from '../support/payer.ts'
 import { hold, seed } from '../support/seed.ts'
 
-const test = suite('expiry')
+const test = suite('hold expiry')
 let db: Database
 let forward: (seconds: number) => Promise<void>
 test.before(async () => {

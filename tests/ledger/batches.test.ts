@@ -9,7 +9,7 @@ import { holdsTrue } from '../support/ledger.ts'
 import { payer } from '../support/payer.ts'
 import { code, refusals, short, transports } from '../support/transports.ts'
 
-const test = suite('events')
+const test = suite('batches')
 const db = await database(test)
 const through = await transports(db)
 const each = refusals(test, db, through)

@@ -9,7 +9,7 @@ import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { hold, seed, type World } from '../support/seed.ts'
 
-const test = suite('rotation')
+const test = suite('key rotation')
 const db = await database(test)
 const { operator, gateway } = db
 const forward = await movableClock(db.sql)

@@ -8,7 +8,7 @@ import { failure } from '../support/failure.ts'
 import { newId } from '../support/ids.ts'
 import { event, hold, seed, type World } from '../support/seed.ts'
 
-const test = suite('interleave')
+const test = suite('parent locks')
 const db = await database(test)
 
 let sessions: pg.Client[] = []

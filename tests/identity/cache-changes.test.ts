@@ -8,7 +8,7 @@ import { root } from '../readme/document.ts'
 import { database, type Row } from '../support/database.ts'
 import { seed } from '../support/seed.ts'
 
-const test = suite('cursor')
+const test = suite('cache changes')
 const db = await database(test)
 
 type Changes = { cursor: { cluster: string; snapshot: string }; keys: string[]; reset: boolean }

@@ -8,7 +8,7 @@ import { holdsTrue } from '../support/ledger.ts'
 import { payer } from '../support/payer.ts'
 import { type Case, code, refusals, short, transports } from '../support/transports.ts'
 
-const test = suite('input')
+const test = suite('refusals')
 const db = await database(test)
 const through = await transports(db)
 const each = refusals(test, db, through)

@@ -8,7 +8,7 @@ import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 import { hold, seed } from '../support/seed.ts'
 
-const backing = suite('backing')
+const backing = suite('hold backing')
 const db = await database(backing)
 const test = (name: string, run: () => Promise<void>) =>
   backing(name, async () => {
