@@ -345,7 +345,7 @@ test('a change of a node, in any column, evicts no key', async () => {
   const { keys, reset } = await changes(cursor)
   assert.equal([keys, reset], [[], false])
   const [key] = await db.gateway('select config_node_ids from api.resolve_virtual_key($1)', [keyHash])
-  assert.equal(key!.config_node_ids, [nodeId], 'what is cached is as it was')
+  assert.equal(key!.config_node_ids, [nodeId], 'the cached answer has not changed')
 })
 
 test('only the gateway reads the outbox, and no role can write it', async () => {

@@ -66,8 +66,8 @@ async function warm(): Promise<World> {
 }
 
 /**
- * From `committed` on: every validate that starts a second or more later gives `code` (null: accepts). All processes ask
- * without a pause until each has answered ten times past that moment.
+ * Every validate that starts a second or more after `committed` must give `code` (null: accepts).
+ * All processes ask without a pause until each has answered ten times past that moment.
  */
 async function obeyed(
   { keyHash }: Pick<World, 'keyHash'>,

@@ -110,25 +110,25 @@ test('PostgREST sets a status and keeps its reason too', async () => {
 })
 
 const refusals: [name: string, args: () => Promise<Parameters<typeof set>>, expected: string][] = [
-  ['no entity of ours', async () => ['price', randomUUID(), 'active'], 'PT422 invalid_entity'],
+  ['an unknown entity', async () => ['price', randomUUID(), 'active'], 'PT422 invalid_entity'],
   ['no entity', async () => [null, randomUUID(), 'active'], 'PT422 invalid_entity'],
   ['an unknown tenant', async () => ['tenant', randomUUID(), 'active'], 'PT404 tenant_not_found'],
   ['an unknown user', async () => ['user_profile', randomUUID(), 'active'], 'PT404 user_not_found'],
   ['an unknown node', async () => ['config_node', null, 'active'], 'PT404 config_node_not_found'],
   ['an unknown key', async () => ['virtual_key', randomUUID(), 'revoked'], 'PT404 virtual_key_unknown'],
   [
-    "a node's status that is a tenant's",
+    "a tenant's status for a node",
     async () => ['config_node', (await seed(db.operator)).nodeId, 'suspended'],
     'PT422 invalid_status',
   ],
   ['no status', async () => ['tenant', (await seed(db.operator)).tenantId, null], 'PT422 invalid_status'],
   [
-    'a key back to life',
+    'an active status for a revoked key',
     async () => ['virtual_key', (await seed(db.operator)).keyId, 'active'],
     'PT422 invalid_status',
   ],
   [
-    'a closed tenant back',
+    'an active status for a closed tenant',
     async () => {
       const { tenantId } = await seed(db.operator)
       await set('tenant', tenantId, 'closed')
@@ -205,7 +205,7 @@ test('a member sees changes of themselves and their keys, an admin those of the 
       ({ entity_id }) => entity_id,
     )
   assert.equal(await seen(userId), [userId, keyId])
-  assert.equal(await seen(admin!.id), [admin!.id], 'suspended, they see their own')
+  assert.equal(await seen(admin!.id), [admin!.id], 'a suspended member sees their own changes')
   await set('user_profile', admin!.id, 'active')
   assert.equal(await seen(admin!.id), [userId, tenantId, keyId, admin!.id, admin!.id])
   assert.equal(await seen(randomUUID()), [])

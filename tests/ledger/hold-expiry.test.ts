@@ -74,7 +74,7 @@ test('a hold that waited for a lock begins when it gets the lock', async () => {
       `select $1::timestamptz >= $2::timestamptz + interval '1 second' as whole`,
       [answer!.expires_at, freed],
     )) as [Row]
-    assert.ok(whole, 'the wait was taken off its second')
+    assert.ok(whole, 'the hold lost the time that it waited')
   } finally {
     await holder.end()
     await waiter.end()

@@ -39,13 +39,19 @@ const draws: [
   ['the whole of it', '5', [['5', true]], 'captured 5/5', { balance: '5', available: '5' }],
   ['nothing of it', '5', [['0', true]], 'captured 0/5', { balance: '10', available: '10' }],
   [
-    "what the hold doesn't cover is charged all the same",
+    "the part that the hold doesn't cover is charged all the same",
     '2',
     [['5', true]],
     'captured 2/2',
     { balance: '5', available: '5' },
   ],
-  ['past the money too', '2', [['15', true]], 'captured 2/2', { outstanding_amount: '5', available: '-5' }],
+  [
+    'an event beyond the money too',
+    '2',
+    [['15', true]],
+    'captured 2/2',
+    { outstanding_amount: '5', available: '-5' },
+  ],
   [
     'parts, until a final one',
     '5',

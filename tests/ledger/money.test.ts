@@ -19,7 +19,7 @@ const test = (name: string, run: () => Promise<void>) =>
 // each step, the entry it posts, and the figures after it (those that are not zero)
 type Step = [run: (account: Payer) => Promise<unknown>, entry: string, figures: Row]
 const posting: Record<string, Step[]> = {
-  'debt is what nothing covers, and is paid before anything else': [
+  'the part of a charge that nothing covers is debt, and is paid before anything else': [
     [(a) => a.use('5'), 'usage -5: outstanding 5', { outstanding_amount: '5', available: '-5' }],
     [(a) => a.topUp('3'), 'top_up 3: outstanding -3', { outstanding_amount: '2', available: '-2' }],
     [(a) => a.grant('1'), 'credit_grant 1: outstanding -1', { outstanding_amount: '1', available: '-1' }],
@@ -73,7 +73,7 @@ const posting: Record<string, Step[]> = {
       { balance: '-1', credit_limit: '2', available: '1' },
     ],
   ],
-  'a raised limit pays debt, a lowered one makes it; what is available moves by the limit alone': [
+  'a raised limit pays debt, a lowered one makes it; `available` moves by the limit alone': [
     [(a) => a.use('5'), 'usage -5: outstanding 5', { outstanding_amount: '5', available: '-5' }],
     [
       (a) => a.limit('2'),
@@ -129,7 +129,7 @@ const posting: Record<string, Step[]> = {
       { outstanding_amount: '3', available: '-3' },
     ],
   ],
-  'ten decimals are kept to the last': [
+  'all ten decimals are kept': [
     [
       (a) => a.topUp('999999999999.9999999999'),
       'top_up 999999999999.9999999999: balance 999999999999.9999999999',
@@ -152,7 +152,7 @@ for (const [name, steps] of Object.entries(posting))
     }
   })
 
-test('a limit set to what it is posts nothing', async () => {
+test('setting the same limit posts nothing', async () => {
   const account = await payer(db, { limit: '5' })
   await account.limit('5.0')
   assert.is(await account.version(), '1')

@@ -8,7 +8,7 @@ import { type Payer, payer } from '../support/payer.ts'
 
 const test = suite('plans')
 const db = await database(test)
-// its analyze would have plans made anew: those under test would go, and a call would count the blocks read to make them
+// autovacuum's analyze would replace the plans under test, and calls would count the blocks of planning
 await db.sql(`
   do $$ declare t regclass; begin
     for t in select oid from pg_class where relnamespace = 'data'::regnamespace and relkind = 'r' loop

@@ -37,7 +37,7 @@ const grants = async ({ accountId }: Payer): Promise<string> => {
 // each step, the entry it posts, and the figures after it (those that are not zero)
 type Step = [run: (account: Payer) => Promise<unknown>, entry: string, figures: Row]
 const posting: Record<string, Step[]> = {
-  'what was paid with money comes back to the balance, in parts, then all that is left': [
+  'a charge paid with money comes back to the balance, in parts, then the rest': [
     [(a) => a.topUp('10'), 'top_up 10: balance 10', { balance: '10', available: '10' }],
     [(a) => a.use('4'), 'usage -4: balance -4', { balance: '6', available: '6' }],
     [
@@ -61,7 +61,7 @@ const posting: Record<string, Step[]> = {
     ],
     [(a) => refund(a, { seq: 1 }), 'refund 4: balance 3, outstanding -1', { balance: '3', available: '3' }],
   ],
-  'what was on credit is owed no more': [
+  'a refund of a charge on credit lowers the debt': [
     [(a) => a.limit('5'), 'limit_change 0: ', { credit_limit: '5', available: '5' }],
     [
       (a) => a.use('7'),
@@ -75,7 +75,7 @@ const posting: Record<string, Step[]> = {
     ],
     [(a) => refund(a, { seq: 2 }), 'refund 4: balance 4', { credit_limit: '5', available: '5' }],
   ],
-  'of a charge on free credit, money and debt: debt, then money, then free credit': [
+  'a charge on free credit, money and debt comes back to debt, then money, then free credit': [
     [(a) => a.topUp('3'), 'top_up 3: balance 3', { balance: '3', available: '3' }],
     [
       (a) => a.grant('4'),
@@ -108,7 +108,7 @@ const posting: Record<string, Step[]> = {
       { balance: '3', free_credit: '4', available: '7' },
     ],
   ],
-  'the same at once': [
+  'the same, in one refund': [
     [(a) => a.topUp('3'), 'top_up 3: balance 3', { balance: '3', available: '3' }],
     [
       (a) => a.grant('4'),
@@ -136,7 +136,7 @@ const posting: Record<string, Step[]> = {
       { free_credit: '1', available: '1' },
     ],
   ],
-  'a top-up taken back takes balance, then free credit, and what is spent becomes debt': [
+  'a reversed top-up takes balance, then free credit, and the spent part becomes debt': [
     [(a) => a.topUp('10'), 'top_up 10: balance 10', { balance: '10', available: '10' }],
     [(a) => a.use('5'), 'usage -5: balance -5', { balance: '5', available: '5' }],
     [

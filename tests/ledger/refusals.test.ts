@@ -304,7 +304,7 @@ each(
     '404 user_not_found',
   ],
   [
-    'a key for a node that is none',
+    'a key for an unknown node',
     ({ operator }) =>
       code(operator.call('create_virtual_key', { user_id: good.userId, config_node_ids: [randomUUID()] })),
     '404 config_node_not_found',
@@ -321,7 +321,7 @@ each(
     '404 virtual_key_unknown',
   ],
   [
-    'an argument that is none',
+    'an unknown argument',
     ({ operator }) =>
       code(operator.call<unknown>('top_up', { account_id: good.accountId, amount: '1', currency: 'USD' })),
     '404 function_not_found',

@@ -13,7 +13,7 @@ const db = await database(test)
 const { operator } = db
 const roles: Role[] = ['keyledger_gateway', 'keyledger_operator', 'keyledger_member']
 
-// A login that may become each role, and has a schema of its own, first in its path. Every poisoned thing calls evil.trap().
+// A login that may become each role, with a schema of its own first in its path. Each poisoned object calls evil.trap().
 const login = `${db.name}_login`
 await db.sql(`create role ${login} login password 'login'`)
 await db.sql(`grant ${roles.join(', ')} to ${login}`)
@@ -344,7 +344,7 @@ for (const role of roles)
       try {
         for (const view of await readable(role)) await attempt(`select * from api.${view} limit 5`)
         const names = await granted(role)
-        // calls that end what others need come last
+        // calls that end a row which others need come last
         const last = ['drop_usage_partitions', 'replay_parked_usage']
         names.sort((a, b) => last.indexOf(a) - last.indexOf(b))
         for (const name of names) {
@@ -382,7 +382,7 @@ test('the calls fired each trigger, and so each trigger function', async () => {
     [
       // the statistics don't count a call that raises: the refusals fired these
       'data.check_written()',
-      // no role may do what fires these: delete keys, or change history
+      // only deleting keys or changing history fires these, and no role may do either
       'data.forbid_change()',
       'data.forbid_truncate()',
       'data.keep_account()',

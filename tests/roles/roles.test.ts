@@ -142,7 +142,7 @@ test('every role may call exactly the functions of the table', async () => {
   assert.equal(
     found.map(({ name }) => name),
     Object.keys(functions),
-    'write who may call it into the table above',
+    'add the roles that may call it to the table above',
   )
   for (const { oid, name, nulls } of found)
     for (const role of roles) {
@@ -162,7 +162,7 @@ test('every role may use each view exactly as the table says', async () => {
   assert.equal(
     found.map(({ name }) => name),
     Object.keys(views),
-    'write who may do what into the table above',
+    'add the rights of each role to the table above',
   )
   for (const { oid, name } of found)
     for (const role of roles) {
@@ -303,7 +303,7 @@ test('every api function is the owner’s, a commented security definer, with pg
   }
   const open = await db.sql(`select p.oid::regprocedure::text as name from pg_proc p
     where p.pronamespace = 'data'::regnamespace and p.prosecdef and not coalesce(p.proconfig @> array['search_path=pg_catalog, pg_temp'], false)`)
-  assert.equal(open, [], "a definer's search path is nobody else's")
+  assert.equal(open, [], 'only a security definer sets its search path')
 })
 
 test.run()

@@ -66,7 +66,7 @@ async function walk(rpc: Rpc, world: World, redis: Redis, listen: string) {
       await failure(billing.hold(context, { amount: '1000000' })),
     ])
       assertAbsent(world.key, inspect(refused, { depth: null }), 'an error')
-    assertAbsent(world.key, JSON.stringify([context, billing.health()]), 'what the client answers')
+    assertAbsent(world.key, JSON.stringify([context, billing.health()]), 'the answers of the client')
   } finally {
     await billing.stop()
   }

@@ -61,7 +61,7 @@ for (const [name, rpc] of Object.entries(rpcs)) {
       await dba.query('commit')
     }
     for (const each of [key, unknown])
-      await until(() => server.log().includes(hashOf(each)), 'what was asked to be logged')
+      await until(() => server.log().includes(hashOf(each)), 'the call to be logged')
     if (name === 'pg') assert.match(server.log(), 'canceling statement due to lock timeout')
     for (const each of [key, unknown])
       assert.not.ok(`${server.log()}${postgrest.log()}`.includes(each.slice(5)))

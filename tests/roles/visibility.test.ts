@@ -11,7 +11,8 @@ const test = suite('visibility')
 const db = await database(test)
 const { operator, gateway } = db
 
-// Two tenants, and sam, who pays alone. In tenant a: adam (admin), mary, nora (paid alone before), eve (left since).
+// Two tenants, and sam, who pays alone. In tenant a: adam (admin), mary, nora (paid alone before).
+// eve was in tenant a too, and has left.
 const ids: Record<string, string> = {}
 const add = async (name: string, sql: string, values: unknown[] = []) => {
   ids[name] = (await operator(sql, values))[0]!.id
@@ -131,7 +132,7 @@ const sam = { ...alone('sam'), accounting_snapshots: 'sam' }
 const readers: [who: string, claims: Record<string, unknown>, sees: Record<string, string>][] = [
   ["a member: own rows, the paying account's figures", { user_id: ids.mary }, mary],
   [
-    "a tenant's admin: the whole tenant, its past members' use too, nobody's own account but theirs",
+    "a tenant's admin: the whole tenant, with the use of past members, and no other user's own account",
     { user_id: ids.adam },
     {
       account_balances: 'adam@a mary@a nora@a',
@@ -162,9 +163,9 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       virtual_keys: 'bob',
     },
   ],
-  ['one who pays alone, and is an admin of nothing', { user_id: ids.sam }, sam],
+  ['a user who pays alone, and is an admin of no tenant', { user_id: ids.sam }, sam],
   [
-    'who joined: what they paid alone stays theirs',
+    'a user who joined: rows from when they paid alone stay visible',
     { user_id: ids.nora },
     {
       account_balances: 'nora@a',
@@ -178,8 +179,8 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       virtual_keys: 'nora',
     },
   ],
-  ["who left: the tenant's account is no longer theirs to see", { user_id: ids.eve }, alone('eve')],
-  ['by `sub`, our id', { sub: ids.mary }, mary],
+  ["a user who left: the tenant's account is no longer visible", { user_id: ids.eve }, alone('eve')],
+  ['by `sub`, keyledger’s id', { sub: ids.mary }, mary],
   ["by `sub`, the host's id", { sub: 'host|mary' }, mary],
   ['`user_id` null leaves `sub`', { user_id: null, sub: 'host|mary' }, mary],
   ['`user_id` goes before `sub`', { user_id: ids.sam, sub: 'host|mary' }, sam],
@@ -192,7 +193,11 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
   ['an array of ids', { user_id: [ids.mary, ids.sam] }, nothing],
   ['a number', { user_id: 1 }, nothing],
   ['SQL in a claim', { user_id: `${ids.mary}' or true --` }, nothing],
-  ['claims that only the tables decide', { user_id: ids.mary, tenant_role: 'admin', tenant_id: ids.b }, mary],
+  [
+    'claims of rights, which only the tables decide',
+    { user_id: ids.mary, tenant_role: 'admin', tenant_id: ids.b },
+    mary,
+  ],
 ]
 for (const [who, claims, expected] of readers)
   test(`${who}`, async () => {

@@ -59,7 +59,7 @@ test('holds, draws, releases and new budgets at once: spent and held never pass 
     const place = batch('place_holds', [request])
     return [place, ...(chance(3) ? [release] : []), ...(chance(4) ? [] : [draw])]
   })
-  // one of them sets it again, to what it is, as often as it can
+  // one caller sets the same budget again, as often as it can
   const again = {
     role: 'keyledger_operator' as const,
     text: `select null as answers from api.set_budget($1, 'user', $2, 20, 'month')`,

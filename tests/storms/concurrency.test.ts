@@ -72,7 +72,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
   const unwatch = await watch(world)
   const chance = chances(2)
 
-  // each caller's calls come in order, so a hold is mostly placed when it is drawn or released; both ways are right
+  // a caller's calls come in order: a hold is mostly placed before its draw or release; either is right
   const calls: Call[] = []
   const made: { id: string; amount: string }[] = []
   while (made.length < 4000) {
@@ -106,7 +106,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
   assert.equal(errors(answers), [])
   const log = await unwatch()
 
-  // states[i] is what the account had after the i-th transaction that changed it
+  // states[i]: the account after the i-th transaction that changed it
   const states: { xid: string; last: bigint; was: bigint; available: bigint }[] = []
   for (const { xid, n, was, available } of log) {
     const state = states.at(-1)
@@ -144,7 +144,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
         open.set(id, units(amount))
       } else if (answer.status === 'refused') {
         refusals++
-        assert.ok(units(answer.available) < units(amount), 'refused what available would have covered')
+        assert.ok(units(answer.available) < units(amount), 'a refusal although `available` covered it')
         if (at === undefined) {
           // it changed nothing: its answer was true at some moment since its snapshot
           const first = states.findIndex(({ last }) => last >= BigInt(seen))
@@ -162,7 +162,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
         assert.is(units(answer.available), available)
     }
     if (call.text.includes('record_usage')) {
-      // one posting: first the whole cost, then what each hold gives back
+      // one posting: first the whole cost, then the rest of each hold comes back
       const cost = new Map<string, bigint>()
       const final = new Set<string>()
       for (const [i, answer] of (answers as Row[]).entries()) {

@@ -225,7 +225,7 @@ test(`${wanted} operations keep the database equal to the model, and every invar
       console.error(
         `\n${message}\nshrunk ${numShrinks} times; repeat it with SEED=${seed} PATH_TO=${counterexamplePath}`,
       )
-      assert.unreachable('the database is not as the model says')
+      assert.unreachable('the database differs from the model')
     }
     if (path) break
     if (wanted > 2000) console.log(`${operations} operations`)

@@ -164,13 +164,13 @@ function pool(connectionString: string): pg.Pool {
     .on('connect', (client) => client.on('error', () => {})) // one in use: its query says so
 }
 
-// A client may still be on its way back; one that isn't there after 5 s was never released, and `end` would wait for it.
+// A client may still be on its way back. After 5 s it was never released, and `end` would wait for it.
 async function endPool(pool: pg.Pool) {
   const returned = until(() => pool.totalCount === pool.idleCount, 'each client to be released', 5)
   const ended = returned.then(
     () => pool.end(),
     () => {
-      void pool.end() // those that are there
+      void pool.end() // ends the clients that came back
       throw new Error('a client was never released')
     },
   )

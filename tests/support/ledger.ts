@@ -28,8 +28,8 @@ export function shuffled<T>(elements: T[], chance: (n: number) => number): T[] {
 }
 
 /**
- * The six invariants and the chain, computed here without `verify_balances`, and `verify_balances` beside them. `sql` is
- * the owner of the database. The sixth, that a refusal changes nothing, is up to the test with the refusal.
+ * The six invariants and the chain, computed here without `verify_balances`, and `verify_balances` beside them.
+ * The sixth, that a refusal changes nothing, is up to the test with the refusal. `sql` is the owner of the database.
  */
 export async function holdsTrue(sql: Sql): Promise<void> {
   assert.equal(await sql('select * from api.verify_balances()'), [])

@@ -6,8 +6,8 @@ import { inPath, temporaryDirectory, unprivilegedUser } from '../../scripts/bina
 import { type Server, start } from '../../scripts/servers.ts'
 
 /**
- * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections` to it;
- * undefined where `pgbouncer` is not in PATH.
+ * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections`
+ * to it; undefined where `pgbouncer` is not in PATH.
  */
 export async function startPgBouncer({ databaseUrl = '', connections = 2 }): Promise<Server | undefined> {
   const binary = inPath('pgbouncer')
