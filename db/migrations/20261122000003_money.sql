@@ -136,6 +136,14 @@ create index hold_open on data.hold (account_id, expires_at) where status = 'ope
 create index hold_parked on data.hold (account_id) where status = 'parked';
 create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
+-- a requested hold: its place in the call, the hold it would become, and the code of its refusal
+create type data.hold_request as (ord bigint, id text, hold data.hold, code text, user_id uuid);
+-- a hold to end or extend: its place in the call, and a code if it can't be read
+create type data.hold_id as (ord bigint, id_text text, account_id uuid, id uuid, expires_in integer, code text);
+-- the money available past a moment when grants expire
+-- `spare`: how much the holds until then draw from those grants only
+create type data.backing as (at timestamptz, available numeric, spare numeric);
+
 -- sealed statements: seq decides which entries belong to one
 -- The clock decides about credit: `expiry_due` had expired by the cut, and its entry comes after.
 -- No foreign key to account_balance: its check would lock the account until the page commits.

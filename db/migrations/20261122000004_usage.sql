@@ -21,6 +21,9 @@ create table data.usage_log (
   primary key (account_id, id)
 ) partition by range (id);
 
+-- an event that was read and priced: its place in the call, why it can't be charged, and the parts that are left out
+create type data.usage_event as (ord bigint, usage data.usage_log, code text, note jsonb, key_is_idle boolean);
+
 -- the ids accepted: [floor, ceiling). Stored, never computed from the clock: a dropped month can't be charged again
 create table data.usage_window (
   is_the_only_row boolean primary key default true,

@@ -31,6 +31,8 @@ create table data.budget_spend (
   foreign key (account_id, budget_id) references data.budget on delete cascade
 ) with (fillfactor = 50);
 
+create type data.budget_left as (scope text, scope_id uuid, remaining numeric);
+
 alter table data.budget enable row level security;
 alter table data.budget_spend enable row level security;
 

@@ -196,6 +196,34 @@ as $$
   end
 $$;
 
+-- the last place of the run of equal ids that begins at `first`
+create or replace function data.run_end(
+  ids uuid[],
+  first integer
+)
+returns integer
+language plpgsql
+immutable parallel safe
+as $$
+declare
+  v_last integer := run_end.first;
+begin
+  while v_last < cardinality(ids) and ids[v_last + 1] is not distinct from ids[first] loop
+    v_last := v_last + 1;
+  end loop;
+  return v_last;
+end
+$$;
+
+-- whether all ids equal the first; nulls don't count
+create or replace function data.is_one(ids uuid[])
+returns boolean
+language sql
+immutable parallel safe
+as $$
+  select array_remove(array_remove(ids, null), ids[1]) = '{}'
+$$;
+
 reset role;
 
 -- migrate:down

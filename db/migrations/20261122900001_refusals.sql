@@ -94,6 +94,20 @@ begin
 end
 $$;
 
+-- refuse a reference that is empty or too long
+create or replace function data.require_reference(reference text)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  if length(reference) not between 1 and 512 then
+    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters',
+      'leave it out for no idempotency');
+  end if;
+end
+$$;
+
 reset role;
 
 -- migrate:down

@@ -268,7 +268,7 @@ begin
   end if;
   v_account := data.lock_account(account_id);
   if v_account.credit_limit is distinct from set_credit_limit.credit_limit then
-    perform data.post_one(data.new_entry(account_id, 'limit_change', credit_limit => credit_limit, reason => reason));
+    perform data.post_one(account_id, 'limit_change', credit_limit => credit_limit, reason => reason);
   end if;
   select * into v_shown from data.account_now b where b.account_id = set_credit_limit.account_id;
   return v_shown;

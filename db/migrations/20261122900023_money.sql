@@ -3,56 +3,71 @@
 
 set local role keyledger_owner;
 
--- The entry a reference was used for, under the account's lock: null when it is new, refused when it was used for anything else.
--- Amount null: whatever the first try came to.
+-- The seq of the entry that used a reference, under the account's lock: null when it is new, refused when its content differs.
+-- `amount` null: any.
 create or replace function data.first_try(
-  entry data.billing_transaction,
-  amount numeric
+  account_id uuid,
+  kind text,
+  amount numeric,
+  reference text,
+  metadata jsonb default null,
+  refund_of_seq bigint default null,
+  refund_of_usage_id uuid default null
 )
-returns data.billing_transaction
+returns bigint
 language plpgsql
 set enable_seqscan = off
 as $$
 declare
   v_first data.billing_transaction;
 begin
-  if length(entry.reference) not between 1 and 512 then
-    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
-  end if;
-  select * into v_first from data.billing_transaction t
-  where t.account_id = entry.account_id and t.reference = entry.reference;
+  perform data.require_reference(reference);
+  select t.* into v_first from data.billing_transaction t
+  where t.account_id = first_try.account_id and t.reference = first_try.reference;
   if found
     and (v_first.kind, v_first.refund_of_seq, v_first.refund_of_usage_id, v_first.metadata, v_first.amount)
-      is distinct from
-      (entry.kind, entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata, coalesce(first_try.amount, v_first.amount)::data.money)
+      is distinct from (first_try.kind, first_try.refund_of_seq, first_try.refund_of_usage_id, first_try.metadata,
+        coalesce(first_try.amount, v_first.amount)::data.money)
   then
     perform data.refuse(409, 'reference_mismatch', 'reference is used by entry ' || v_first.seq || ' with other content',
       'use a new reference, or repeat the first call exactly');
   end if;
-  return v_first;
+  return v_first.seq;
 end
 $$;
 
--- Posts one rare entry, or answers its first try; checks the version the caller decided on. Answers the entry as shown.
+-- Posts one rare entry, or finds its first try; checks the version the caller decided on. Answers the entry as shown.
 create or replace function data.post_one(
-  entry data.billing_transaction,
+  account_id uuid,
+  kind text,
+  balance_delta numeric default 0,
+  free_credit_delta numeric default 0,
+  credit_limit numeric default null,
+  reference text default null,
+  reason text default null,
+  metadata jsonb default null,
   expected_version bigint default null
 )
 returns api.billing_transactions
 language plpgsql
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
 as $$
 declare
-  v_account data.account_balance := data.lock_account(entry.account_id);
-  v_first data.billing_transaction := data.first_try(entry, entry.balance_delta + entry.free_credit_delta);
+  v_account data.account_balance := data.lock_account(post_one.account_id);
+  v_seq bigint := data.first_try(post_one.account_id, post_one.kind, balance_delta + free_credit_delta,
+    post_one.reference, post_one.metadata);
 begin
-  if v_first.seq is not null then
-    return data.shown(entry.account_id, v_first.seq);
-  end if;
-  if expected_version <> v_account.balance_version then
+  if v_seq is null and expected_version <> v_account.balance_version then
     perform data.refuse(409, 'version_conflict', 'balance_version is ' || v_account.balance_version, 'read the account again');
   end if;
-  perform data.post(entries => array[entry]);
-  return data.shown(entry.account_id, v_account.balance_version + 1);
+  if v_seq is null then
+    v_account := data.post(v_account, post_one.kind, balance_delta => post_one.balance_delta,
+      free_credit_delta => post_one.free_credit_delta, credit_limit => post_one.credit_limit,
+      reference => post_one.reference, reason => post_one.reason, metadata => post_one.metadata);
+    v_seq := v_account.balance_version;
+  end if;
+  return data.shown(post_one.account_id, v_seq);
 end
 $$;
 
@@ -72,8 +87,8 @@ set lock_timeout = '4s'
 as $$
 begin
   perform data.require_positive_amount(amount);
-  return data.post_one(data.new_entry(
-    account_id, 'top_up', balance_delta => amount, reference => reference, reason => reason, metadata => metadata));
+  return data.post_one(
+    account_id, 'top_up', balance_delta => amount, reference => reference, reason => reason, metadata => metadata);
 end
 $$;
 comment on function api.top_up(uuid, numeric, text, text, jsonb) is
@@ -104,9 +119,9 @@ begin
       'send a plain decimal as a string; negative takes money away');
   end if;
   perform data.require_reason('an adjustment', reason);
-  return data.post_one(data.new_entry(
-    account_id, 'adjustment', balance_delta => amount, reference => reference, reason => reason, metadata => metadata),
-    expected_version);
+  return data.post_one(
+    account_id, 'adjustment', balance_delta => amount, reference => reference, reason => reason, metadata => metadata,
+    expected_version => expected_version);
 end
 $$;
 comment on function api.adjust_balance(uuid, numeric, text, text, bigint, jsonb) is
@@ -143,9 +158,9 @@ begin
   if priority is null then
     perform data.refuse(422, 'invalid_priority', 'priority must be an integer', 'lower numbers are spent first; the default is 100');
   end if;
-  return data.post_one(data.new_entry(
+  return data.post_one(
     account_id, 'credit_grant', free_credit_delta => amount, reference => reference, reason => reason,
-    metadata => jsonb_build_object('priority', priority, 'expires_at', extract(epoch from expires_at))));
+    metadata => jsonb_build_object('priority', priority, 'expires_at', extract(epoch from expires_at)));
 end
 $$;
 comment on function api.grant_credit(uuid, numeric, timestamptz, integer, text, text) is
@@ -204,6 +219,49 @@ as $$
   ) a on true
 $$;
 
+-- Opens one account, or answers why not. Free credit is a grant like any other: it pays a debt first.
+create or replace function data.open_balance(
+  opening jsonb,
+  wait boolean
+)
+returns jsonb
+language plpgsql
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+as $$
+declare
+  v_account_id uuid := (opening ->> 'account_id')::uuid;
+  v_account data.account_balance := data.settle(v_account_id, wait);
+  v_first data.billing_transaction;
+  v_code text;
+begin
+  if v_account.account_id is null then
+    return jsonb_build_object('account_id', v_account_id, 'status', 'busy', 'code', 'account_busy', 'available', (
+      select a.available::text from data.account_balance a where a.account_id = v_account_id));
+  end if;
+  if v_account.balance_version = 0 then
+    v_account := data.post(v_account, 'opening', balance_delta => (opening ->> 'balance')::data.money,
+      credit_limit => (opening ->> 'credit_limit')::data.money, reference => opening ->> 'reference',
+      metadata => opening -> 'asked');
+    if (opening ->> 'free_credit')::numeric > 0 then
+      v_account := data.post(v_account, 'credit_grant', free_credit_delta => (opening ->> 'free_credit')::data.money,
+        reason => 'opening', metadata => '{"priority": 100, "expires_at": null}');
+    end if;
+    return jsonb_build_object(
+      'account_id', v_account_id, 'status', 'opened', 'seq', 1, 'available', v_account.available::text);
+  end if;
+  select t.* into v_first from data.billing_transaction t where t.account_id = v_account_id and t.seq = 1;
+  v_code := case
+    when v_first.kind <> 'opening' then 'account_in_use'
+    when (v_first.reference, v_first.metadata) is distinct from (opening ->> 'reference', opening -> 'asked')
+      then 'opening_mismatch'
+  end;
+  return jsonb_strip_nulls(jsonb_build_object(
+    'account_id', v_account_id, 'status', case when v_code is null then 'duplicate' else 'refused' end, 'code', v_code,
+    'seq', case when v_code is null then 1 end, 'available', v_account.available::text));
+end
+$$;
+
 create or replace function api.record_openings(openings jsonb)
 returns jsonb
 language plpgsql
@@ -214,66 +272,28 @@ set lock_timeout = '4s'
 as $$
 declare
   v_read jsonb;
-  v_new uuid[];
-  v_busy uuid[];
+  v_one_account boolean;
+  v_opening jsonb;
+  v_answers jsonb[];
 begin
   perform data.require_array('openings', openings);
+  v_answers := array_fill(null::jsonb, array[jsonb_array_length(openings)]);
   v_read := data.read_openings(openings);
-  select l.busy into v_busy
-  from data.lock_accounts(array(
-    select distinct r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)) l;
-  v_new := array(
-    select a.account_id
-    from data.account_balance a
-    where a.balance_version = 0 and (a.account_id = any (v_busy)) is not true and a.account_id = any (array(
-      select r.account_id from jsonb_to_recordset(v_read) as r (account_id uuid, code text) where r.code is null)));
-
-  perform data.post(entries => array(
-    select distinct on (r.account_id) data.new_entry(
-      r.account_id, 'opening', balance_delta => r.balance, credit_limit => r.credit_limit, reference => r.reference,
-      metadata => r.asked)
-    from jsonb_to_recordset(v_read) as r (
-      ord bigint, account_id uuid, balance data.money, credit_limit data.money, reference text, asked jsonb, code text)
-    where r.code is null and r.account_id = any (v_new)
-    order by r.account_id, r.ord));
-  -- free credit is a grant, as any other; where there is debt, it pays that first
-  perform data.post(entries => array(
-    select data.new_entry(f.account_id, 'credit_grant', free_credit_delta => f.free_credit, reason => 'opening',
-      metadata => '{"priority": 100, "expires_at": null}')
-    from (
-      select distinct on (r.account_id) r.account_id, r.free_credit
-      from jsonb_to_recordset(v_read) as r (ord bigint, account_id uuid, free_credit data.money, code text)
-      where r.code is null and r.account_id = any (v_new)
-      order by r.account_id, r.ord
-    ) f
-    where f.free_credit > 0));
-
-  return (
-    select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
-      'account_id', o.account_id,
-      'status', case when o.code = 'account_busy' then 'busy' when o.code is not null then 'refused' when o.is_new then 'opened' else 'duplicate' end,
-      'code', o.code,
-      'seq', case when o.code is null then 1 end,
-      'available', o.available::text)) order by o.ord), '[]')
-    from (
-      select
-        r.ord,
-        r.account_id,
-        r.account_id = any (v_new) and row_number() over (partition by r.account_id, r.code order by r.ord) = 1 as is_new,
-        a.available,
-        case
-          when r.code is not null then r.code
-          when r.account_id = any (v_busy) then 'account_busy'
-          when t.kind <> 'opening' then 'account_in_use'
-          when (t.reference, t.metadata) is distinct from (r.reference, r.asked) then 'opening_mismatch'
-        end as code
-      from jsonb_to_recordset(v_read) as r (ord bigint, account_id uuid, reference text, asked jsonb, code text)
-      left join lateral (select * from data.account_balance b where b.account_id = r.account_id offset 0) a on true
-      left join lateral (
-        select * from data.billing_transaction b where b.account_id = r.account_id and b.seq = 1 and r.code is null offset 0
-      ) t on true
-    ) o
-  );
+  select count(distinct o ->> 'account_id') = 1 into v_one_account
+  from jsonb_array_elements(v_read) o
+  where o ->> 'code' is null;
+  -- accounts in one order; several openings of one account in the order they came
+  for v_opening in
+    select o from jsonb_array_elements(v_read) o order by (o ->> 'account_id')::uuid, (o ->> 'ord')::bigint
+  loop
+    v_answers[(v_opening ->> 'ord')::integer] := case
+      when v_opening ->> 'code' is null then data.open_balance(v_opening, v_one_account)
+      else jsonb_strip_nulls(jsonb_build_object(
+        'account_id', v_opening -> 'account_id', 'status', 'refused', 'code', v_opening -> 'code', 'available', (
+          select a.available::text from data.account_balance a where a.account_id = (v_opening ->> 'account_id')::uuid)))
+    end;
+  end loop;
+  return to_jsonb(v_answers);
 end
 $$;
 comment on function api.record_openings(jsonb) is

@@ -3,6 +3,79 @@
 
 set local role keyledger_owner;
 
+-- The usage entry that a refund names, by its seq or by an event in it; refused if there is none.
+create or replace function data.charge_to_refund(
+  account_id uuid,
+  seq bigint,
+  usage_id uuid
+)
+returns data.billing_transaction
+language plpgsql
+set enable_seqscan = off
+as $$
+declare
+  v_seq bigint := charge_to_refund.seq;
+  v_charge data.billing_transaction;
+begin
+  if usage_id is not null then
+    select l.transaction_seq into v_seq
+    from data.usage_log l
+    where l.account_id = charge_to_refund.account_id and l.id = charge_to_refund.usage_id;
+    if not found then
+      perform data.refuse_dropped_usage(usage_id);
+    end if;
+    if v_seq is null or v_seq <> charge_to_refund.seq then
+      perform data.refuse(404, 'charge_not_found', 'usage ' || usage_id,
+        'send the id of an event charged to this account, with its seq or none');
+    end if;
+  end if;
+  select t.* into v_charge from data.billing_transaction t
+  where t.account_id = charge_to_refund.account_id and t.seq = v_seq and t.kind = 'usage';
+  if not found then
+    perform data.refuse(404, 'charge_not_found', 'entry ' || coalesce(charge_to_refund.seq::text, 'null'),
+      'send the seq of a usage entry, or a usage_id');
+  end if;
+  return v_charge;
+end
+$$;
+
+-- Gives part of a charge back to the grants it was drawn from, the last drawn first, as far as they have not expired. Answers
+-- how much they took.
+create or replace function data.return_to_grants(
+  account_id uuid,
+  seq bigint,
+  amount numeric
+)
+returns numeric
+language plpgsql
+as $$
+declare
+  v_returned numeric := 0;
+  v_draw data.grant_draw;
+  v_part numeric;
+begin
+  for v_draw in
+    select d.*
+    from data.grant_draw d
+    join data.credit_grant g on g.account_id = d.account_id and g.seq = d.grant_seq
+    where d.account_id = return_to_grants.account_id and d.seq = return_to_grants.seq and d.returned < d.amount
+      and (g.expires_at is null or g.expires_at > clock_timestamp())
+    order by g.priority desc, g.expires_at desc nulls first, g.seq desc
+  loop
+    v_part := least(return_to_grants.amount - v_returned, v_draw.amount - v_draw.returned);
+    exit when v_part <= 0;
+    update data.grant_draw d
+    set returned = d.returned + v_part
+    where d.account_id = v_draw.account_id and d.seq = v_draw.seq and d.grant_seq = v_draw.grant_seq;
+    update data.credit_grant g
+    set remaining = g.remaining + v_part
+    where g.account_id = v_draw.account_id and g.seq = v_draw.grant_seq;
+    v_returned := v_returned + v_part;
+  end loop;
+  return v_returned;
+end
+$$;
+
 create or replace function api.refund_charge(
   account_id uuid,
   seq bigint default null,
@@ -22,51 +95,27 @@ as $$
 declare
   v_account data.account_balance;
   v_charge data.billing_transaction;
-  v_entry data.billing_transaction;
-  v_first data.billing_transaction;
+  v_first_seq bigint;
   v_refunded numeric;
   v_left numeric;
-  v_event_cost numeric;
   v_debt numeric;
   v_money numeric;
-  v_from_free numeric;
-  v_draw data.grant_draw;
-  v_back numeric;
-  v_to_grants numeric := 0;
+  v_to_grants numeric;
 begin
   if amount is not null then
     perform data.require_positive_amount(amount);
   end if;
   v_account := data.lock_account(account_id);
-
-  if usage_id is not null then
-    select l.transaction_seq, l.cost into v_charge.seq, v_event_cost
-    from data.usage_log l
-    where l.account_id = refund_charge.account_id and l.id = usage_id;
-    if not found then
-      perform data.refuse_dropped_usage(usage_id);
-    end if;
-    if v_charge.seq is null or v_charge.seq <> refund_charge.seq then
-      perform data.refuse(404, 'charge_not_found', 'usage ' || usage_id, 'send the id of an event charged to this account, with its seq or none');
-    end if;
-  end if;
-  select * into v_charge from data.billing_transaction t
-  where t.account_id = refund_charge.account_id and t.seq = coalesce(refund_charge.seq, v_charge.seq) and t.kind = 'usage';
-  if not found then
-    perform data.refuse(404, 'charge_not_found', 'entry ' || coalesce(seq::text, 'null'), 'send the seq of a usage entry, or a usage_id');
-  end if;
-
-  v_entry := data.new_entry(account_id, 'refund', reference => reference, reason => reason);
-  v_entry.refund_of_seq := v_charge.seq;
-  v_entry.refund_of_usage_id := usage_id;
-  v_first := data.first_try(v_entry, amount);
-  if v_first.seq is not null then
-    return data.shown(account_id, v_first.seq);
+  v_charge := data.charge_to_refund(account_id, seq, usage_id);
+  v_first_seq := data.first_try(account_id, 'refund', amount, reference, null, v_charge.seq, usage_id);
+  if v_first_seq is not null then
+    return data.shown(account_id, v_first_seq);
   end if;
 
   -- over all refunds of the entry, and of the event, whatever their references
   select coalesce(sum(t.amount), 0), least(-v_charge.amount - coalesce(sum(t.amount), 0),
-    v_event_cost - coalesce(sum(t.amount) filter (where t.refund_of_usage_id = usage_id), 0))
+    (select l.cost from data.usage_log l where l.account_id = refund_charge.account_id and l.id = refund_charge.usage_id)
+      - coalesce(sum(t.amount) filter (where t.refund_of_usage_id = refund_charge.usage_id), 0))
   into v_refunded, v_left
   from data.billing_transaction t
   where t.account_id = refund_charge.account_id and t.refund_of_seq = v_charge.seq and t.kind = 'refund';
@@ -75,35 +124,15 @@ begin
     perform data.refuse(409, 'refund_exceeds_charge', 'left to refund: ' || v_left::text, 'refund at most what is left');
   end if;
 
-  -- Debt is paid first. Then what was paid with money comes back before what was free credit, which returns to the grants it
-  -- was drawn from, the last drawn first, as far as they have not expired; the rest of it to the balance.
+  -- debt is paid first; then money comes back before free credit, and the rest of a grant that expired goes to the balance
   v_debt := least(amount, v_account.outstanding_amount);
   v_money := -v_charge.amount + v_charge.free_credit_delta;
-  v_from_free := least(
-    greatest(v_refunded + amount - v_money, 0) - greatest(v_refunded - v_money, 0),
-    amount - v_debt);
-  for v_draw in
-    select d.*
-    from data.grant_draw d
-    join data.credit_grant g on g.account_id = d.account_id and g.seq = d.grant_seq
-    where d.account_id = refund_charge.account_id and d.seq = v_charge.seq and d.returned < d.amount
-      and (g.expires_at is null or g.expires_at > clock_timestamp())
-    order by g.priority desc, g.expires_at desc nulls first, g.seq desc
-  loop
-    v_back := least(v_from_free - v_to_grants, v_draw.amount - v_draw.returned);
-    exit when v_back <= 0;
-    update data.grant_draw d set returned = d.returned + v_back
-    where d.account_id = v_draw.account_id and d.seq = v_draw.seq and d.grant_seq = v_draw.grant_seq;
-    update data.credit_grant g set remaining = g.remaining + v_back
-    where g.account_id = v_draw.account_id and g.seq = v_draw.grant_seq;
-    v_to_grants := v_to_grants + v_back;
-  end loop;
-
-  v_entry.free_credit_delta := v_to_grants;
-  v_entry.outstanding_delta := -v_debt;
-  v_entry.balance_delta := amount - v_debt - v_to_grants;
-  perform data.post(entries => array[v_entry]);
-  return data.shown(account_id, v_account.balance_version + 1);
+  v_to_grants := data.return_to_grants(account_id, v_charge.seq, least(
+    greatest(v_refunded + amount - v_money, 0) - greatest(v_refunded - v_money, 0), amount - v_debt));
+  v_account := data.post(v_account, 'refund', balance_delta => amount - v_debt - v_to_grants,
+    free_credit_delta => v_to_grants, outstanding_delta => -v_debt, reference => reference, reason => reason,
+    refund_of_seq => v_charge.seq, refund_of_usage_id => usage_id);
+  return data.shown(account_id, v_account.balance_version);
 end
 $$;
 comment on function api.refund_charge(uuid, bigint, numeric, text, uuid, text) is
@@ -134,8 +163,7 @@ as $$
 declare
   v_account data.account_balance;
   v_top_up data.billing_transaction;
-  v_entry data.billing_transaction;
-  v_first data.billing_transaction;
+  v_first_seq bigint;
   v_left numeric;
 begin
   if amount is not null then
@@ -152,11 +180,9 @@ begin
       'send the seq of a top_up entry, or its reference as top_up_reference');
   end if;
 
-  v_entry := data.new_entry(account_id, 'top_up_reversal', reference => reference, reason => reason);
-  v_entry.refund_of_seq := v_top_up.seq;
-  v_first := data.first_try(v_entry, -amount);
-  if v_first.seq is not null then
-    return data.shown(account_id, v_first.seq);
+  v_first_seq := data.first_try(account_id, 'top_up_reversal', -amount, reference, null, v_top_up.seq);
+  if v_first_seq is not null then
+    return data.shown(account_id, v_first_seq);
   end if;
 
   select v_top_up.amount + coalesce(sum(t.amount), 0) into v_left
@@ -166,9 +192,9 @@ begin
   if amount > v_left or v_left <= 0 then
     perform data.refuse(409, 'reversal_exceeds_top_up', 'left to reverse: ' || v_left::text, 'reverse at most what is left');
   end if;
-  v_entry.balance_delta := -amount;
-  perform data.post(entries => array[v_entry]);
-  return data.shown(account_id, v_account.balance_version + 1);
+  v_account := data.post(v_account, 'top_up_reversal', balance_delta => -amount, reference => reference, reason => reason,
+    refund_of_seq => v_top_up.seq);
+  return data.shown(account_id, v_account.balance_version);
 end
 $$;
 comment on function api.reverse_top_up(uuid, bigint, numeric, text, text, text) is

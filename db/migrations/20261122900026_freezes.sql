@@ -18,15 +18,14 @@ set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
+  v_account data.account_balance;
   v_hold data.hold;
   v_available numeric;
 begin
   perform data.require_positive_amount(amount);
   perform data.require_reason('a freeze', reason);
-  if length(reference) not between 1 and 512 then
-    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
-  end if;
-  perform data.lock_account(account_id);
+  perform data.require_reference(reference);
+  v_account := data.lock_account(account_id);
   select * into v_hold from data.hold h
   where h.account_id = freeze_funds.account_id and h.reference = freeze_funds.reference;
   if found and v_hold.amount <> freeze_funds.amount then
@@ -37,12 +36,8 @@ begin
     return data.shown_hold(account_id, v_hold.id);
   end if;
 
-  select least(a.available, (
-    select min(m.available)
-    from data.available_past_grants(a.account_id, '-infinity', 'infinity') p
-    cross join unnest(p.available) as m (available)))
-  into v_available
-  from data.account_now a where a.account_id = freeze_funds.account_id;
+  v_available := least(v_account.available, (
+    select min(b.available) from unnest(data.backing_past_grants(account_id)) b));
   if amount > v_available then
     perform data.refuse(402, 'insufficient_funds', 'available without credit that expires: ' || v_available,
       'freeze at most what is there');

@@ -12,44 +12,35 @@ Fix the cause, then call replay_parked_usage; or dismiss_parked_usage, if it is 
 stays set aside until then.';
 grant select on api.parked_usage to keyledger_operator;
 
--- Tries parked events again and answers each, in order. The caller holds the locks of their accounts and rows.
+-- Tries parked events again and answers each, in order. The caller has settled their accounts and locked the rows.
 create or replace function data.try_parked(parked data.parked_usage[])
 returns jsonb[]
 language plpgsql
 as $$
 declare
-  v_events jsonb;
-  v_ords bigint[];
-  v_read_codes text[];
-  v_read_usage data.usage_log[];
-  v_codes text[] := array_fill(null::text, array[cardinality(parked)]);
-  v_usage data.usage_log[] := array_fill(null::data.usage_log, array[cardinality(parked)]);
+  v_sent jsonb;
+  v_events data.usage_event[];
+  v_event data.usage_event;
   v_recorded jsonb;
   v_next integer := 0;
   v_answers jsonb[];
 begin
-  -- a malformed hold, or a freeze, may mean a wrong account: such an event is charged, without the hold, only when it is named
-  select jsonb_agg(case when p.code = 'invalid_hold' then p.event - 'hold_id' else p.event end order by p.ordinality) into v_events
+  -- a malformed hold, or a freeze, may mean a wrong account: such an event is charged, without the hold, only by name
+  select jsonb_agg(case when p.code = 'invalid_hold' then p.event - 'hold_id' else p.event end order by p.ordinality)
+  into v_sent
   from unnest(parked) with ordinality p;
-  -- what still can't be charged stays the one row it is: record_usage would keep an event that is without its hold here as another
-  select r.ords, r.codes, r.usage into v_ords, v_read_codes, v_read_usage
-  from data.usage_window w cross join lateral data.read_usage_events(v_events, w) r;
-  for i in 1 .. cardinality(v_ords) loop
-    v_codes[v_ords[i]] := v_read_codes[i];
-    v_usage[v_ords[i]] := v_read_usage[i];
-  end loop;
+  -- an event that still can't be charged stays the row it is: record_usage might keep it as another
+  select data.read_usage_events(v_sent, w) into v_events from data.usage_window w;
+  v_events := array(select e from unnest(v_events) e order by e.ord);
   v_recorded := api.record_usage((
-    select coalesce(jsonb_agg(e.event order by e.ord), '[]')
-    from jsonb_array_elements(v_events) with ordinality as e (event, ord)
-    where v_codes[e.ord] is null
-  ));
-  for i in 1 .. cardinality(parked) loop
-    if v_codes[i] is null then
-      v_answers[i] := v_recorded -> v_next;
+    select coalesce(jsonb_agg(v_sent -> (e.ord - 1)::integer order by e.ord), '[]') from unnest(v_events) e where e.code is null));
+  foreach v_event in array v_events loop
+    if v_event.code is null then
+      v_answers := v_answers || (v_recorded -> v_next);
       v_next := v_next + 1;
     else
-      v_answers[i] := coalesce(data.charged_before(v_usage[i]),
-        jsonb_build_object('id', v_events -> (i - 1) -> 'id', 'status', 'parked', 'code', v_codes[i]));
+      v_answers := v_answers || coalesce(data.charged_before(v_event.usage), jsonb_build_object(
+        'id', v_sent -> (v_event.ord - 1)::integer -> 'id', 'status', 'parked', 'code', v_event.code));
     end if;
   end loop;
   return v_answers;
@@ -87,10 +78,10 @@ declare
   v_busy uuid[];
   v_parked data.parked_usage[];
   v_answers jsonb[];
+  v_account_id uuid;
+  v_hold_ids uuid[];
 begin
-  select l.busy into v_busy
-  from data.lock_accounts(array(
-    select distinct r.account_id from data.parked_usage r where r.id = any (ids) and r.account_id is not null)) l;
+  v_busy := data.settle_all(array(select r.account_id from data.parked_usage r where r.id = any (ids)));
   select array_agg(r::data.parked_usage order by r.tried_at, r.id) into v_parked
   from (
     select * from data.parked_usage r
@@ -112,9 +103,11 @@ begin
     from unnest(v_parked) with ordinality p
     join unnest(v_answers) with ordinality as a (answer, ord) on a.ord = p.ordinality
     where r.id = p.id;
-    perform data.end_parked_holds(array_agg(p.account_id), array_agg(p.hold_id))
-    from unnest(v_parked) p
-    where p.hold_id is not null;
+    for v_account_id, v_hold_ids in
+      select p.account_id, array_agg(p.hold_id) from unnest(v_parked) p where p.hold_id is not null group by p.account_id
+    loop
+      perform data.end_parked_holds(v_account_id, v_hold_ids);
+    end loop;
   end if;
   return coalesce((
     select jsonb_agg(a.answer || jsonb_build_object('parked_id', p.id) order by p.ordinality)
@@ -188,8 +181,8 @@ set lock_timeout = '5s'
 as $$
 declare
   v_unknown uuid;
-  v_accounts uuid[];
-  v_holds uuid[];
+  v_account_id uuid;
+  v_hold_ids uuid[];
 begin
   perform data.require_reason('a dismissal', reason);
   select i.id into v_unknown
@@ -201,26 +194,33 @@ begin
       'send ids of parked_usage, not of usage');
   end if;
   -- accounts in one order, then rows, as a replay does it
-  perform data.lock_account(a.account_id)
-  from (
+  for v_account_id in
     select distinct b.account_id
     from data.parked_usage r
     join data.account_balance b on b.account_id = r.account_id
     where r.id = any (ids) and r.resolved_at is null
     order by b.account_id
-  ) a;
+  loop
+    perform data.lock_account(v_account_id);
+  end loop;
   perform from data.parked_usage r where r.id = any (ids) order by r.id for update;
-  with dismissed as (
-    update data.parked_usage r
-    set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_parked_usage.reason, actor = data.actor()
-    where r.id = any (ids) and r.resolved_at is null
-    returning r.account_id, r.hold_id
-  )
-  select array_agg(d.account_id), array_agg(d.hold_id) into v_accounts, v_holds from dismissed d where d.hold_id is not null;
-  if v_holds is not null then
-    perform data.end_parked_holds(v_accounts, v_holds, data.actor(), reason);
-  end if;
-  return query select r.* from api.parked_usage r where r.id = any (ids) order by r.id;
+  for v_account_id, v_hold_ids in
+    with dismissed as (
+      update data.parked_usage r
+      set resolution = 'dismissed', resolved_at = clock_timestamp(), reason = dismiss_parked_usage.reason, actor = data.actor()
+      where r.id = any (ids) and r.resolved_at is null
+      returning r.account_id, r.hold_id
+    )
+    select d.account_id, array_agg(d.hold_id) from dismissed d where d.hold_id is not null group by d.account_id
+  loop
+    perform data.end_parked_holds(v_account_id, v_hold_ids, data.actor(), reason);
+  end loop;
+  return query
+  select r.id, r.event, r.usage_id, r.account_id, r.hold_id, r.code, r.created_at, r.tried_at, r.resolved_at, r.resolution,
+    r.reason, r.actor
+  from data.parked_usage r
+  where r.id = any (ids)
+  order by r.id;
 end
 $$;
 comment on function api.dismiss_parked_usage(uuid[], text) is

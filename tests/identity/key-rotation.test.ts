@@ -4,7 +4,7 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
 import { type ForkedClient, forkClient } from '../support/client.ts'
-import { movableClock, now } from '../support/clock.ts'
+import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { hold, seed, type World } from '../support/seed.ts'
@@ -12,7 +12,6 @@ import { hold, seed, type World } from '../support/seed.ts'
 const test = suite('key rotation')
 const db = await database(test)
 const { operator, gateway } = db
-const forward = await movableClock(db.sql)
 
 const hashOf = (key: string) => createHash('sha256').update(key).digest('hex')
 const rotate = async (id: string, grace?: string): Promise<Row> =>
@@ -51,7 +50,7 @@ async function rotatedTwice(options?: Parameters<typeof seed>[1]): Promise<[Worl
 test('the new key is on the same row; the old one means the same until the grace ends', async () => {
   const world = await seed(operator)
   const [before, as] = [await resolve(world.key), await shown(world.keyId)]
-  const since = now()
+  const since = Date.now()
   const made = await rotate(world.keyId)
   assert.match(made.virtual_key, /^vk_[0-9A-Za-z_-]{43}$/)
   const { virtual_key, ...rest } = made
@@ -74,16 +73,6 @@ test('the new key is on the same row; the old one means the same until the grace
   assert.equal(await db.member(world.userId)('select id, key_prefix from api.virtual_keys'), [
     { id: world.keyId, key_prefix: made.key_prefix },
   ])
-})
-
-test('after the grace the clock alone makes the old key expired, not unknown', async () => {
-  const world = await seed(operator)
-  const { virtual_key } = await rotate(world.keyId, '1 minute')
-  assert.is(await code(world.key), null)
-  await forward(60)
-  const { code: expired, valid_until } = await resolve(world.key)
-  assert.equal([expired, valid_until], ['virtual_key_expired', null])
-  assert.is(await code(virtual_key), null)
 })
 
 test('a grace of 0 ends the old key at once, and every older text of it', async () => {
@@ -112,7 +101,7 @@ test('a grace counts months and days in seconds, not by a calendar', async () =>
   try {
     await session.query(`set timezone = 'Europe/Berlin'`)
     const { rows } = await session.query(
-      `select extract(epoch from previous_valid_until - clock.clock_timestamp())::int as seconds
+      `select extract(epoch from previous_valid_until - clock_timestamp())::int as seconds
       from api.rotate_virtual_key($1, '3 months')`,
       [keyId],
     )
@@ -120,23 +109,6 @@ test('a grace counts months and days in seconds, not by a calendar', async () =>
   } finally {
     await session.end()
   }
-})
-
-test("a grace does not outlive the key's own expiry", async () => {
-  const { userId } = await seed(operator)
-  const [made] = await operator(
-    `select * from api.create_virtual_key($1, expires_at => clock.clock_timestamp() + interval '1 minute')`,
-    [userId],
-  )
-  const { expires_at } = await shown(made!.id)
-  const next = await rotate(made!.id)
-  assert.equal(next.previous_valid_until, expires_at)
-  for (const key of [made!.virtual_key, next.virtual_key])
-    assert.equal((await resolve(key)).valid_until, expires_at)
-  await forward(60)
-  for (const key of [made!.virtual_key, next.virtual_key]) assert.is(await code(key), 'virtual_key_expired')
-  const { code: sqlstate, message } = await failure(rotate(made!.id))
-  assert.equal([sqlstate, message], ['PT409', 'virtual_key_expired'])
 })
 
 test('a refused rotation changes nothing', async () => {
@@ -325,9 +297,9 @@ test('under traffic every process accepts each text from its making to the end o
     const ask = async (client: ForkedClient) => {
       while (running)
         for (const key of keys) {
-          const started = now()
+          const started = Date.now()
           const { code: answered, tier } = await client.validate(key.hash)
-          const ended = now()
+          const ended = Date.now()
           const where = `${client.name}, from ${tier}`
           // the answer of the rotation may come after its grace
           if (answered) await until(() => key.ends < Number.POSITIVE_INFINITY, 'the rotation to be answered')
@@ -352,12 +324,12 @@ test('under traffic every process accepts each text from its making to the end o
         const made = await rotate(world.keyId, '1.5 seconds')
         const ends = new Date(made.previous_valid_until).getTime() + 1
         // a process may take a second after the commit to learn of the rotation
-        Object.assign(keys.at(-1)!, { ends, obeyed: Math.max(ends, now() + 1000) })
+        Object.assign(keys.at(-1)!, { ends, obeyed: Math.max(ends, Date.now() + 1000) })
         keys.push(key(hashOf(made.virtual_key)))
         const { within, held } = seen
         await until(() => seen.within > within + 60 && seen.held > held + 2, 'traffic')
       }
-      await until(() => now() > keys.at(-2)!.obeyed, 'the last grace to end')
+      await until(() => Date.now() > keys.at(-2)!.obeyed, 'the last grace to end')
       const sofar = seen.after
       await until(() => seen.after > sofar + 200, 'the end to be seen')
       running = false
@@ -369,6 +341,37 @@ test('under traffic every process accepts each text from its making to the end o
     await Promise.allSettled(working)
     await Promise.all(clients.map((each) => each.stop()))
   }
+})
+
+// from here on the clock is the test's own, of which the clients above know nothing
+let forward: (seconds: number) => Promise<void>
+
+test('after the grace the clock alone makes the old key expired, not unknown', async () => {
+  forward = await movableClock(db.sql)
+  const world = await seed(operator)
+  const { virtual_key } = await rotate(world.keyId, '1 minute')
+  assert.is(await code(world.key), null)
+  await forward(60)
+  const { code: expired, valid_until } = await resolve(world.key)
+  assert.equal([expired, valid_until], ['virtual_key_expired', null])
+  assert.is(await code(virtual_key), null)
+})
+
+test("a grace does not outlive the key's own expiry", async () => {
+  const { userId } = await seed(operator)
+  const [made] = await operator(
+    `select * from api.create_virtual_key($1, expires_at => clock.clock_timestamp() + interval '1 minute')`,
+    [userId],
+  )
+  const { expires_at } = await shown(made!.id)
+  const next = await rotate(made!.id)
+  assert.equal(next.previous_valid_until, expires_at)
+  for (const key of [made!.virtual_key, next.virtual_key])
+    assert.equal((await resolve(key)).valid_until, expires_at)
+  await forward(60)
+  for (const key of [made!.virtual_key, next.virtual_key]) assert.is(await code(key), 'virtual_key_expired')
+  const { code: sqlstate, message } = await failure(rotate(made!.id))
+  assert.equal([sqlstate, message], ['PT409', 'virtual_key_expired'])
 })
 
 test.run()

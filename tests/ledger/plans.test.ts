@@ -322,7 +322,9 @@ test('a call looks a busy account up once, not per element, though an old snapsh
     end $$`)
   const elements = async (name: string, size: number) => {
     await blocks(session, callsOf(payer, there, size)[name]!)
-    const spares = await Promise.all(Array.from({ length: size }, () => payer.hold('0.01')))
+    const spares: string[] = []
+    // one after the other: each reads all those versions under the account's lock
+    for (let i = 0; i < size; i++) spares.push(await payer.hold('0.01'))
     return blocks(session, callsOf(payer, { ...there, spares }, size)[name]!)
   }
   const lookUp = await blocks(session, [
