@@ -11,7 +11,6 @@ set local role keyledger_owner;
 -- So a parent's change waits for its newest child, and its trigger evicts that child's keys too.
 
 -- a key locks its user and tenant; a rotated key also locks its nodes
-
 create or replace function data.lock_key_parents()
 returns trigger
 language plpgsql

@@ -3,7 +3,11 @@
 
 set local role keyledger_owner;
 
--- functions answer from this view, whatever their caller's session may see; see data.entry_shown
+-- keys as api.virtual_keys shows them, for every reader
+-- A granted function answers from views like this one, named `…_shown`.
+-- Its caller may be a host's security definer function: the session's rows don't tell its right.
+-- tests/roles/answers.test.ts proves that each such view equals its api view.
+-- The two views stand apart so that a query computes only the columns it names.
 create or replace view data.key_shown as
 select
   k.id, k.key_prefix, k.user_id, u.tenant_id, k.name, k.status, k.expires_at,

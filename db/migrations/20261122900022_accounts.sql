@@ -64,10 +64,7 @@ cross join lateral (
 comment on view data.account_now is 'Account figures of now: ended grants and holds are subtracted.';
 
 -- entries as api.billing_transactions shows them, for every reader
--- A granted function answers from views like this one, named `…_shown`.
--- Its caller may be a host's security definer function: the session's rows don't tell its right.
--- tests/roles/answers.test.ts proves that each such view equals its api view.
--- The two views stand apart so that a query computes only the columns it names.
+-- Functions answer from it; data.key_shown says why.
 
 create or replace view data.entry_shown as
 select

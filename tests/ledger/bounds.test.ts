@@ -21,7 +21,7 @@ const record = async (...events: string[]): Promise<Row[]> =>
 const good = () => JSON.stringify(account.event('1'))
 const list = (n: number, json: string) => Array.from({ length: n }, () => json).join(',')
 
-/** A call that makes long texts in the server's memory takes many times as long as a plain call. */
+/** The least ms of three calls: a call that makes long texts in memory takes many times a plain call's. */
 const tries = async (call: () => Promise<unknown>): Promise<number> => {
   let best = Number.POSITIVE_INFINITY
   for (let i = 0; i < 3; i++) {
