@@ -24,7 +24,7 @@ import type {
  * strings.
  */
 export interface Views {
-  /** Who pays for a user, and what they have: one row per user. */
+  /** Each user's payer and the payer's figures: one row per user. */
   account_balances: {
     user_id: string | null
     external_id: string | null
@@ -126,7 +126,7 @@ export interface Views {
     remaining: number | null
     created_at: string | null
   }
-  /** Upstream instances (deployments, channels); prices belong to them. */
+  /** Upstream instances (deployments, channels); each has prices. */
   config_nodes: {
     id: string | null
     name: string | null
@@ -170,7 +170,7 @@ export interface Views {
     reason: string | null
     actor: string | null
   }
-  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next one. */
+  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next price. */
   prices: {
     id: number | null
     config_node_id: string | null
@@ -181,7 +181,7 @@ export interface Views {
     effective_from: string | null
     created_at: string | null
   }
-  /** Who changed the status of a tenant, user_profile, virtual_key or config_node, when and why; old_status is null for one that began so. */
+  /** Changes of the status of tenants, users, virtual keys and config nodes: actor, time and reason. */
   status_changes: {
     id: number | null
     entity: string | null
@@ -219,7 +219,7 @@ export interface Views {
     metadata: unknown
     recorded_at: string | null
   }
-  /** Users. A user with a tenant is paid for by the tenant, any other pays alone (`account_id`). */
+  /** Users. A tenant pays for its users; a user without a tenant pays alone. `account_id` is the payer. */
   user_profiles: {
     id: string | null
     tenant_id: string | null
@@ -481,7 +481,7 @@ export interface Functions {
     }
     result: (UsageAnswer & { parked_id: string })[]
   }
-  /** Resolves a virtual key to who pays, and what they have. */
+  /** Resolves a virtual key to its payer, with the payer's figures. */
   resolve_billing_account: {
     args: {
       vk?: string | null
@@ -553,7 +553,7 @@ export interface Functions {
     }
     result: Views['billing_transactions']
   }
-  /** Ends a key for good, and what it was before a rotation; ending it again changes nothing. */
+  /** Ends a key for good, with its texts from before a rotation; ending it again changes nothing. */
   revoke_virtual_key: {
     args: {
       id: string
@@ -602,7 +602,7 @@ export interface Functions {
     }
     result: Views['billing_accounts']
   }
-  /** Suspends, disables, closes, revokes or reactivates a tenant, user_profile, config_node or virtual_key, and keeps the reason. */
+  /** Sets the status of a tenant, user, config node or virtual key, and keeps the reason. */
   set_status: {
     args: {
       entity: string

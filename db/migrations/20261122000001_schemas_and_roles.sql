@@ -1,5 +1,5 @@
 -- migrate:up
--- Refuses a clash of names before anything is made; then the roles and the two schemas.
+-- Refuses a clash of names before it makes anything; then makes the roles and the two schemas.
 
 do $$
 declare
@@ -18,39 +18,39 @@ begin
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
       'account_balance', 'account_news', 'account_now', 'accounting_snapshot', 'actor', 'add_grant', 'admit', 'after',
-      'amount', 'answer_duplicates', 'answer_first_try', 'answer_hold', 'answer_request', 'answer_unfit',
-      'await_postings', 'await_window_readers', 'backed', 'backing', 'backing_after', 'backing_between',
-      'backing_extended', 'backing_of_requests', 'backing_past_grants', 'billing_transaction', 'broken_fact',
-      'budget', 'budget_code', 'budget_exceeded', 'budget_left', 'budget_shown', 'budget_spend', 'budgets_after',
-      'budgets_left', 'budgets_of_requests', 'cache_invalidation', 'caller', 'charge', 'charge_to_refund',
-      'charged_before', 'check_entry', 'check_written', 'config_node', 'count_sealed_month', 'count_spend',
-      'count_usage', 'credit_grant', 'crosses', 'currency', 'draw_grants', 'draw_holds', 'end_due_grants',
-      'end_due_holds', 'end_parked_holds', 'entry_hash', 'entry_kind', 'entry_shown', 'epoch_time', 'event_code',
-      'event_facts', 'exact_cost', 'expiries_due', 'extend_for_account', 'first_places', 'first_tries', 'first_try',
-      'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'funds_of', 'grant_draw',
+      'amount', 'answer_duplicates', 'answer_first_try', 'answer_hold', 'answer_key_imports', 'answer_request',
+      'answer_unfit', 'await_postings', 'await_window_readers', 'backed', 'backing', 'backing_after',
+      'backing_between', 'backing_extended', 'backing_of_requests', 'backing_past_grants', 'billing_transaction',
+      'broken_fact', 'budget', 'budget_code', 'budget_exceeded', 'budget_left', 'budget_shown', 'budget_spend',
+      'budgets_after', 'budgets_left', 'budgets_of_requests', 'cache_invalidation', 'caller', 'charge',
+      'charge_to_refund', 'charged_before', 'check_entry', 'check_written', 'config_node', 'count_sealed_month',
+      'count_spend', 'count_usage', 'credit_grant', 'crosses', 'currency', 'draw_grants', 'draw_holds',
+      'end_due_grants', 'end_due_holds', 'end_parked_holds', 'entry_hash', 'entry_kind', 'entry_shown', 'epoch_time',
+      'event_code', 'event_facts', 'exact_cost', 'expiries_due', 'extend_for_account', 'first_places', 'first_tries',
+      'first_try', 'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'funds_of', 'grant_draw',
       'has_absurd_numbers', 'hash_context', 'hold', 'hold_code', 'hold_id', 'hold_open', 'hold_parked',
-      'hold_request', 'hold_shown', 'invalidate', 'is_amount', 'is_foreign', 'is_metadata', 'is_one', 'is_request_id',
-      'keep_account', 'keep_key_identity', 'keep_node_identity', 'keep_owner_identity', 'kept_event', 'key_context',
-      'key_hash', 'key_shown', 'left_out_note', 'local_moment', 'lock_account', 'lock_key_parents',
-      'lock_mount_parents', 'lock_user_parent', 'log_usage', 'make_usage_partitions', 'mark_used', 'moment', 'money',
-      'mount_deleted', 'mount_inserted', 'mount_updated', 'movements_of', 'new_virtual_key', 'note_status',
-      'open_account', 'open_balance', 'open_virtual_key_use', 'outbox_horizon', 'park', 'parked_usage',
-      'parked_usage_sets_aside', 'parked_usage_unresolved', 'place_for_account', 'post', 'post_one',
-      'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended', 'purge_outboxes', 'read_cursor',
-      'read_event_ids', 'read_hold_ids', 'read_hold_requests', 'read_key_imports', 'read_keys_again', 'read_openings',
-      'read_usage_events', 'record_for_account', 'recount_budgets', 'reference_is_used_once', 'refusal_of', 'refuse',
-      'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'release_for_account', 'replay_ahead',
-      'replay_parked', 'require_array', 'require_positive_amount', 'require_reason', 'require_reference',
-      'resolve_parked', 'return_to_grants', 'run_end', 'seal', 'seq_before', 'settle', 'settle_all', 'sha256',
-      'shown', 'shown_hold', 'shrink_parked', 'spend_time', 'status_change', 'tell_crossings',
-      'tell_exhausted_budgets', 'tenant', 'tenant_role_kept', 'tenant_role_named', 'tenant_updated', 'text_of',
-      'to_amount', 'to_cost', 'to_expires_in', 'to_moment', 'to_quantity', 'to_uuid', 'to_uuidv7', 'try_parked',
-      'try_parked_apart', 'usage_event', 'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal',
-      'usage_window', 'usage_window_now', 'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7',
-      'verify_budgets', 'verify_entries', 'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage',
-      'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted',
-      'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user', 'wake_for_news', 'window_start',
-      'without_keys'
+      'hold_request', 'hold_shown', 'insert_account', 'insert_key_imports', 'invalidate', 'is_amount', 'is_foreign',
+      'is_metadata', 'is_one', 'is_request_id', 'keep_account', 'keep_key_identity', 'keep_node_identity',
+      'keep_owner_identity', 'kept_event', 'key_context', 'key_hash', 'key_shown', 'left_out_note', 'local_moment',
+      'lock_account', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent', 'log_usage',
+      'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated',
+      'movements_of', 'new_virtual_key', 'note_status', 'open_account', 'open_balance', 'open_virtual_key_use',
+      'outbox_horizon', 'park', 'parked_usage', 'parked_usage_sets_aside', 'parked_usage_unresolved',
+      'place_for_account', 'post', 'post_one', 'previous_key_hash', 'price', 'price_inserted', 'price_meters',
+      'purge_ended', 'purge_outboxes', 'read_cursor', 'read_event_ids', 'read_hold_ids', 'read_hold_requests',
+      'read_key_imports', 'read_keys_again', 'read_openings', 'read_usage_events', 'record_for_account',
+      'recount_budgets', 'reference_is_used_once', 'refusal_of', 'refuse', 'refuse_dropped_usage',
+      'refuse_parked_usage', 'refuse_previous_hash', 'release_for_account', 'replay_ahead', 'replay_parked',
+      'require_array', 'require_positive_amount', 'require_reason', 'require_reference', 'resolve_parked',
+      'return_to_grants', 'run_end', 'seal', 'seq_before', 'settle', 'settle_all', 'sha256', 'shown', 'shown_hold',
+      'shrink_parked', 'spend_time', 'status_change', 'tell_crossings', 'tell_exhausted_budgets', 'tenant',
+      'tenant_role_kept', 'tenant_role_named', 'tenant_updated', 'text_of', 'to_amount', 'to_cost', 'to_expires_in',
+      'to_moment', 'to_quantity', 'to_uuid', 'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_event',
+      'usage_faults', 'usage_line', 'usage_log', 'usage_of', 'usage_seal', 'usage_window', 'usage_window_now',
+      'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets', 'verify_entries',
+      'verify_figures', 'verify_grants', 'verify_statements', 'verify_usage', 'viewer', 'virtual_key',
+      'virtual_key_config_node', 'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated',
+      'virtual_key_use', 'visible_account', 'visible_user', 'wake_for_news', 'window_start', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at', 'billing_accounts',
@@ -72,12 +72,16 @@ begin
   select n.nspname into v_schema
   from pg_namespace n
   where n.nspname in ('data', 'api') and n.nspowner is distinct from to_regrole('keyledger_owner')
-    and not (has_schema_privilege(n.oid, 'create with grant option') and has_schema_privilege(n.oid, 'usage with grant option'))
+    and not (
+      has_schema_privilege(n.oid, 'create with grant option')
+      and has_schema_privilege(n.oid, 'usage with grant option'))
   order by n.nspname
   limit 1;
   if found then
     -- dbmate shows the message alone
-    raise exception 'keyledger can''t be installed by % yet: as the owner of schema %, grant create, usage on schema % to % with grant option',
+    raise exception
+      'keyledger can''t be installed by % yet: as the owner of schema %, '
+      'grant create, usage on schema % to % with grant option',
       current_user, v_schema, v_schema, quote_ident(current_user);
   end if;
 end
@@ -100,8 +104,10 @@ begin
     end if;
   end loop;
 
-  -- What a role asks may take so long and no longer: PostgREST applies a role's settings to the requests of its tokens. Roles are the
-  -- cluster's, and so are these: one that has the setting keeps it, and one that is not ours to alter stays as it is.
+  -- Bounds how long a role's statement may take or wait.
+  -- PostgREST applies a role's settings to the requests of its tokens.
+  -- Roles belong to the cluster: a setting that a role has already stays.
+  -- A role that this user may not alter stays as it is.
   for v_role, v_setting, v_value in
     values ('keyledger_member', 'statement_timeout', '5s'), ('keyledger_gateway', 'statement_timeout', '10s'),
       ('keyledger_operator', 'lock_timeout', '4s')
@@ -120,7 +126,7 @@ begin
     end if;
   end loop;
 
-  -- whoever migrates acts as the owner, so that everything is owned by a role that can't log in
+  -- the migrating user acts as the owner: a role that can't log in then owns every object
   begin
     set local role keyledger_owner;
     reset role;
@@ -128,7 +134,8 @@ begin
     begin
       execute format('grant keyledger_owner to %I', current_user);
     exception when insufficient_privilege then
-      raise exception 'keyledger can''t be installed by % yet: as the role that made keyledger_owner, grant keyledger_owner to %',
+      raise exception
+        'keyledger can''t be installed by % yet: as the role that made keyledger_owner, grant keyledger_owner to %',
         current_user, quote_ident(current_user);
     end;
   end;
@@ -147,9 +154,9 @@ begin
       execute format('comment on schema %I is %L', v_schema, case v_schema
         when 'api' then 'keyledger: virtual keys, balances and exact charges
 Callers branch on codes: the message of an error, and the `code` of each answer of a function on many.'
-        else 'keyledger''s tables and internal functions; the owner''s alone.' end);
+        else 'keyledger''s tables and internal functions: only the owner may use them.' end);
     else
-      -- a schema that was here before stays its owner's
+      -- the owner of an earlier schema stays its owner
       execute format('grant create, usage on schema %I to keyledger_owner with grant option', v_schema);
     end if;
   end loop;
@@ -159,12 +166,13 @@ $$;
 set local role keyledger_owner;
 
 grant usage on schema api to keyledger_gateway, keyledger_operator, keyledger_member;
--- functions are granted by name only, and types are the owner's
+-- each function has its own grant, and only the owner may use the types
 alter default privileges for role keyledger_owner revoke execute on functions from public;
 alter default privileges for role keyledger_owner revoke usage on types from public;
 
--- What one column must hold is a domain, checked once per value; a table's check constraint is planned anew by every
--- statement (5 to 10 microseconds each, measured), so the hot tables keep those for what spans columns.
+-- A rule about one column is a domain, which Postgres checks once per value.
+-- Every statement plans a table's check constraint anew (5 to 10 microseconds each, measured).
+-- So the hot tables have check constraints only for rules that span columns.
 create domain data.money as numeric(28, 10) constraint money_is_a_number check (value <> 'NaN');
 create domain data.amount as numeric(28, 10) constraint amount_is_not_negative check (value >= 0 and value <> 'NaN');
 create domain data.currency as text constraint currency_is_iso_4217 check (value ~ '^[A-Z]{3}$');
@@ -173,7 +181,8 @@ create domain data.sha256 as bytea constraint sha256_has_32_bytes check (octet_l
 create domain data.uuidv7 as uuid
   constraint id_is_a_uuidv7 check (get_byte(uuid_send(value), 6) >> 4 = 7 and get_byte(uuid_send(value), 8) >> 6 = 2);
 create domain data.entry_kind as text constraint kind_is_known check (value in (
-  'opening', 'top_up', 'top_up_reversal', 'usage', 'refund', 'adjustment', 'credit_grant', 'credit_expiry', 'limit_change'));
+  'opening', 'top_up', 'top_up_reversal', 'usage', 'refund', 'adjustment', 'credit_grant', 'credit_expiry',
+  'limit_change'));
 
 reset role;
 

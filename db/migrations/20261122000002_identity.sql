@@ -1,6 +1,7 @@
 -- migrate:up
--- Who: tenants, users, virtual keys, upstream nodes. No money here.
--- Columns written through a view have plain types and checks: PostgREST casts to a column's type, and its roles have no right on data's.
+-- Identity: tenants, users, virtual keys, upstream nodes. No money here.
+-- PostgREST casts to a column's type, and its roles have no right on the domains of schema data.
+-- So a column that is written through a view has a plain type and a check.
 
 set local role keyledger_owner;
 
@@ -23,7 +24,7 @@ create table data.user_profile (
   display_name text,
   currency text not null default 'USD',
   status text not null default 'active',
-  -- the payer is decided here and nowhere else: the tenant if there is one, else the user
+  -- this column alone decides the payer: the tenant if there is one, else the user
   account_id uuid not null generated always as (coalesce(tenant_id, id)) stored,
   created_at timestamptz not null default now(),
   constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
@@ -48,7 +49,8 @@ create table data.virtual_key (
 );
 create index on data.virtual_key (user_id);
 
--- the hashes a key had before it was rotated, each valid until its own grace ends; never taken by another key (a trigger sees to it)
+-- the hashes a key had before rotations, each valid until its grace ends
+-- A trigger refuses another key with such a hash.
 create table data.previous_key_hash (
   key_hash data.sha256 primary key,
   virtual_key_id uuid not null references data.virtual_key on delete cascade,
@@ -56,7 +58,9 @@ create table data.previous_key_hash (
 );
 create index on data.previous_key_hash (virtual_key_id);
 
--- when a key was last used, to the minute: apart from the key, whose changes evict caches; made with it, so that using it only updates
+-- when a key was last used, to the minute
+-- The row stands apart from the key, whose changes evict caches.
+-- It is made with the key, so that using the key only updates.
 create table data.virtual_key_use (
   virtual_key_id uuid primary key references data.virtual_key on delete cascade,
   last_used_at timestamptz
@@ -81,7 +85,7 @@ create table data.virtual_key_config_node (
 );
 create index on data.virtual_key_config_node (config_node_id);
 
--- the meter's dated price; never updated: a new price is a new row
+-- a meter's dated price, never updated: a new price is a new row
 create table data.price (
   id bigint generated always as identity primary key,
   config_node_id uuid not null references data.config_node,
@@ -93,14 +97,16 @@ create table data.price (
   created_at timestamptz not null default now(),
   unique (config_node_id, meter, currency, effective_from),
   constraint meter_is_a_name check (meter ~ '^[a-z][a-z0-9_.]{0,62}$'),
-  constraint unit_price_is_an_amount check (unit_price >= 0 and unit_price < 1e12 and scale(trim_scale(unit_price)) <= 10),
+  constraint unit_price_is_an_amount
+    check (unit_price >= 0 and unit_price < 1e12 and scale(trim_scale(unit_price)) <= 10),
   constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
   constraint effective_from_is_a_moment check (isfinite(effective_from)),
-  -- so that any sum of quantity * price / size is exact before its one rounding
+  -- with these sizes a sum of quantity * price / size is exact until its one rounding
   constraint unit_size_divides_3600000000 check (unit_size > 0 and mod(3600000000, unit_size::bigint) = 0)
 );
 
--- each change of a tenant's, user's, key's or node's status, however it came; no row: it has been active from its beginning
+-- each change of a status, whatever made it: of a tenant, user, key or node
+-- An entity without a row has been active from its beginning.
 create table data.status_change (
   id bigint generated always as identity primary key,
   entity text not null,
@@ -109,7 +115,7 @@ create table data.status_change (
   new_status text not null,
   actor text not null,
   reason text,
-  -- the clock's time, not the transaction's: of two changes that waited for each other the second is later
+  -- the clock's time, not the transaction's: a change that waited for another gets the later time
   created_at timestamptz not null default clock_timestamp(),
   constraint entity_is_known check (entity in ('tenant', 'user_profile', 'virtual_key', 'config_node')),
   constraint status_changes check (new_status is distinct from old_status)
@@ -127,13 +133,13 @@ alter table data.price enable row level security;
 alter table data.status_change enable row level security;
 
 comment on table data.tenant is 'A paying organisation.';
-comment on table data.user_profile is 'A user; paid for by the tenant if there is one, else by their own account.';
+comment on table data.user_profile is 'A user; the tenant pays if there is one, else the user''s own account.';
 comment on table data.virtual_key is 'A caller''s key: its sha-256 and a display prefix, never the key.';
-comment on table data.previous_key_hash is 'What a rotated key was before, and how long that is still accepted.';
+comment on table data.previous_key_hash is 'Hashes of keys from before a rotation, and the end of each one''s grace.';
 comment on table data.virtual_key_use is 'When each key was last used.';
-comment on table data.config_node is 'An upstream instance (a deployment, a channel); prices belong to it.';
+comment on table data.config_node is 'An upstream instance (a deployment, a channel); each has prices.';
 comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
-comment on table data.status_change is 'Who changed which status, when and why; append-only.';
+comment on table data.status_change is 'Changes of statuses: actor, time and reason; append-only.';
 comment on table data.price is 'Dated unit prices per node, meter and currency; append-only.';
 
 reset role;

@@ -1,5 +1,5 @@
 -- migrate:up
--- How much: account figures, the ledger, promotional grants, holds. No identity here but the owner's id.
+-- Money: account figures, the ledger, promotional grants, holds. Of identity only the owner's id.
 
 set local role keyledger_owner;
 
@@ -14,13 +14,13 @@ create table data.account_balance (
   frozen_balance data.amount not null default 0,
   outstanding_amount data.amount not null default 0,
   low_balance_threshold data.amount,
-  -- where its budgets' days begin, and whether it has any, so that others need not look
+  -- the time zone decides where a budget's day begins; has_budgets saves other accounts a look-up
   time_zone text not null default 'UTC',
   has_budgets boolean not null default false,
   available data.money not null
     generated always as (free_credit + balance + credit_limit - frozen_balance - outstanding_amount) stored,
   balance_version bigint not null default 0,
-  -- the last entry's hash and time, so that the next one follows it without a look-up
+  -- the last entry's hash and time: the next entry follows it without a look-up
   head_hash bytea not null default '',
   head_at timestamptz not null default '-infinity',
   last_charged_at timestamptz,
@@ -30,14 +30,15 @@ create table data.account_balance (
   constraint debt_only_when_all_else_is_spent
     check (balance >= -credit_limit and (outstanding_amount = 0 or (free_credit = 0 and balance = -credit_limit)))
 ) with (
-  -- room on the page, and no index on a changing column: every charge is a heap-only update
+  -- with room on the page and no index on a changing column, every charge is a heap-only update
   fillfactor = 50,
   autovacuum_vacuum_scale_factor = 0.02,
   autovacuum_vacuum_cost_delay = 0
 );
 
--- No foreign key to account_balance: the one function that inserts here holds the account's lock, and accounts are never
--- deleted (a trigger sees to it). What spans columns is checked by trigger too (1 microsecond each, not 10).
+-- No foreign key to account_balance: one function inserts here, and it holds the account's lock.
+-- A trigger forbids deleting accounts.
+-- A trigger also checks rules that span columns, in 1 microsecond each instead of 10.
 create table data.billing_transaction (
   account_id uuid not null,
   seq bigint not null,
@@ -54,7 +55,7 @@ create table data.billing_transaction (
   actor text not null,
   reason text,
   usage_count integer not null,
-  -- 32 bytes for each usage row, in id order: its id, and the first half of its line's sha-256
+  -- 32 bytes per usage row, in the order of ids: its id, then the first half of its line's sha-256
   usage_list bytea,
   refund_of_seq bigint,
   refund_of_usage_id uuid,
@@ -64,16 +65,17 @@ create table data.billing_transaction (
   created_at timestamptz not null,
   primary key (account_id, seq)
 );
--- hashes don't compress, and a slice can be read alone
+-- hashes don't compress, and Postgres can read a slice of an uncompressed value alone
 alter table data.billing_transaction alter column usage_list set storage external;
 -- the refunds of an entry
 create index on data.billing_transaction (account_id, refund_of_seq) where refund_of_seq is not null;
--- payments of a debt, few among many charges: what is overdue is read of these alone
+-- payments of debt, few among many charges: overdue_amount reads these alone
 create index on data.billing_transaction (account_id, seq) include (outstanding_delta) where outstanding_delta < 0;
 -- a payment id is used once per account
-create unique index reference_is_used_once on data.billing_transaction (account_id, reference) where reference is not null;
+create unique index reference_is_used_once on data.billing_transaction (account_id, reference)
+  where reference is not null;
 
--- one row per credit_grant entry, with what remains of it; the sum of what remains is the account's free_credit
+-- one row per credit_grant entry; the sum of `remaining` is the account's free_credit
 create table data.credit_grant (
   account_id uuid not null,
   seq bigint not null,
@@ -85,10 +87,11 @@ create table data.credit_grant (
   foreign key (account_id, seq) references data.billing_transaction,
   constraint remaining_is_part_of_amount check (remaining <= amount)
 );
--- what remains alone, in no order: with one, plans made on a small table would rather read all grants there were
+-- only grants with money left, and in no order
+-- With an order, a plan made on a small table would read every grant there ever was.
 create index on data.credit_grant (account_id) where remaining > 0;
 
--- what each entry took from each grant, so that a refund can give it back
+-- the amount that each entry took from each grant, so that a refund can return it
 create table data.grant_draw (
   account_id uuid not null,
   seq bigint not null,
@@ -101,8 +104,9 @@ create table data.grant_draw (
   constraint returned_is_part_of_amount check (returned <= amount)
 );
 
--- Money set aside for one request, or frozen by an operator (expires_at null). Its unspent part is in the account's frozen_balance
--- while it is open or parked. A parked hold waits for an event that could not be charged yet, and doesn't expire.
+-- money set aside for one request, or frozen by an operator (expires_at null)
+-- While a hold is open or parked, the account's frozen_balance includes its unspent part.
+-- A parked hold waits for an event that could not be charged yet, and doesn't expire.
 create table data.hold (
   account_id uuid not null,
   id data.uuidv7 not null,
@@ -115,7 +119,7 @@ create table data.hold (
   meters jsonb,
   created_at timestamptz not null,
   ended_at timestamptz,
-  -- of a freeze only
+  -- for freezes only
   reference text,
   reason text,
   actor text,
@@ -124,21 +128,25 @@ create table data.hold (
   primary key (account_id, id),
   constraint captured_is_part_of_amount check (captured <= amount),
   constraint only_an_open_or_parked_hold_has_not_ended
-    check (status in ('open', 'parked', 'captured', 'released', 'expired') and (status in ('open', 'parked')) = (ended_at is null))
+    check (
+      status in ('open', 'parked', 'captured', 'released', 'expired')
+      and (status in ('open', 'parked')) = (ended_at is null))
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05);
 create index hold_open on data.hold (account_id, expires_at) where status = 'open';
 create index hold_parked on data.hold (account_id) where status = 'parked';
 create unique index freeze_reference_is_used_once on data.hold (account_id, reference) where reference is not null;
 
--- a hold that was asked for: its place in the call, the hold it would be, and why it is refused
+-- a requested hold: its place in the call, the hold it would become, and the code of its refusal
 create type data.hold_request as (ord bigint, id text, hold data.hold, code text, user_id uuid);
--- a hold that is to be ended or extended: its place in the call, and why it can't be read
+-- a hold to end or extend: its place in the call, and a code if it can't be read
 create type data.hold_id as (ord bigint, id_text text, account_id uuid, id uuid, expires_in integer, code text);
--- the money available past a moment at which grants expire, and how much of the holds until then draws from those grants only
+-- the money available past a moment when grants expire
+-- `spare`: how much the holds until then draw from those grants only
 create type data.backing as (at timestamptz, available numeric, spare numeric);
 
--- sealed statements, cut by seq; by the clock: credit that had expired is gone, also where its entry comes after the cut (`expiry_due`).
--- No foreign key to account_balance: its check would keep the account locked until the page commits.
+-- sealed statements: seq decides which entries belong to one
+-- The clock decides about credit: `expiry_due` had expired by the cut, and its entry comes after.
+-- No foreign key to account_balance: its check would lock the account until the page commits.
 create table data.accounting_snapshot (
   account_id uuid not null,
   period_start timestamptz not null,
@@ -165,9 +173,10 @@ create table data.accounting_snapshot (
   constraint overdue_is_part_of_outstanding check (overdue_amount <= outstanding_closing)
 );
 
--- what verify_ledger answers: its argument's name is a column's too
-create type api.ledger_problem as (account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
-comment on type api.ledger_problem is 'What differs from what the chain of hashes proves.';
+-- the rows that verify_ledger answers: a type, since an argument and a column share a name
+create type api.ledger_problem as (
+  account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
+comment on type api.ledger_problem is 'A difference between the tables and the chain of hashes.';
 
 alter table data.account_balance enable row level security;
 alter table data.billing_transaction enable row level security;
@@ -177,10 +186,12 @@ alter table data.hold enable row level security;
 alter table data.accounting_snapshot enable row level security;
 
 comment on table data.account_balance is 'The figures of one payer; account_id is the owner''s id.';
-comment on table data.billing_transaction is 'The ledger: append-only, gapless per account, each entry chained to the one before.';
-comment on table data.credit_grant is 'Free credit as granted, with what remains of each grant.';
-comment on table data.grant_draw is 'What each entry took from each grant, and what of it came back.';
-comment on table data.hold is 'Money set aside for a request until it is captured, released or expires; or frozen by an operator until released.';
+comment on table data.billing_transaction is
+'The ledger: append-only, gapless per account, each entry chained to the one before.';
+comment on table data.credit_grant is 'Grants of free credit, with the rest of each.';
+comment on table data.grant_draw is 'The amount that each entry took from each grant, and the part that came back.';
+comment on table data.hold is
+'Money set aside for a request until captured, released or expired; or frozen by an operator.';
 comment on table data.accounting_snapshot is 'Sealed statements, one per account and period.';
 
 reset role;

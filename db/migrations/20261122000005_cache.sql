@@ -1,5 +1,5 @@
 -- migrate:up
--- The outbox behind every cache invalidation.
+-- The outbox of cache changes, and the horizon of every outbox.
 
 set local role keyledger_owner;
 
@@ -7,9 +7,9 @@ create table data.cache_invalidation (
   id bigint generated always as identity primary key,
   xid xid8 not null default pg_current_xact_id(),
   entity text not null,
-  -- null: all of the entity
+  -- null means every key of the entity
   keys text[],
-  -- stored, so that changes are counted without reading their keys
+  -- stored, so that a reader counts changes without reading their keys
   key_count integer generated always as (cardinality(keys)) stored,
   created_at timestamptz not null default now(),
   constraint entity_is_known check (entity in ('vk', 'price')),
@@ -18,7 +18,7 @@ create table data.cache_invalidation (
 create index on data.cache_invalidation (xid);
 create index on data.cache_invalidation (created_at);
 
--- per outbox the newest transaction whose rows were purged: a cursor that may miss it starts anew
+-- per outbox the newest transaction with purged rows: a cursor that may miss it starts anew
 create table data.outbox_horizon (
   outbox text primary key,
   purged_xid xid8 not null
@@ -28,7 +28,8 @@ insert into data.outbox_horizon (outbox, purged_xid) values ('cache', '0');
 alter table data.cache_invalidation enable row level security;
 alter table data.outbox_horizon enable row level security;
 
-comment on table data.cache_invalidation is 'Cache keys changed by each transaction, null for all; the truth behind the wake-up.';
+comment on table data.cache_invalidation is
+'Cache keys that each transaction changed, null for all; the truth behind the wake-up.';
 comment on table data.outbox_horizon is 'How far each outbox has been purged.';
 
 reset role;

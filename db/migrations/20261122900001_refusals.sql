@@ -1,5 +1,5 @@
 -- migrate:up
--- How the database says no: a code, the status for HTTP, and a hint; and the triggers that forbid a change.
+-- How the database refuses: a code, a status for HTTP and a hint; and triggers that forbid changes.
 
 set local role keyledger_owner;
 
@@ -18,7 +18,7 @@ begin
 end
 $$;
 
--- history is append-only: the trigger that refuses all else
+-- history is append-only: this trigger refuses every other change
 create or replace function data.forbid_change()
 returns trigger
 language plpgsql
@@ -26,12 +26,13 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name, 'add a new row that corrects the old one');
+  perform data.refuse(409, 'append_only', lower(tg_op) || ' on ' || tg_table_name,
+    'add a new row that corrects the old one');
   return null;
 end
 $$;
 
--- truncate is no way round the outbox
+-- truncate fires no row triggers, so it would pass the outbox by
 create or replace function data.forbid_truncate()
 returns trigger
 language plpgsql
@@ -39,12 +40,13 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.refuse(409, 'truncate_forbidden', 'table ' || tg_table_name, 'rows are closed by status, not removed');
+  perform data.refuse(409, 'truncate_forbidden', 'table ' || tg_table_name,
+    'set a status to close rows; keyledger never removes them');
   return null;
 end
 $$;
 
--- refuse what is no array, or too long a one
+-- refuse a value that is no array, or has more than 10000 elements
 create or replace function data.require_array(
   name text,
   elements jsonb
@@ -55,10 +57,11 @@ stable
 as $$
 begin
   if jsonb_typeof(elements) is distinct from 'array' then
-    perform data.refuse(422, 'invalid_' || name, name || ' must be a JSON array', 'send an array, of one element for a single request');
+    perform data.refuse(422, 'invalid_' || name, name || ' must be a JSON array',
+      'send an array, of one element for a single request');
   elsif jsonb_array_length(elements) > 10000 then
-    perform data.refuse(422, 'too_many_elements', name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed',
-      'send them in several calls');
+    perform data.refuse(422, 'too_many_elements',
+      name || ' has ' || jsonb_array_length(elements) || ' elements, of 10000 allowed', 'send them in several calls');
   end if;
 end
 $$;
@@ -76,8 +79,11 @@ begin
 end
 $$;
 
--- refuse what is done for no reason; `deed` as in "a freeze"
-create or replace function data.require_reason(deed text, reason text)
+-- refuse an act without a reason; `deed` names the act: "a freeze"
+create or replace function data.require_reason(
+  deed text,
+  reason text
+)
 returns void
 language plpgsql
 as $$
@@ -88,6 +94,7 @@ begin
 end
 $$;
 
+-- refuse a reference that is empty or too long
 create or replace function data.require_reference(reference text)
 returns void
 language plpgsql
@@ -95,7 +102,8 @@ immutable
 as $$
 begin
   if length(reference) not between 1 and 512 then
-    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters', 'leave it out for no idempotency');
+    perform data.refuse(422, 'invalid_reference', 'reference must have 1 to 512 characters',
+      'leave it out for no idempotency');
   end if;
 end
 $$;

@@ -1,17 +1,12 @@
 -- migrate:up
--- Each change that caches must know: rows of the outbox, written by triggers, and a wake-up.
+-- Triggers write each change that caches must know to the outbox, and wake the listeners.
 
 set local role keyledger_owner;
 
--- every hash that means a key: its own, and those from before it was rotated
-create or replace view data.key_hash as
-select k.key_hash, k.id as virtual_key_id, null::timestamptz as valid_until from data.virtual_key k
-union all
-select p.key_hash, p.virtual_key_id, p.valid_until from data.previous_key_hash p;
-comment on view data.key_hash is 'Each known hash and its key; valid_until is the end of a grace.';
-
--- Write the hashes of these keys to the outbox, and wake the listeners once. More than 5000 are written as all keys: a list of millions
--- would keep every reader busy, and later revokes waiting. Callers give at most 5001, so that none is made either.
+-- write changed cache keys to the outbox, and wake the listeners once
+-- More than 5000 keys become one row that means every key of the entity.
+-- A list of millions would keep every reader busy, while later revokes wait.
+-- A caller passes at most 5001 keys, so no trigger builds such a list either.
 create or replace function data.invalidate(
   entity text,
   keys text[]
@@ -20,7 +15,7 @@ returns void
 language plpgsql
 as $$
 begin
-  -- an older snapshot could miss a key created meanwhile
+  -- an older snapshot could miss a key that another transaction has just created
   if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
     perform data.refuse(409, 'isolation_too_strict', current_setting('transaction_isolation'),
       'change identities at read committed: a frozen snapshot would miss keys to evict');
@@ -36,13 +31,14 @@ begin
     from (select d.key, row_number() over () as n from (select distinct u.key from unnest(keys) as u (key)) d) k
     group by (k.n - 1) / 1000;
   end if;
-  -- only a wake-up: a full queue must never abort a revoke
+  -- the outbox holds the truth, this only wakes: a full queue must never abort a revoke
   if pg_notification_queue_usage() < 0.5 then
     perform pg_notify('keyledger_cache', '');
   end if;
 end
 $$;
 
+-- a new key evicts its own hash, which a cache may hold as unknown
 create or replace function data.virtual_key_inserted()
 returns trigger
 language plpgsql
@@ -57,6 +53,7 @@ $$;
 create or replace trigger invalidate_inserted after insert on data.virtual_key
   referencing new table as new_rows for each statement execute function data.virtual_key_inserted();
 
+-- a changed key evicts every hash that it has and had
 create or replace function data.virtual_key_updated()
 returns trigger
 language plpgsql
@@ -78,8 +75,10 @@ begin
 end
 $$;
 create or replace trigger invalidate_updated after update on data.virtual_key
-  referencing old table as old_rows new table as new_rows for each statement execute function data.virtual_key_updated();
+  referencing old table as old_rows new table as new_rows
+  for each statement execute function data.virtual_key_updated();
 
+-- a deleted row evicts its hash
 create or replace function data.virtual_key_deleted()
 returns trigger
 language plpgsql
@@ -94,10 +93,11 @@ $$;
 create or replace trigger invalidate_deleted after delete on data.virtual_key
   referencing old table as old_rows for each statement execute function data.virtual_key_deleted();
 
--- by the key's cascade
+-- deleting a key deletes its previous hashes by cascade
 create or replace trigger invalidate_deleted after delete on data.previous_key_hash
   referencing old table as old_rows for each statement execute function data.virtual_key_deleted();
 
+-- a user whose tenant or status changes evicts the user's keys
 create or replace function data.user_profile_updated()
 returns trigger
 language plpgsql
@@ -118,8 +118,10 @@ begin
 end
 $$;
 create or replace trigger invalidate_updated after update on data.user_profile
-  referencing old table as old_rows new table as new_rows for each statement execute function data.user_profile_updated();
+  referencing old table as old_rows new table as new_rows
+  for each statement execute function data.user_profile_updated();
 
+-- a tenant whose status changes evicts the keys of all its users
 create or replace function data.tenant_updated()
 returns trigger
 language plpgsql
@@ -143,6 +145,7 @@ $$;
 create or replace trigger invalidate_updated after update on data.tenant
   referencing old table as old_rows new table as new_rows for each statement execute function data.tenant_updated();
 
+-- a new mount evicts its key
 create or replace function data.mount_inserted()
 returns trigger
 language plpgsql
@@ -162,6 +165,7 @@ $$;
 create or replace trigger invalidate_inserted after insert on data.virtual_key_config_node
   referencing new table as new_rows for each statement execute function data.mount_inserted();
 
+-- a changed mount evicts its key of before and its key of now
 create or replace function data.mount_updated()
 returns trigger
 language plpgsql
@@ -181,6 +185,7 @@ $$;
 create or replace trigger invalidate_updated after update on data.virtual_key_config_node
   referencing old table as old_rows new table as new_rows for each statement execute function data.mount_updated();
 
+-- a deleted mount evicts its key
 create or replace function data.mount_deleted()
 returns trigger
 language plpgsql
@@ -200,6 +205,7 @@ $$;
 create or replace trigger invalidate_deleted after delete on data.virtual_key_config_node
   referencing old table as old_rows for each statement execute function data.mount_deleted();
 
+-- a new price evicts the prices of its node
 create or replace function data.price_inserted()
 returns trigger
 language plpgsql
@@ -213,6 +219,8 @@ end
 $$;
 create or replace trigger invalidate_inserted after insert on data.price
   referencing new table as new_rows for each statement execute function data.price_inserted();
+
+-- truncate fires no trigger above
 create or replace trigger forbid_truncate before truncate on data.virtual_key
   for each statement execute function data.forbid_truncate();
 create or replace trigger forbid_truncate before truncate on data.previous_key_hash

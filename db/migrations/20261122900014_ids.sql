@@ -1,5 +1,5 @@
 -- migrate:up
--- Ids that callers may use.
+-- Ids: a new one, and the lowest one of a moment.
 
 set local role keyledger_owner;
 
@@ -22,6 +22,7 @@ $$;
 comment on function api.new_id() is 'Makes an id for an event or a hold: a UUIDv7 of now.';
 grant execute on function api.new_id() to keyledger_gateway, keyledger_operator;
 
+-- the lowest id of a moment, to ask views for a range of time
 create or replace function api.id_at(moment timestamptz)
 returns uuid
 language plpgsql
@@ -31,14 +32,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (moment >= 'epoch' and moment < '9999-01-01T00:00Z') is not true then
-    perform data.refuse(422, 'invalid_moment', 'moment must be a time from 1970 to 9998', 'for example 2026-11-01T00:00Z');
+    perform data.refuse(422, 'invalid_moment', 'moment must be a time from 1970 to 9998',
+      'for example 2026-11-01T00:00Z');
   end if;
   return data.uuid_floor(moment);
 end
 $$;
 comment on function api.id_at(timestamptz) is
 'The lowest id of a `moment`: usage and holds of then and later have that id or a higher one.
-Ask views of usage and holds for a range of ids (id=gte.…&id=lt.…): that is read by index, a filter on a time is not. 422 invalid_moment.';
+Ask the views of usage and holds for a range of ids (id=gte.…&id=lt.…): an index serves it. No index serves a filter
+on a time. 422 invalid_moment.';
 grant execute on function api.id_at(timestamptz) to keyledger_gateway, keyledger_operator, keyledger_member;
 
 reset role;

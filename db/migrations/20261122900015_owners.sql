@@ -3,9 +3,9 @@
 
 set local role keyledger_owner;
 
--- Writable by the operator; columns that follow from others are read-only by grant.
--- Their defaults are the tables', named again: PostgREST knows those of a view only.
--- A fixed column may be written as it is, since an upsert repeats it; a trigger refuses its change.
+-- The operator writes these views; no grant covers a column that follows from others.
+-- The views repeat the tables' defaults, since PostgREST knows only the defaults of a view.
+-- An upsert repeats a fixed column, so the grant covers it; a trigger refuses to change it.
 
 create or replace view api.tenants with (security_barrier) as
 select t.id, t.name, t.external_id, t.currency, t.status, t.created_at
@@ -14,7 +14,7 @@ where (select v.sees_all from data.viewer v)
   or t.id = (select u.tenant_id from data.viewer v join data.user_profile u on u.id = v.user_id);
 comment on view api.tenants is
 'Paying organisations.
-Inserting one opens its account; `currency` is fixed then. Suspend by status; `closed` is final.';
+Inserting a tenant opens its account and fixes `currency`. Suspend by status; `closed` is final.';
 grant select on api.tenants to keyledger_operator, keyledger_member;
 grant insert (id, name, external_id, currency, status), update (id, name, external_id, currency, status)
   on api.tenants to keyledger_operator;
@@ -29,10 +29,10 @@ where (select v.sees_all from data.viewer v)
   or u.id = (select v.user_id from data.viewer v)
   or u.tenant_id = (select v.managed_tenant_id from data.viewer v);
 comment on view api.user_profiles is
-'Users. A user with a tenant is paid for by the tenant, any other pays alone (`account_id`).
-Inserting one opens its own account, unused while it has a tenant. Suspend by status; `closed` is final. A changed `tenant_id` makes
-`tenant_role` member, unless the same update names it. One who is not active still reads what is their own; of the tenant that pays, not
-what it has, nor as its admin.';
+'Users. A tenant pays for its users; a user without a tenant pays alone. `account_id` is the payer.
+Inserting a user opens the user''s own account, which stays unused while the user has a tenant. Suspend by status;
+`closed` is final. A changed `tenant_id` makes `tenant_role` member, unless the same update names `tenant_role`.
+A user who is not active still reads their own rows, but neither the tenant''s figures nor rows as its admin.';
 grant select on api.user_profiles to keyledger_operator, keyledger_member;
 grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
   update (id, tenant_id, tenant_role, external_id, display_name, currency, status)

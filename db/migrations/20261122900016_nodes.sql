@@ -1,11 +1,13 @@
 -- migrate:up
--- Config nodes, and where they are mounted.
+-- Config nodes, and the keys on which they are mounted.
 
 set local role keyledger_owner;
 
+-- an operator writes these views
 create or replace view api.config_nodes as
-select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at from data.config_node n;
-comment on view api.config_nodes is 'Upstream instances (deployments, channels); prices belong to them.';
+select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at
+from data.config_node n;
+comment on view api.config_nodes is 'Upstream instances (deployments, channels); each has prices.';
 grant select on api.config_nodes to keyledger_gateway, keyledger_operator;
 grant insert (id, name, provider, model, endpoint, status), update (id, name, provider, model, endpoint, status)
   on api.config_nodes to keyledger_operator;
@@ -13,7 +15,8 @@ alter view api.config_nodes alter column id set default gen_random_uuid();
 alter view api.config_nodes alter column status set default 'active';
 
 create or replace view api.virtual_key_config_nodes as
-select m.virtual_key_id, m.config_node_id, m.created_at from data.virtual_key_config_node m;
+select m.virtual_key_id, m.config_node_id, m.created_at
+from data.virtual_key_config_node m;
 comment on view api.virtual_key_config_nodes is 'Mounts: the nodes a key may hold funds for.';
 grant select on api.virtual_key_config_nodes to keyledger_gateway, keyledger_operator;
 grant insert (virtual_key_id, config_node_id), update (virtual_key_id, config_node_id), delete

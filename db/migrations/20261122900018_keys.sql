@@ -1,23 +1,19 @@
 -- migrate:up
--- Virtual keys: whose a key is and who pays, as a gateway asks before each request; and making, rotating, revoking.
+-- Virtual keys: a gateway resolves them, the operator creates, rotates and revokes them.
 
 set local role keyledger_owner;
 
--- what a caller gave to be kept, without the keys it may have put there by mistake
-create or replace function data.without_keys(value jsonb)
-returns jsonb
-language sql
-immutable parallel safe
-as $$
-  select case
-    when value::text ~ 'vk_[0-9A-Za-z_-]{43}' then regexp_replace(value::text, 'vk_[0-9A-Za-z_-]{43}', 'vk_…', 'g')::jsonb
-    else value
-  end
-$$;
-
+-- keys as api.virtual_keys shows them, for every reader
+-- A granted function answers from views like this one, named `…_shown`.
+-- Its caller may be a host's security definer function: the session's rows don't tell its right.
+-- tests/roles/answers.test.ts proves that each such view equals its api view.
+-- The two views stand apart so that a query computes only the columns it names.
 create or replace view data.key_shown as
-select k.id, k.key_prefix, k.user_id, u.tenant_id, k.name, k.status, k.expires_at,
-  array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
+select
+  k.id, k.key_prefix, k.user_id, u.tenant_id, k.name, k.status, k.expires_at,
+  array(
+    select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1
+  ) as config_node_ids,
   k.created_at, k.revoked_at,
   (select x.last_used_at from data.virtual_key_use x where x.virtual_key_id = k.id) as last_used_at,
   (select max(p.valid_until) from data.previous_key_hash p where p.virtual_key_id = k.id) as previous_valid_until
@@ -27,104 +23,30 @@ comment on view data.key_shown is 'Keys as api.virtual_keys shows them, of every
 
 create or replace view api.virtual_keys with (security_barrier) as
 select
-  k.id,
-  k.key_prefix,
-  k.user_id,
-  k.tenant_id,
-  k.name,
-  k.status,
-  k.expires_at,
-  array(select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1) as config_node_ids,
-  k.created_at,
-  k.revoked_at,
+  k.id, k.key_prefix, k.user_id, k.tenant_id, k.name, k.status, k.expires_at,
+  array(
+    select m.config_node_id from data.virtual_key_config_node m where m.virtual_key_id = k.id order by 1
+  ) as config_node_ids,
+  k.created_at, k.revoked_at,
   (select u.last_used_at from data.virtual_key_use u where u.virtual_key_id = k.id) as last_used_at,
   (select max(p.valid_until) from data.previous_key_hash p where p.virtual_key_id = k.id) as previous_valid_until
 from (
-  select k.*, u.tenant_id
+  select k.id, k.key_prefix, k.user_id, u.tenant_id, k.name, k.status, k.expires_at, k.created_at, k.revoked_at
   from data.virtual_key k
   join data.user_profile u on u.id = k.user_id
   where (select v.sees_all from data.viewer v)
   union all
-  select k.*, u.tenant_id
+  select k.id, k.key_prefix, k.user_id, u.tenant_id, k.name, k.status, k.expires_at, k.created_at, k.revoked_at
   from data.visible_user u
   join data.virtual_key k on k.user_id = u.id
 ) k;
 comment on view api.virtual_keys is
 'Virtual keys by their display prefix; neither the key nor its hash is shown.
-`last_used_at`: the last use recorded, to the minute. `previous_valid_until`: when the last one it was before a rotation stops, or stopped.';
+`last_used_at` is the last recorded use, to the minute. `previous_valid_until` is the end of grace for texts from before
+a rotation: the latest of them.';
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
--- what a key resolves to; `code` is why it may not be used now, `valid_until` when the clock alone changes the answer
-create or replace view data.key_context as
-select
-  k.id as virtual_key_id,
-  k.user_id,
-  u.tenant_id,
-  u.account_id,
-  k.name,
-  k.key_prefix,
-  k.status as virtual_key_status,
-  u.status as user_status,
-  t.status as tenant_status,
-  case
-    when k.status <> 'active' then 'virtual_key_disabled'
-    when k.expires_at <= statement_timestamp() then 'virtual_key_expired'
-    when u.status <> 'active' then 'user_suspended'
-    when t.status <> 'active' then 'tenant_suspended'
-  end as code,
-  case when k.expires_at > statement_timestamp() then k.expires_at end as valid_until,
-  array(
-    select m.config_node_id
-    from data.virtual_key_config_node m
-    cross join lateral (select from data.config_node n where n.id = m.config_node_id and n.status = 'active' offset 0) n
-    where m.virtual_key_id = k.id
-    order by m.config_node_id
-  ) as config_node_ids,
-  coalesce(t.currency, u.currency) as currency
-from data.virtual_key k
--- by key, each: a join planned on small tables may read all of them
-cross join lateral (select * from data.user_profile p where p.id = k.user_id offset 0) u
-left join lateral (select * from data.tenant o where o.id = u.tenant_id offset 0) t on true;
-comment on view data.key_context is 'Key, user, payer, whether the key may be used, and the active nodes it may be used for.';
-
--- what a hash resolves to: its key's context; one from before a rotation expires with its grace
-create or replace view data.hash_context as
-select
-  h.key_hash,
-  c.virtual_key_id,
-  c.user_id,
-  c.tenant_id,
-  c.account_id,
-  c.name,
-  c.key_prefix,
-  c.virtual_key_status,
-  c.user_status,
-  c.tenant_status,
-  case
-    when h.valid_until <= statement_timestamp() and c.virtual_key_status = 'active' then 'virtual_key_expired'
-    else c.code
-  end as code,
-  v.valid_until,
-  -- a duration, so that the reader's clock doesn't matter; nobody keeps an answer for longer than a day
-  case
-    when v.valid_until is not null
-    then floor(extract(epoch from least(v.valid_until - clock_timestamp(), interval '1 day')) * 1000)::bigint
-  end as valid_for_ms,
-  -- whatever their status: it is read when a node is used, so that a change of a node evicts no key
-  array(
-    select m.config_node_id
-    from data.virtual_key_config_node m
-    where m.virtual_key_id = h.virtual_key_id
-    order by m.config_node_id
-  ) as config_node_ids,
-  c.currency
-from data.key_hash h
-cross join lateral (select * from data.key_context k where k.virtual_key_id = h.virtual_key_id offset 0) c
-cross join lateral (
-  select least(c.valid_until, case when h.valid_until > statement_timestamp() then h.valid_until end) as valid_until
-) v;
-comment on view data.hash_context is 'The same by each hash of a key, with all its nodes: what may be cached.';
-
+-- resolve one hash, as a gateway does before each request
 create or replace function api.resolve_virtual_key(
   key_hash text,
   out virtual_key_id uuid,
@@ -168,12 +90,14 @@ end
 $$;
 comment on function api.resolve_virtual_key(text) is
 'Resolves the sha-256 of a virtual key to its user and payer.
-`key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever its status: `code` is null when it may
-be used now, else the reason. `valid_until` is the moment the answer changes by the clock alone: the key''s expiry, or the end of the grace
-of one that was rotated; `valid_for_ms` is how far off that is, a day at most. `config_node_ids` are the nodes mounted on it, also those that
-are disabled now. No money in it, so it may be cached. Unknown: 404 virtual_key_unknown.';
+`key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever its status: `code`
+is null when the key may be used now, else the reason. At `valid_until` the clock alone changes the answer: the key
+expires, or the grace of a rotated text ends. `valid_for_ms` is the time until then, a day at most. `config_node_ids`
+are the nodes mounted on the key, disabled nodes too. The answer has no money in it, so a cache may keep it.
+404 virtual_key_unknown.';
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
 
+-- resolve many hashes at once
 create or replace function api.resolve_virtual_keys(key_hashes text[])
 returns jsonb
 language plpgsql
@@ -185,10 +109,12 @@ set enable_seqscan = off
 as $$
 begin
   if cardinality(key_hashes) > 10000 then
-    perform data.refuse(422, 'too_many_elements', cardinality(key_hashes) || ' hashes, of 10000 allowed', 'send them in several calls');
+    perform data.refuse(422, 'too_many_elements', cardinality(key_hashes) || ' hashes, of 10000 allowed',
+      'send them in several calls');
   end if;
   return (
-    select coalesce(jsonb_agg(coalesce(c.context, '{"code": "virtual_key_unknown", "virtual_key_id": null}') order by h.n), '[]')
+    select coalesce(jsonb_agg(
+      coalesce(c.context, '{"code": "virtual_key_unknown", "virtual_key_id": null}') order by h.n), '[]')
     from unnest(key_hashes) with ordinality as h (hash, n)
     left join lateral (
       select to_jsonb(x) - 'key_hash' as context
@@ -201,74 +127,11 @@ end
 $$;
 comment on function api.resolve_virtual_keys(text[]) is
 'Resolves many virtual keys at once, by their sha-256.
-Takes `key_hashes`, 10000 at most, and answers an array in the same order: for each what resolve_virtual_key answers, or {code:
-virtual_key_unknown, virtual_key_id: null}. 422 too_many_elements.';
+Takes `key_hashes`, 10000 at most, and answers an array in the same order. Each element is the answer of
+resolve_virtual_key, or {code: virtual_key_unknown, virtual_key_id: null}. 422 too_many_elements.';
 grant execute on function api.resolve_virtual_keys(text[]) to keyledger_gateway;
 
-create or replace function api.resolve_billing_account(
-  vk text default null,
-  key_hash text default null,
-  out virtual_key_id uuid,
-  out user_id uuid,
-  out tenant_id uuid,
-  out account_id uuid,
-  out owner text,
-  out name text,
-  out key_prefix text,
-  out virtual_key_status text,
-  out user_status text,
-  out tenant_status text,
-  out code text,
-  out valid_until timestamptz,
-  out config_node_ids uuid[],
-  out currency text,
-  out balance numeric,
-  out free_credit numeric,
-  out credit_limit numeric,
-  out frozen_balance numeric,
-  out outstanding_amount numeric,
-  out overdue_amount numeric,
-  out available numeric,
-  out balance_version bigint
-)
-returns record
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '500ms'
-set enable_seqscan = off
-as $$
-begin
-  select c.virtual_key_id, c.user_id, c.tenant_id, c.account_id, c.name, c.key_prefix, c.virtual_key_status,
-    c.user_status, c.tenant_status, c.code, c.valid_until, c.config_node_ids
-  into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
-    user_status, tenant_status, code, valid_until, config_node_ids
-  from data.hash_context c
-  where c.key_hash = coalesce(sha256(convert_to(vk, 'UTF8')),
-    case when resolve_billing_account.key_hash ~ '^[0-9a-f]{64}$' then decode(resolve_billing_account.key_hash, 'hex') end);
-  if virtual_key_id is null then
-    perform data.refuse(404, 'virtual_key_unknown', 'no such virtual key',
-      'send the key as vk, or its sha-256 as key_hash: 64 lower-case hex digits');
-  end if;
-
-  select a.owner, a.currency, a.balance, a.free_credit, a.credit_limit, a.frozen_balance, a.outstanding_amount,
-    a.overdue_amount, a.available, a.balance_version
-  into owner, currency, balance, free_credit, credit_limit, frozen_balance, outstanding_amount,
-    overdue_amount, available, balance_version
-  from data.account_now a
-  where a.account_id = resolve_billing_account.account_id;
-  if owner is null then
-    perform data.refuse(404, 'account_not_found', 'account ' || account_id, 'accounts open with their tenant or user');
-  end if;
-end
-$$;
-comment on function api.resolve_billing_account(text, text) is
-'Resolves a virtual key to who pays, and what they have.
-`vk` is the key itself; or `key_hash` its sha-256, which no log of the server can betray. Answers every known key, whatever its status (`code` says why it may not be used). Unknown: 404 virtual_key_unknown.';
-grant execute on function api.resolve_billing_account(text, text) to keyledger_gateway;
-
--- a new key's text, of 256 bits out of two random uuids of 122 bits each
+-- the text of a new key: 256 bits, out of two random uuids of 122 bits each
 create or replace function data.new_virtual_key()
 returns text
 language sql
@@ -278,6 +141,7 @@ as $$
     encode(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'), '+/=', '-_')
 $$;
 
+-- make a key and mount its nodes
 create or replace function api.create_virtual_key(
   user_id uuid,
   name text default null,
@@ -304,14 +168,16 @@ begin
     perform data.refuse(404, 'user_not_found', 'user ' || coalesce(user_id::text, 'null'), 'create the user first');
   end if;
   if expires_at <= statement_timestamp() or not isfinite(expires_at) then
-    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment in the future', 'leave it out for a key that does not expire');
+    perform data.refuse(422, 'invalid_expires_at', 'expires_at must be a moment in the future',
+      'leave it out for a key that does not expire');
   end if;
   select n.id into v_missing
   from unnest(config_node_ids) as n (id)
   where not exists (select from data.config_node c where c.id = n.id)
   limit 1;
   if found then
-    perform data.refuse(404, 'config_node_not_found', 'config node ' || coalesce(v_missing::text, 'null'), 'create the node first');
+    perform data.refuse(404, 'config_node_not_found', 'config node ' || coalesce(v_missing::text, 'null'),
+      'create the node first');
   end if;
 
   virtual_key := data.new_virtual_key();
@@ -325,10 +191,11 @@ end
 $$;
 comment on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) is
 'Creates a virtual key and shows it, once: only its sha-256 is kept.
-The key is `user_id`''s, called `name`, and ends at `expires_at` (null: never). `config_node_ids` are mounted on it. 404 user_not_found,
-config_node_not_found; 422 invalid_expires_at.';
+The key belongs to `user_id`, is called `name`, and ends at `expires_at` (null: never). `config_node_ids` are mounted
+on it. 404 user_not_found, config_node_not_found; 422 invalid_expires_at.';
 grant execute on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) to keyledger_operator;
 
+-- give a key a new text, and keep the old one valid for its grace
 create or replace function api.rotate_virtual_key(
   inout id uuid,
   grace interval default '1 day',
@@ -346,23 +213,26 @@ set lock_timeout = '4s'
 set enable_seqscan = off
 as $$
 declare
-  -- months and days as so many seconds, whatever the time zone makes of them
+  -- months and days in seconds: in a time zone a day may be longer or shorter
   v_seconds numeric := extract(epoch from grace);
   v_now timestamptz;
   v_key data.virtual_key;
 begin
   if v_seconds is null or v_seconds not between 0 and 90 * 86400 then
-    perform data.refuse(422, 'invalid_grace', 'grace must be an interval from 0 to 90 days', 'for example "1 day"; "0" ends the old key at once');
+    perform data.refuse(422, 'invalid_grace', 'grace must be an interval from 0 to 90 days',
+      'for example "1 day"; "0" ends the old key at once');
   end if;
   select * into v_key from data.virtual_key k where k.id = rotate_virtual_key.id for update;
   if not found then
-    perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'), 'send the id, not the key');
+    perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'),
+      'send the id, not the key');
   end if;
   v_now := clock_timestamp();
   if v_key.status <> 'active' then
     perform data.refuse(409, 'virtual_key_disabled', 'virtual key ' || id || ' is revoked', 'create a new key');
   elsif v_key.expires_at <= v_now then
-    perform data.refuse(409, 'virtual_key_expired', 'virtual key ' || id || ' expired at ' || v_key.expires_at, 'create a new key');
+    perform data.refuse(409, 'virtual_key_expired', 'virtual key ' || id || ' expired at ' || v_key.expires_at,
+      'create a new key');
   end if;
 
   virtual_key := data.new_virtual_key();
@@ -373,7 +243,7 @@ begin
     update data.previous_key_hash p set valid_until = v_now
     where p.virtual_key_id = rotate_virtual_key.id and p.valid_until > v_now;
   end if;
-  -- last: its trigger evicts every hash the key has and had
+  -- last, since its trigger evicts every hash that the key has and had
   update data.virtual_key k
   set key_hash = sha256(convert_to(virtual_key, 'UTF8')), key_prefix = left(virtual_key, 10)
   where k.id = rotate_virtual_key.id
@@ -382,11 +252,13 @@ end
 $$;
 comment on function api.rotate_virtual_key(uuid, interval) is
 'Gives a virtual key a new text, and shows it, once; its id, mounts, budgets, spend and history stay.
-The old text stays valid until `previous_valid_until`, `grace` from now (1 day; at most 90), or until the key itself expires or is revoked.
-A later rotation doesn''t shorten that, but for `grace` 0: it ends every older text of the key at once. 404 virtual_key_unknown; 409
-virtual_key_disabled, virtual_key_expired; 422 invalid_grace.';
+`id` is the key''s. The old text stays valid until `previous_valid_until`, which is `grace` from now (1 day; at most
+90), or until the key itself expires or is revoked. A later rotation doesn''t shorten that, except with `grace` 0: it
+ends every older text of the key at once. 404 virtual_key_unknown; 409 virtual_key_disabled, virtual_key_expired;
+422 invalid_grace.';
 grant execute on function api.rotate_virtual_key(uuid, interval) to keyledger_operator;
 
+-- end a key
 create or replace function api.revoke_virtual_key(id uuid)
 returns api.virtual_keys
 language plpgsql
@@ -405,13 +277,14 @@ begin
   where k.id = revoke_virtual_key.id and k.status <> 'revoked';
   select * into v_shown from data.key_shown k where k.id = revoke_virtual_key.id;
   if not found then
-    perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'), 'send the id, not the key');
+    perform data.refuse(404, 'virtual_key_unknown', 'virtual key ' || coalesce(id::text, 'null'),
+      'send the id, not the key');
   end if;
   return v_shown;
 end
 $$;
 comment on function api.revoke_virtual_key(uuid) is
-'Ends a key for good, and what it was before a rotation; ending it again changes nothing.
+'Ends a key for good, with its texts from before a rotation; ending it again changes nothing.
 `id` is the virtual_key_id. Answers the key''s row. 404 virtual_key_unknown.';
 grant execute on function api.revoke_virtual_key(uuid) to keyledger_operator;
 

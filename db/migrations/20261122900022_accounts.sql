@@ -1,9 +1,10 @@
 -- migrate:up
--- Accounts: figures and entries, as they are now.
+-- Accounts: figures and entries as they are now, and the limit of credit.
 
 set local role keyledger_owner;
 
--- an account's figures now: what the clock has ended, and no posting has settled yet, is subtracted
+-- an account's figures now
+-- The view subtracts grants and holds that the clock has ended and no posting has settled yet.
 create or replace view data.account_now as
 select
   a.account_id,
@@ -16,7 +17,7 @@ select
   a.credit_limit,
   a.frozen_balance - h.due - p.shrunk as frozen_balance,
   a.outstanding_amount,
-  -- what the last statement left unpaid, less what was paid since: the oldest debt is paid first
+  -- the last statement's unpaid debt, less payments since: a payment pays the oldest debt first
   case when a.outstanding_amount > 0 then coalesce((
     select case when s.outstanding_closing > 0 then greatest(s.outstanding_closing + coalesce((
       select sum(t.outstanding_delta)
@@ -41,7 +42,7 @@ cross join lateral (
   from (
     select * from data.hold h
     where h.account_id = a.account_id and h.status = 'open' and h.expires_at <= statement_timestamp()
-    order by h.expires_at -- so by the index of open holds, whatever the table was like when the plan was made
+    order by h.expires_at -- so each plan uses the index of open holds, whenever it was made
   ) d
 ) h
 cross join lateral (
@@ -49,16 +50,21 @@ cross join lateral (
   from data.credit_grant g
   where g.account_id = a.account_id and g.remaining > 0 and g.expires_at <= statement_timestamp()
 ) g
--- as data.shrink_parked does it
+-- as data.shrink_parked computes it
 cross join lateral (
-  select case when g.due > 0 and a.available + h.due - g.due < 0 then least(g.due - h.due - a.available, g.due, coalesce((
-    select sum(k.amount - k.captured) from data.hold k where k.account_id = a.account_id and k.status = 'parked'), 0)) else 0 end as shrunk
+  select case
+    when g.due > 0 and a.available + h.due - g.due < 0 then least(g.due - h.due - a.available, g.due, coalesce((
+      select sum(k.amount - k.captured)
+      from data.hold k
+      where k.account_id = a.account_id and k.status = 'parked'
+    ), 0))
+    else 0
+  end as shrunk
 ) p;
-comment on view data.account_now is 'Account figures with what is due subtracted.';
+comment on view data.account_now is 'Account figures of now: ended grants and holds are subtracted.';
 
--- Rows as the views show them, whoever reads: a function that was granted answers from these, since what its caller's session may
--- see says nothing of the right it was called by (a host's own security definer function). tests/roles/answers.test.ts holds each equal to
--- its view, which stands apart so that columns nobody asks for are not computed.
+-- entries as api.billing_transactions shows them, for every reader
+-- Functions answer from it; data.key_shown says why.
 
 create or replace view data.entry_shown as
 select
@@ -77,23 +83,13 @@ comment on view data.entry_shown is 'Ledger entries as api.billing_transactions 
 
 create or replace view api.account_balances with (security_barrier) as
 select
-  u.id as user_id,
-  u.external_id,
-  u.tenant_id,
-  a.account_id,
-  a.owner,
-  a.currency,
-  a.balance,
-  a.free_credit,
-  a.credit_limit,
-  a.frozen_balance,
-  a.outstanding_amount,
-  a.overdue_amount,
-  a.available,
-  a.balance_version,
+  u.id as user_id, u.external_id, u.tenant_id, a.account_id, a.owner, a.currency, a.balance, a.free_credit,
+  a.credit_limit, a.frozen_balance, a.outstanding_amount, a.overdue_amount, a.available, a.balance_version,
   a.last_charged_at
 from (
-  select u.id, u.external_id, u.tenant_id, u.account_id from data.user_profile u where (select v.sees_all from data.viewer v)
+  select u.id, u.external_id, u.tenant_id, u.account_id
+  from data.user_profile u
+  where (select v.sees_all from data.viewer v)
   union all
   select u.id, u.external_id, u.tenant_id, u.account_id
   from data.visible_user u
@@ -101,19 +97,29 @@ from (
 ) u
 cross join lateral (select * from data.account_now n where n.account_id = u.account_id) a;
 comment on view api.account_balances is
-'Who pays for a user, and what they have: one row per user.
-Filter by `user_id`, or by `external_id`, the user''s id in your own system. A tenant''s figures repeat for each of its users: never sum
-this view. Select amounts as text: ?select=available::text.';
+'Each user''s payer and the payer''s figures: one row per user.
+Filter by `user_id`, or by `external_id`, the user''s id in your own system. A tenant''s figures repeat for each of its
+users: never sum this view. Select amounts as text: ?select=available::text.';
 grant select on api.account_balances to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_accounts with (security_barrier) as
-select a.* from data.account_now a where (select v.sees_all from data.viewer v)
+select
+  a.account_id, a.owner, a.owner_user_id, a.owner_tenant_id, a.currency, a.balance, a.free_credit, a.credit_limit,
+  a.frozen_balance, a.outstanding_amount, a.overdue_amount, a.available, a.low_balance_threshold, a.time_zone,
+  a.balance_version, a.last_charged_at, a.created_at, a.head
+from data.account_now a
+where (select v.sees_all from data.viewer v)
 union all
-select a.* from data.account_now a where a.account_id = any (array(select v.account_id from data.visible_account v where v.figures));
+select
+  a.account_id, a.owner, a.owner_user_id, a.owner_tenant_id, a.currency, a.balance, a.free_credit, a.credit_limit,
+  a.frozen_balance, a.outstanding_amount, a.overdue_amount, a.available, a.low_balance_threshold, a.time_zone,
+  a.balance_version, a.last_charged_at, a.created_at, a.head
+from data.account_now a
+where a.account_id = any (array(select v.account_id from data.visible_account v where v.figures));
 comment on view api.billing_accounts is
 'An account''s figures: one row per payer.
-available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is the last entry''s hash, in hex: kept
-elsewhere, it lets verify_ledger prove that no entry up to it was changed since.';
+available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is the last entry''s
+hash, in hex. Keep it elsewhere: with it verify_ledger proves that nobody changed an entry up to it since.';
 grant select on api.billing_accounts to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as
@@ -129,17 +135,28 @@ select
     when t.kind in ('adjustment', 'opening') then t.kind
   end as counter_account
 from (
-  select t.* from data.billing_transaction t where (select v.sees_all from data.viewer v)
+  select
+    t.account_id, t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta,
+    t.balance_after, t.free_credit_after, t.outstanding_after, t.credit_limit_after,
+    t.reference, t.actor, t.reason, t.usage_count, t.usage_list,
+    t.refund_of_seq, t.refund_of_usage_id, t.metadata, t.prev_hash, t.hash, t.created_at
+  from data.billing_transaction t
+  where (select v.sees_all from data.viewer v)
   union all
-  select t.* from data.billing_transaction t
+  select
+    t.account_id, t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta,
+    t.balance_after, t.free_credit_after, t.outstanding_after, t.credit_limit_after,
+    t.reference, t.actor, t.reason, t.usage_count, t.usage_list,
+    t.refund_of_seq, t.refund_of_usage_id, t.metadata, t.prev_hash, t.hash, t.created_at
+  from data.billing_transaction t
   where t.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
 ) t;
 comment on view api.billing_transactions is
 'The ledger: every entry of an account, in order of seq, chained by hash.
-`amount` is what the entry did to the account: balance_delta + free_credit_delta - outstanding_delta.';
+`amount` is the entry''s effect on the account: balance_delta + free_credit_delta - outstanding_delta.';
 grant select on api.billing_transactions to keyledger_operator, keyledger_member;
 
--- an entry as the views show it
+-- one entry, as the view shows it
 create or replace function data.shown(
   account_id uuid,
   seq bigint
@@ -157,6 +174,74 @@ begin
 end
 $$;
 
+-- resolve a key to its payer, with the figures of now
+create or replace function api.resolve_billing_account(
+  vk text default null,
+  key_hash text default null,
+  out virtual_key_id uuid,
+  out user_id uuid,
+  out tenant_id uuid,
+  out account_id uuid,
+  out owner text,
+  out name text,
+  out key_prefix text,
+  out virtual_key_status text,
+  out user_status text,
+  out tenant_status text,
+  out code text,
+  out valid_until timestamptz,
+  out config_node_ids uuid[],
+  out currency text,
+  out balance numeric,
+  out free_credit numeric,
+  out credit_limit numeric,
+  out frozen_balance numeric,
+  out outstanding_amount numeric,
+  out overdue_amount numeric,
+  out available numeric,
+  out balance_version bigint
+)
+returns record
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '500ms'
+set enable_seqscan = off
+as $$
+begin
+  select c.virtual_key_id, c.user_id, c.tenant_id, c.account_id, c.name, c.key_prefix, c.virtual_key_status,
+    c.user_status, c.tenant_status, c.code, c.valid_until, c.config_node_ids
+  into virtual_key_id, user_id, tenant_id, account_id, name, key_prefix, virtual_key_status,
+    user_status, tenant_status, code, valid_until, config_node_ids
+  from data.hash_context c
+  where c.key_hash = coalesce(sha256(convert_to(vk, 'UTF8')),
+    case
+      when resolve_billing_account.key_hash ~ '^[0-9a-f]{64}$' then decode(resolve_billing_account.key_hash, 'hex')
+    end);
+  if virtual_key_id is null then
+    perform data.refuse(404, 'virtual_key_unknown', 'no such virtual key',
+      'send the key as vk, or its sha-256 as key_hash: 64 lower-case hex digits');
+  end if;
+
+  select a.owner, a.currency, a.balance, a.free_credit, a.credit_limit, a.frozen_balance, a.outstanding_amount,
+    a.overdue_amount, a.available, a.balance_version
+  into owner, currency, balance, free_credit, credit_limit, frozen_balance, outstanding_amount,
+    overdue_amount, available, balance_version
+  from data.account_now a
+  where a.account_id = resolve_billing_account.account_id;
+  if owner is null then
+    perform data.refuse(404, 'account_not_found', 'account ' || account_id, 'accounts open with their tenant or user');
+  end if;
+end
+$$;
+comment on function api.resolve_billing_account(text, text) is
+'Resolves a virtual key to its payer, with the payer''s figures.
+`vk` is the key itself; `key_hash` is its sha-256, which no log of the server can betray. Answers every known key,
+whatever its status: `code` says why the key may not be used. 404 virtual_key_unknown, account_not_found.';
+grant execute on function api.resolve_billing_account(text, text) to keyledger_gateway;
+
+-- change the limit of credit, as an entry of the ledger
 create or replace function api.set_credit_limit(
   account_id uuid,
   credit_limit numeric,
@@ -188,9 +273,9 @@ end
 $$;
 comment on function api.set_credit_limit(uuid, numeric, text) is
 'Sets how far below zero the balance may go.
-`credit_limit` is the new limit of `account_id`, 0 or more; `reason` is kept with the entry. A raised limit pays debt first; a lowered one
-turns what exceeds it into debt. Posted as a limit_change entry unless nothing changes. Answers the account. 404 account_not_found; 422
-invalid_amount.';
+`credit_limit` is the new limit of `account_id`, 0 or more; the entry keeps `reason`. A raised limit pays debt first.
+A lowered limit turns the part of the balance beyond it into debt. Posts a limit_change entry, unless the
+limit stays the same. Answers the account. 404 account_not_found; 422 invalid_amount.';
 grant execute on function api.set_credit_limit(uuid, numeric, text) to keyledger_operator;
 
 reset role;

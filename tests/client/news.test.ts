@@ -18,10 +18,11 @@ import { budgeting } from '../support/budgets.ts'
 import { batch, callers, errors } from '../support/callers.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { event, holdsTrue } from '../support/ledger.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { idAt } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { type Payer, payer } from '../support/payer.ts'
 import { startProxy } from '../support/proxy.ts'
-import { seed } from '../support/seed.ts'
+import { event, seed } from '../support/seed.ts'
 
 const test = suite('news')
 const db = await database(test)

@@ -7,8 +7,8 @@ import { installPostgres } from '../../scripts/binaries.ts'
 import { migrate, prepareRoles, secret, startPostgres, withDatabase } from '../../scripts/servers.ts'
 import { database, type Row, type Sql, testServer } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { event, hold, holdsTrue } from '../support/ledger.ts'
-import { seed } from '../support/seed.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { event, hold, seed } from '../support/seed.ts'
 
 const test = suite('migrations')
 const db = await database(test)

@@ -7,8 +7,7 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { decimal } from '../../scripts/money.ts'
 import { database, type Row } from '../support/database.ts'
-import { event } from '../support/ledger.ts'
-import { seed } from '../support/seed.ts'
+import { event, seed } from '../support/seed.ts'
 
 const test = suite('prices')
 const db = await database(test)

@@ -11,8 +11,9 @@ import * as assert from 'uvu/assert'
 import { withDatabase } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
 import { database, type Row, type Sql, testServer } from '../support/database.ts'
-import { event, hold, holdsTrue, newId } from '../support/ledger.ts'
-import { seed, type World } from '../support/seed.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { event, hold, seed, type World } from '../support/seed.ts'
 
 const test = suite('upgrade')
 const db = await database(test)

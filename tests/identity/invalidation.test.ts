@@ -1,4 +1,4 @@
-// The promise of the cache, in several processes at once: a change that has committed is obeyed a second later.
+// The promise of the cache, in several processes at once: each obeys a committed change within a second.
 import { createHash, randomUUID } from 'node:crypto'
 import { Redis } from 'ioredis'
 import pg from 'pg'
@@ -49,7 +49,7 @@ test.before(async () => {
 
 const revoke = (world: World) => db.operator('select api.revoke_virtual_key($1)', [world.keyId])
 
-/** A key that every process has accepted, those that may from their own tiers. */
+/** A key that every process has accepted, from its own tier where it has one. */
 async function warm(): Promise<World> {
   const world = await seed(db.operator)
   for (const each of processes)
@@ -66,8 +66,8 @@ async function warm(): Promise<World> {
 }
 
 /**
- * From `committed` on: every validate that starts a second or more later gives `code` (null: accepts). All processes ask
- * without a pause until each has answered ten times past that moment.
+ * Every validate that starts a second or more after `committed` must give `code` (null: accepts).
+ * All processes ask without a pause until each has answered ten times past that moment.
  */
 async function obeyed(
   { keyHash }: Pick<World, 'keyHash'>,
@@ -92,7 +92,7 @@ async function obeyed(
   )
 }
 
-/** All have read the changes made before: each sees a key that it knew to be unknown. */
+/** Waits until all have read the earlier changes: each accepts a key that it knew as unknown. */
 async function caughtUp({ userId }: World, all: Pick<ForkedClient, 'validate'>[]) {
   const keyHash = createHash('sha256').update(`marker ${randomUUID()}`).digest('hex')
   const sees = async (each: (typeof all)[number]) => (await each.validate(keyHash)).accepted
@@ -122,7 +122,7 @@ test('after a user is suspended, and active again', async () => {
   await obeyed(world, performance.now(), null)
 })
 
-test('after a key is created that all knew to be unknown', async () => {
+test('after the creation of a key that all knew as unknown', async () => {
   const { userId } = await seed(db.operator)
   const keyHash = createHash('sha256').update(`later ${userId}`).digest('hex')
   await obeyed({ keyHash }, -Infinity, 'virtual_key_unknown')
@@ -166,7 +166,7 @@ test('after a process was cut off from Postgres while the key was revoked', asyn
     undefined,
     processes.filter((each) => each !== cutOff),
   )
-  // it says that what it knows may be out of date, until it is back
+  // until it is back, it says that its answers may be out of date
   assert.equal(await cutOff.validate(world.keyHash), { accepted: true, code: null, tier: 'stale' })
   toPostgres.mode = 'pass'
   await until(async () => (await cutOff.validate(world.keyHash)).tier !== 'stale', 'it to be back')
@@ -200,7 +200,7 @@ test('after Redis was away meanwhile', async () => {
   await obeyed(world, committed)
 })
 
-// A reader of this process that has read the old answer, and stores it only after everyone has obeyed the new one.
+// A reader in this process reads the old answer, and stores it after all others obey the new one.
 for (const emptied of [false, true])
   test(`after a reader paused between read and store${emptied ? ', and Redis was emptied' : ''}`, async () => {
     let pauses = false
@@ -221,7 +221,7 @@ for (const emptied of [false, true])
     try {
       await until(() => reader.cache.redis!.trust.live(), 'trust')
       const world = await seed(db.operator)
-      // its own creation must not be what ends the flight
+      // its own creation must not end the flight
       await caughtUp(world, [reader, ...processes])
       pauses = true
       await admin.del(`vk:${world.keyHash}`)
@@ -237,7 +237,7 @@ for (const emptied of [false, true])
       await reader.redis.ping() // sent after its store
       await obeyed(world, committed)
       assert.not((await reader.validate(world.keyHash)).accepted)
-      // nor one that has it from Redis alone
+      // a process that knows the key from Redis alone must not accept it either
       const fresh = await forkClient({ url: db.loginUrl, redisUrl: redis.url, by: 'poll' })
       await obeyed(world, committed, undefined, [fresh]).finally(fresh.stop)
     } finally {
@@ -255,7 +255,7 @@ small('a revoke goes through though nobody can be notified', async () => {
     await Promise.all([admin.connect(), busy.connect()])
     const sql = async (text: string, values?: unknown[]) => (await admin.query(text, values)).rows
     const world = await seed(sql)
-    // it listens, and is too busy to read: all that comes is kept for it
+    // it listens but is too busy to read, so Postgres keeps every notification for it
     await busy.query('listen others')
     await busy.query('begin')
     const full = (async () => {
@@ -271,7 +271,7 @@ small('a revoke goes through though nobody can be notified', async () => {
   }
 })
 
-test('a key that was being created while its tenant was suspended', async () => {
+test('after a key was created while its tenant was being suspended', async () => {
   const { userId, tenantId } = await seed(db.operator)
   for (const first of ['create', 'suspend'] as const) {
     await db.operator(`update api.tenants set status = 'active' where id = $1`, [tenantId])
@@ -297,7 +297,7 @@ test('a key that was being created while its tenant was suspended', async () => 
         const waiting = suspend()
         await db.blocked(suspending)
         await creating.query('commit')
-        // known, and accepted, before it is known that its tenant is going
+        // readers accept the key before they learn that its tenant closes
         await Promise.all(processes.map((each) => each.validate(hash)))
         await waiting
         await suspending.query('commit')

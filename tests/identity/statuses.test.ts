@@ -1,4 +1,4 @@
-// The history of statuses: every change, however it came, with who made it, and why where that was said.
+// The history of statuses: every change, whatever made it, with its actor, and its reason if one was given.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -6,7 +6,7 @@ import { database, type Row, type Sql } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { seed } from '../support/seed.ts'
 
-const test = suite('status')
+const test = suite('statuses')
 const db = await database(test)
 const olga = db.as('keyledger_operator', { sub: 'olga' })
 
@@ -18,7 +18,7 @@ const history = async (id: string | null, sql: Sql = db.operator) =>
 const set = (entity: string | null, id: string | null, status: string | null, reason?: string) =>
   olga('select * from api.set_status($1, $2, $3, $4)', [entity, id, status, reason ?? null])
 
-test('a plain update, a function and one as the owner: each is kept', async () => {
+test('the history keeps a plain update, a function’s change and the owner’s change', async () => {
   const { tenantId, userId, keyId, nodeId } = await seed(db.operator)
   await olga(`update api.tenants set status = 'suspended' where id = $1`, [tenantId])
   await db.sql(`update data.tenant set status = 'active' where id = $1`, [tenantId])
@@ -35,7 +35,7 @@ test('a plain update, a function and one as the owner: each is kept', async () =
   assert.equal(await history(nodeId), ['config_node active > disabled by olga: null'])
 })
 
-test('what changes no status, or is undone, leaves no history; what begins otherwise than active does', async () => {
+test('an update without a new status, or one that fails, leaves no history; a row inserted as suspended does', async () => {
   const { tenantId, userId } = await seed(db.operator)
   await olga(`update api.tenants set status = 'active', name = 'n' where id = $1`, [tenantId])
   await olga('update api.user_profiles set tenant_id = null where id = $1', [userId])
@@ -56,7 +56,7 @@ test('what changes no status, or is undone, leaves no history; what begins other
   }
 })
 
-test('set_status keeps the reason, of its own change only', async () => {
+test('set_status keeps the reason for its own change only', async () => {
   const { tenantId, userId, keyId, nodeId } = await seed(db.operator)
   const session = await db.session('keyledger_operator', { user_id: 'otto' })
   try {
@@ -84,7 +84,7 @@ test('set_status keeps the reason, of its own change only', async () => {
   assert.ok(key!.status === 'revoked' && key!.revoked_at)
 })
 
-test('setting what is set changes nothing, and answers the last change', async () => {
+test('setting the same status again changes nothing, and answers the last change', async () => {
   const { tenantId, keyId } = await seed(db.operator)
   assert.is((await set('tenant', tenantId, 'active', 'x'))[0]!.id, null)
   const [first] = await set('tenant', tenantId, 'suspended', 'first')
@@ -93,7 +93,7 @@ test('setting what is set changes nothing, and answers the last change', async (
   assert.equal(await set('virtual_key', keyId, 'revoked', 'again'), [revoked])
 })
 
-test('through PostgREST too', async () => {
+test('PostgREST sets a status and keeps its reason too', async () => {
   const { tenantId } = await seed(db.operator)
   const { url, token } = await db.postgrest()
   const response = await fetch(`${url}/rpc/set_status`, {
@@ -110,25 +110,25 @@ test('through PostgREST too', async () => {
 })
 
 const refusals: [name: string, args: () => Promise<Parameters<typeof set>>, expected: string][] = [
-  ['no entity of ours', async () => ['price', randomUUID(), 'active'], 'PT422 invalid_entity'],
+  ['an unknown entity', async () => ['price', randomUUID(), 'active'], 'PT422 invalid_entity'],
   ['no entity', async () => [null, randomUUID(), 'active'], 'PT422 invalid_entity'],
   ['an unknown tenant', async () => ['tenant', randomUUID(), 'active'], 'PT404 tenant_not_found'],
   ['an unknown user', async () => ['user_profile', randomUUID(), 'active'], 'PT404 user_not_found'],
   ['an unknown node', async () => ['config_node', null, 'active'], 'PT404 config_node_not_found'],
   ['an unknown key', async () => ['virtual_key', randomUUID(), 'revoked'], 'PT404 virtual_key_unknown'],
   [
-    "a node's status that is a tenant's",
+    "a tenant's status for a node",
     async () => ['config_node', (await seed(db.operator)).nodeId, 'suspended'],
     'PT422 invalid_status',
   ],
   ['no status', async () => ['tenant', (await seed(db.operator)).tenantId, null], 'PT422 invalid_status'],
   [
-    'a key back to life',
+    'an active status for a revoked key',
     async () => ['virtual_key', (await seed(db.operator)).keyId, 'active'],
     'PT422 invalid_status',
   ],
   [
-    'a closed tenant back',
+    'an active status for a closed tenant',
     async () => {
       const { tenantId } = await seed(db.operator)
       await set('tenant', tenantId, 'closed')
@@ -146,7 +146,7 @@ for (const [name, args, expected] of refusals)
     assert.equal(await db.sql('select count(*) from data.status_change'), before)
   })
 
-test('history is append-only, for its owner too', async () => {
+test('the history is append-only, even for its owner', async () => {
   const { tenantId } = await seed(db.operator)
   await set('tenant', tenantId, 'suspended', 'unpaid')
   for (const change of [
@@ -157,7 +157,7 @@ test('history is append-only, for its owner too', async () => {
     assert.is((await failure(db.as('keyledger_owner')(change))).message, 'append_only', change)
 })
 
-test('each status is the last of its history, else active; in their order under concurrency', async () => {
+test('each status is the last of its history, else active, also when changes overlap', async () => {
   const { tenantId } = await seed(db.operator)
   await Promise.all(
     Array.from({ length: 40 }, (_, i) =>
@@ -186,7 +186,7 @@ test('each status is the last of its history, else active; in their order under 
     )
 })
 
-test("a member sees their own and their keys', an admin the tenant's and all in it", async () => {
+test('a member sees changes of themselves and their keys, an admin those of the whole tenant', async () => {
   const { tenantId, userId, keyId, nodeId } = await seed(db.operator)
   const [admin] = await db.operator(
     `insert into api.user_profiles (tenant_id, tenant_role) values ($1, 'admin') returning id`,
@@ -205,7 +205,7 @@ test("a member sees their own and their keys', an admin the tenant's and all in 
       ({ entity_id }) => entity_id,
     )
   assert.equal(await seen(userId), [userId, keyId])
-  assert.equal(await seen(admin!.id), [admin!.id], 'suspended, they see their own')
+  assert.equal(await seen(admin!.id), [admin!.id], 'a suspended member sees their own changes')
   await set('user_profile', admin!.id, 'active')
   assert.equal(await seen(admin!.id), [userId, tenantId, keyId, admin!.id, admin!.id])
   assert.equal(await seen(randomUUID()), [])

@@ -1,4 +1,4 @@
-// Small inputs that could cost much: absurd numbers, long lists, thousands of grants. Each costs what its size is worth.
+// Small inputs that could cost much, such as absurd numbers or thousands of grants: cost stays linear in size.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { movableClock } from '../support/clock.ts'
@@ -21,7 +21,7 @@ const record = async (...events: string[]): Promise<Row[]> =>
 const good = () => JSON.stringify(account.event('1'))
 const list = (n: number, json: string) => Array.from({ length: n }, () => json).join(',')
 
-/** What the call made of texts in the server's memory is what its time shows: so many times that of a plain call. */
+/** The least ms of three calls: a call that makes long texts in memory takes many times a plain call's. */
 const tries = async (call: () => Promise<unknown>): Promise<number> => {
   let best = Number.POSITIVE_INFINITY
   for (let i = 0; i < 3; i++) {
@@ -52,7 +52,7 @@ for (const number of absurd) {
     }
   })
 
-  test(`meters with numbers like ${number} are parked, cheaply, and kept as having been refused`, async () => {
+  test(`meters with numbers like ${number} are parked, cheaply, without the numbers`, async () => {
     const meters = `{${Array.from({ length: 12_000 }, (_, i) => `"m${i}": ${number}`).join(',')}}`
     const started = performance.now()
     const [first, second] = await record(withField('meters', meters), good())
@@ -89,7 +89,7 @@ for (const number of absurd) {
   })
 }
 
-test('a megabyte of what looks like keys, and metadata past its limit, are not searched', async () => {
+test('a megabyte of texts that look like keys, and metadata past its limit, are not searched', async () => {
   const started = performance.now()
   const [answer] = await record(withField('metadata', `{"a": "${'vk_'.repeat(350_000)}"}`))
   assert.equal([answer!.status, answer!.left_out], ['charged', ['metadata']])
@@ -114,7 +114,7 @@ test('a hundred thousand meters are parked as too large, and keep no other event
   assert.is(replayed.filter(({ status }: Row) => status === 'charged').length, 5)
 })
 
-test('a replay sorts no array once for each event: what it keeps on disk is nothing', async () => {
+test('a replay never sorts an array once per event, and writes nothing to disk', async () => {
   const one = await payer(db, { funds: '1000' })
   const metadata = { note: 'x'.repeat(3000) }
   await one.record(...Array.from({ length: 500 }, () => one.event('', { meters: { soon: '0.1' }, metadata })))
@@ -135,7 +135,7 @@ test('a replay sorts no array once for each event: what it keeps on disk is noth
   assert.equal(await one.figures(), { balance: '950', available: '950' })
 })
 
-test('many extensions past credit that expires take time with their number, not with all holds for each', async () => {
+test('the time for many extensions past expiring credit grows with their number, not with that of all holds', async () => {
   const one = await payer(db, { funds: '1000' })
   await grants(one, 30, `clock.clock_timestamp() + interval '20 minutes' + n * interval '10 s'`)
   const time = async (n: number) => {
@@ -155,7 +155,7 @@ test('many extensions past credit that expires take time with their number, not 
   assert.ok(many < few * 40, `${few.toFixed()} ms for 200, ${many.toFixed()} ms for 2,000`)
 })
 
-test('a parked event that makes its replay fail is tried by itself, and the others are charged', async () => {
+test('a replay tries a parked event that makes it fail by itself, and charges the others', async () => {
   const [rich, poor] = [await payer(db, { funds: '10' }), await payer(db, { funds: '10' })]
   const events = [rich, poor].map((each) => each.event('', { meters: { much: '1' } }))
   await rich.record(events[0]!)
@@ -165,7 +165,7 @@ test('a parked event that makes its replay fail is tried by itself, and the othe
       `insert into api.prices (config_node_id, meter, unit_price, effective_from) values ($1, 'much', 1, '2020-01-01')`,
       [each.nodeId],
     )
-  // past what a figure can be
+  // more than a figure can hold
   await db.sql('alter table data.account_balance disable trigger user')
   await db.sql(
     'update data.account_balance set outstanding_amount = 999999999999999999, balance = 0 where account_id = $1',
@@ -185,7 +185,7 @@ test('a parked event that makes its replay fail is tried by itself, and the othe
   await db.sql('alter table data.account_balance enable trigger user')
 })
 
-test('a hold on an account with thousands of grants takes time with their number, not its square', async () => {
+test('the time for a hold grows with the number of grants, not with its square', async () => {
   const [some, many] = [await payer(db, { funds: '10' }), await payer(db, { funds: '10' })]
   const soon = `clock.clock_timestamp() + interval '10 minutes' + n * interval '10 ms'`
   await grants(some, 500, soon)
@@ -194,7 +194,7 @@ test('a hold on an account with thousands of grants takes time with their number
   assert.ok(ratio < 24, `8 times the grants took ${ratio.toFixed(1)} times as long`)
 })
 
-test('thousands of grants that have expired are settled some at a time, and nobody is locked out', async () => {
+test('thousands of expired grants are settled some at a time, and lock nobody out', async () => {
   const many = await payer(db, { funds: '1' })
   // as with 10,000 at a time and ten times the grants
   const [{ settle }] = (await db.sql(
@@ -205,7 +205,7 @@ test('thousands of grants that have expired are settled some at a time, and nobo
   await grants(many, 1200, `clock.clock_timestamp() + interval '3 minutes' + n * interval '1 ms'`)
   const before = Number(await many.version())
   await move(600)
-  // credit that has expired is not there, posted or not
+  // expired credit doesn't count, whether its entry is posted or not
   assert.equal(await many.figures(), { balance: '1', available: '1' })
   assert.is((await many.place(many.request('1.01')))[0]!.code, 'insufficient_funds')
   assert.is((await many.use('0.5')).status, 'charged')
@@ -229,7 +229,7 @@ test('a grant until the last microsecond of year 9999 is kept to the microsecond
   assert.equal(await db.operator('select * from api.verify_balances($1)', [one.accountId]), [])
 })
 
-test('an account dated ahead goes on at that date, and is reported', async () => {
+test('an account whose last entry lies ahead goes on from that time, and is reported', async () => {
   const one = await payer(db, { funds: '10' })
   await move(3600)
   await one.use('1')
@@ -245,6 +245,6 @@ test('an account dated ahead goes on at that date, and is reported', async () =>
   assert.equal(await db.operator('select problem from api.verify_balances($1)', [one.accountId]), [])
 })
 
-test('the ledger is whole after all of it', () => holdsTrue(db.sql))
+test('the ledger is whole after all these tests', () => holdsTrue(db.sql))
 
 test.run()

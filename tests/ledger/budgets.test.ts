@@ -7,8 +7,9 @@ import { budgeting, type Scope } from '../support/budgets.ts'
 import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
+import { idAt } from '../support/ids.ts'
 import { holdsTrue } from '../support/ledger.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { type Payer, payer } from '../support/payer.ts'
 
 const budgets = suite('budgets')
 const db = await database(budgets)

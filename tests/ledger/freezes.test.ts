@@ -1,13 +1,14 @@
-// An operator's freeze: a hold without expiry that only the operator ends, and no event draws on.
+// An operator's freeze: a hold without expiry. Only the operator ends it, and no event draws on it.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { callers, errors } from '../support/callers.ts'
 import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { hold, holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
-import { seed } from '../support/seed.ts'
+import { hold, seed } from '../support/seed.ts'
 
 const freezes = suite('freeze')
 const db = await database(freezes)
@@ -28,7 +29,7 @@ const refused = async (promise: Promise<unknown>) => {
   return `${code} ${message}`
 }
 
-test('it sets money aside, says why and by whom, and stays until it is ended', async () => {
+test('a freeze sets money aside, keeps its reason and actor, and stays until it is ended', async () => {
   const account = await payer(db, { funds: '10' })
   const operator = db.as('keyledger_operator', { sub: 'olga' })
   const [frozen] = await operator(
@@ -55,7 +56,7 @@ test('it sets money aside, says why and by whom, and stays until it is ended', a
   assert.is(await account.version(), '1') // a freeze is no entry
 })
 
-test('ending it again changes nothing; what is no freeze is not found', async () => {
+test('ending a freeze again changes nothing; a hold is no freeze', async () => {
   const account = await payer(db, { funds: '10' })
   const [one, two] = [await freeze(account, '4'), await freeze(account, '3')]
   const ended = await unfreeze(account, one.id, { reason: 'first' })
@@ -75,7 +76,7 @@ test('ending it again changes nothing; what is no freeze is not found', async ()
   )
 })
 
-test('at most what is there, past all grants that expire', async () => {
+test('a freeze takes at most the money that outlasts all grants', async () => {
   const account = await payer(db, { funds: '5', limit: '1' })
   await account.grant('10', { expires_at: new Date(Date.now() + 500 * 24 * 3600 * 1000) })
   await account.grant('2')
@@ -116,7 +117,7 @@ test('an unknown account is refused', async () => {
   )
 })
 
-test('a reference is one freeze per account, ended or not, and no entry’s', async () => {
+test('a reference names one freeze per account, ended or not, and may name an entry too', async () => {
   const account = await payer(db, { funds: '10' })
   await account.topUp('1', { reference: 'case-1' })
   const first = await freeze(account, '4', { reference: 'case-1' })
@@ -129,7 +130,7 @@ test('a reference is one freeze per account, ended or not, and no entry’s', as
   assert.ok((await freeze(other, '4', { reference: 'case-1' })).id !== first.id)
 })
 
-test('the gateway neither ends nor extends it, and no event draws on it', async () => {
+test('the gateway neither ends nor extends a freeze, and no event draws on it', async () => {
   const account = await payer(db, { funds: '10' })
   const { id } = await freeze(account, '4')
   assert.is(brief((await account.release(id))[0]!), 'refused hold_frozen')
@@ -147,7 +148,7 @@ test('the gateway neither ends nor extends it, and no event draws on it', async 
   assert.is(brief((await account.release(id))[0]!), 'closed hold_released')
 })
 
-test('freezes and holds at once: never more than is there; one reference, one freeze', async () => {
+test('freezes and holds at once never set aside more than the account has; one reference makes one freeze', async () => {
   const world = await seed(db.operator, { funds: '30' })
   const calls = Array.from({ length: 120 }, (_, i) =>
     i % 2

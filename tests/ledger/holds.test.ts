@@ -1,13 +1,15 @@
-// Holds: what they set aside, what draws on them, and their one end.
+// Holds: the money they set aside, the events that draw on them, and their single end.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { until } from '../../scripts/supervise.ts'
+import { movableClock, now } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 
 const holds = suite('holds')
 const db = await database(holds)
+const forward = await movableClock(db.sql)
 const test = (name: string, run: () => Promise<void>) =>
   holds(name, async () => {
     await run()
@@ -19,7 +21,7 @@ const brief = (answer: Row | undefined): string =>
     .filter(Boolean)
     .join(' ')
 
-// what is drawn: an account with 10, a hold, events on it, and then the hold and the figures
+// draws: an account with 10, a hold, events on it, and then the hold and the figures
 const draws: [
   name: string,
   hold: string,
@@ -37,13 +39,19 @@ const draws: [
   ['the whole of it', '5', [['5', true]], 'captured 5/5', { balance: '5', available: '5' }],
   ['nothing of it', '5', [['0', true]], 'captured 0/5', { balance: '10', available: '10' }],
   [
-    "what the hold doesn't cover is charged all the same",
+    "the part that the hold doesn't cover is charged all the same",
     '2',
     [['5', true]],
     'captured 2/2',
     { balance: '5', available: '5' },
   ],
-  ['past the money too', '2', [['15', true]], 'captured 2/2', { outstanding_amount: '5', available: '-5' }],
+  [
+    'an event beyond the money too',
+    '2',
+    [['15', true]],
+    'captured 2/2',
+    { outstanding_amount: '5', available: '-5' },
+  ],
   [
     'parts, until a final one',
     '5',
@@ -108,7 +116,7 @@ for (const [name, amount, events, now, figures] of draws) {
     })
 }
 
-// each way a hold of 5 ends, and what is left of 10
+// each way a hold of 5 ends, and the rest of 10
 const endings: [ending: string, balance: number, end: (account: Payer) => Promise<string>][] = [
   [
     'captured',
@@ -132,8 +140,8 @@ const endings: [ending: string, balance: number, end: (account: Payer) => Promis
     'expired',
     10,
     async (account) => {
-      const id = await account.hold('5', { expires_in: 1 })
-      await until(async () => (await account.figures()).available === '10', 'the hold to expire')
+      const id = await account.hold('5', { expires_in: 60 })
+      await forward(60)
       return id
     },
   ],
@@ -157,15 +165,15 @@ for (const [ending, balance, end] of endings)
 
 test('an expired hold gives its money back by the clock alone, and to the next hold', async () => {
   const account = await payer(db, { funds: '10' })
-  await account.use('1', { hold_id: await account.hold('4', { expires_in: 1 }), final: false })
-  const rest = await account.hold('6', { expires_in: 1 })
+  await account.use('1', { hold_id: await account.hold('4', { expires_in: 60 }), final: false })
+  const rest = await account.hold('6', { expires_in: 60 })
   assert.equal(await account.figures(), { balance: '9', frozen_balance: '9' })
   assert.is(brief((await account.place(account.request('0.1')))[0]), 'refused insufficient_funds')
-  await until(async () => (await account.figures()).available === '9', 'the holds to expire')
+  await forward(60)
   assert.equal(await account.figures(), { balance: '9', available: '9' })
   assert.is(await account.holdNow(rest), 'expired 0/6')
   const [settled] = await db.sql('select status from data.hold where id = $1', [rest])
-  assert.is(settled!.status, 'open') // nobody has come by to settle it: the view goes by the clock
+  assert.is(settled!.status, 'open') // no call has settled it: the view goes by the clock
   assert.is(brief((await account.place(account.request('9')))[0]), 'held')
   assert.is(await account.holdNow(rest), 'expired 0/6')
   assert.equal(await account.figures(), { balance: '9', frozen_balance: '9' })
@@ -174,7 +182,7 @@ test('an expired hold gives its money back by the clock alone, and to the next h
 test('a hold is extended from now, and never shortened', async () => {
   const account = await payer(db, { funds: '10' })
   const [placed] = await account.place(account.request('1', { expires_in: 10 }))
-  const seconds = (at: string) => Math.round((Date.parse(at) - Date.now()) / 1000)
+  const seconds = (at: string) => Math.round((Date.parse(at) - now()) / 1000)
   const near = (answer: Row | undefined, expected: number) => {
     assert.ok(Math.abs(seconds(answer!.expires_at) - expected) <= 2, `${answer!.expires_at}: ${expected} s`)
   }
@@ -194,7 +202,7 @@ test('a hold is extended from now, and never shortened', async () => {
   near((await account.place(account.request('1')))[0], 900)
 })
 
-test('a repeated hold is the first one, and says what differs', async () => {
+test('a repeated hold answers the first one, and says whether they differ', async () => {
   const account = await payer(db, { funds: '10' })
   const other = await db.operator('select id from api.create_virtual_key($1)', [account.userId])
   const request = account.request('4')
@@ -214,7 +222,7 @@ test('a repeated hold is the first one, and says what differs', async () => {
     assert.is(brief(answer), expected, JSON.stringify(retry))
     assert.equal([answer!.amount, answer!.available], ['4.0000000000', '6.0000000000'])
   }
-  // a retry meets its first try, whatever has changed since
+  // a retry gets its first answer, whatever has changed since
   await account.use('8')
   assert.is(brief((await account.place(request))[0]), 'duplicate open')
   await db.operator('select status from api.revoke_virtual_key($1)', [account.keyId])
@@ -232,7 +240,7 @@ test('a refused hold may come again with its id', async () => {
   assert.is(brief((await account.place(request))[0]), 'held')
 })
 
-test('in one call, holds of several accounts are released, each once, and answered in the order asked', async () => {
+test('one call releases holds of several accounts, each once, and answers in the order asked', async () => {
   const [a, b] = [await payer(db, { funds: '10' }), await payer(db, { funds: '5' })]
   const [whole, drawn, other] = [await a.hold('4'), await a.hold('3'), await b.hold('2')]
   await a.use('1', { hold_id: drawn, final: false })
@@ -265,7 +273,7 @@ test('in one call, holds of several accounts are released, each once, and answer
   assert.equal(await b.figures(), { balance: '5', available: '5' })
 })
 
-test('in one call, holds are admitted in order as far as the money goes', async () => {
+test('one call admits holds in order as far as the money goes', async () => {
   const [a, b] = [await payer(db, { funds: '10' }), await payer(db, { limit: '1' })]
   const answers = await a.place(
     a.request('6'),

@@ -1,10 +1,11 @@
-// Posting: the normal form, free credit and its grants, expiry by the clock, references and versions.
+// Posting: the normal form, free credit and its grants, expiry by the clock, references, versions.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { until } from '../../scripts/supervise.ts'
+import { movableClock, now } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 
 const money = suite('money')
@@ -18,7 +19,7 @@ const test = (name: string, run: () => Promise<void>) =>
 // each step, the entry it posts, and the figures after it (those that are not zero)
 type Step = [run: (account: Payer) => Promise<unknown>, entry: string, figures: Row]
 const posting: Record<string, Step[]> = {
-  'debt is what nothing covers, and is paid before anything else': [
+  'the part of a charge that nothing covers is debt, and is paid before anything else': [
     [(a) => a.use('5'), 'usage -5: outstanding 5', { outstanding_amount: '5', available: '-5' }],
     [(a) => a.topUp('3'), 'top_up 3: outstanding -3', { outstanding_amount: '2', available: '-2' }],
     [(a) => a.grant('1'), 'credit_grant 1: outstanding -1', { outstanding_amount: '1', available: '-1' }],
@@ -72,7 +73,7 @@ const posting: Record<string, Step[]> = {
       { balance: '-1', credit_limit: '2', available: '1' },
     ],
   ],
-  'a raised limit pays debt, a lowered one makes it; what is available moves by the limit alone': [
+  'a raised limit pays debt, a lowered one makes it; `available` moves by the limit alone': [
     [(a) => a.use('5'), 'usage -5: outstanding 5', { outstanding_amount: '5', available: '-5' }],
     [
       (a) => a.limit('2'),
@@ -128,7 +129,7 @@ const posting: Record<string, Step[]> = {
       { outstanding_amount: '3', available: '-3' },
     ],
   ],
-  'ten decimals are kept to the last': [
+  'all ten decimals are kept': [
     [
       (a) => a.topUp('999999999999.9999999999'),
       'top_up 999999999999.9999999999: balance 999999999999.9999999999',
@@ -151,7 +152,7 @@ for (const [name, steps] of Object.entries(posting))
     }
   })
 
-test('a limit set to what it is posts nothing', async () => {
+test('setting the same limit posts nothing', async () => {
   const account = await payer(db, { limit: '5' })
   await account.limit('5.0')
   assert.is(await account.version(), '1')
@@ -179,7 +180,8 @@ const remaining = async ({ accountId }: Payer): Promise<string> => {
   )
   return rows.map(({ it }) => it).join(' ')
 }
-const soon = (seconds: number) => new Date(Date.now() + seconds * 1000).toISOString()
+const forward = await movableClock(db.sql)
+const soon = (seconds: number) => new Date(now() + seconds * 1000).toISOString()
 
 test('grants are spent by priority, then expiry, then age', async () => {
   const account = await payer(db, { funds: '5' })
@@ -216,13 +218,13 @@ test('a grant that pays debt has only the rest to spend', async () => {
   assert.equal(await account.figures(), { free_credit: '3', available: '3' })
 })
 
-test('an expired grant is gone by the clock alone, everywhere, before any posting', async () => {
+test('the clock alone takes an expired grant away, in every answer, before any posting', async () => {
   const account = await payer(db, { funds: '10' })
-  await account.grant('4', { expires_at: soon(0.4) })
+  await account.grant('4', { expires_at: soon(60) })
   await account.use('1')
   await account.grant('2', { expires_at: soon(100) })
   assert.equal(await account.figures(), { balance: '10', free_credit: '5', available: '15' })
-  await until(async () => (await account.figures()).free_credit === '2', 'the grant to expire')
+  await forward(60)
   const expected = { balance: '10', free_credit: '2', available: '12' }
   assert.equal(await account.figures(), expected)
   const [balances] = await db.member(account.userId)(
@@ -253,9 +255,10 @@ test('an expired grant is gone by the clock alone, everywhere, before any postin
 
 test('several grants that expire at once expire in one entry, and take no paid money', async () => {
   const account = await payer(db, { funds: '100' })
-  const at = soon(0.5)
+  const at = soon(60)
   for (const amount of ['5', '7', '11']) await account.grant(amount, { expires_at: at })
-  await until(async () => !(await account.figures()).free_credit, 'the grants to expire')
+  await forward(60)
+  assert.is((await account.figures()).free_credit, undefined)
   await account.use('1')
   const entries = await account.entries(4)
   assert.equal(entries, ['credit_expiry -23: free_credit -23', 'usage -1: balance -1'])
@@ -264,12 +267,13 @@ test('several grants that expire at once expire in one entry, and take no paid m
 
 test('a thousand grants may expire at once', async () => {
   const account = await payer(db, { funds: '1' })
-  const at = soon(6)
+  const at = soon(60)
   await db.operator(`select api.grant_credit($1, 1, $2, n) from generate_series(1, 1000) n`, [
     account.accountId,
     at,
   ])
-  await until(async () => !(await account.figures()).free_credit, 'the grants to expire')
+  await forward(60)
+  assert.is((await account.figures()).free_credit, undefined)
   await account.use('1')
   assert.equal((await account.entries(1001)).slice(0, 1), ['credit_expiry -1000: free_credit -1000'])
   assert.equal(await account.figures(), {})
@@ -282,7 +286,7 @@ const referenced: [fn: string, args: Row, other: Row][] = [
   ['top_up', { amount: '5', metadata: '{"n":1,"m":[2]}' }, { amount: '5', metadata: '{"n":2}' }],
   ['adjust_balance', { amount: '-5', reason: 'r' }, { amount: '5', reason: 'r' }],
   ['grant_credit', { amount: '5' }, { amount: '5', priority: 1 }],
-  ['grant_credit', { amount: '5' }, { amount: '5', expires_at: soon(100) }],
+  ['grant_credit', { amount: '5' }, { amount: '5', expires_at: soon(86_400) }],
   ['grant_credit', { amount: '5', expires_at: '2030-01-01' }, { amount: '5', expires_at: '2031-01-01' }],
 ]
 for (const [fn, args, other] of referenced)
@@ -322,7 +326,7 @@ test('an adjustment decided on an older version is refused, its retry is not', a
   assert.equal(await account.figures(), { balance: '4', available: '4' })
 })
 
-test('the ledger says who acted', async () => {
+test('the ledger names the actor', async () => {
   const account = await payer(db)
   const actors: [Row, string][] = [
     [{}, 'keyledger_operator'],
@@ -349,7 +353,7 @@ test("money follows the payer: a member's use is the tenant's, their own account
   assert.is(account.accountId, tenant!.id)
   await account.use('1')
   assert.equal(await account.figures(), { balance: '9', available: '9' })
-  // an event of before the move is charged to who paid then
+  // an event from before the move is charged to the payer of that time
   const event = account.event('2')
   await db.operator('update api.user_profiles set tenant_id = null where id = $1', [account.userId])
   const [answer] = await account.record(event)

@@ -1,15 +1,16 @@
-// What was parked is charged once it can be, and once only: by replays at once, and with the gateway trying again.
+// Replays: a parked event is charged once, when it can be, also by several replays and the gateway at once.
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Role, type Row, type Sql } from '../support/database.ts'
+import { idAt } from '../support/ids.ts'
 import { holdsTrue } from '../support/ledger.ts'
-import { idAt, payer } from '../support/payer.ts'
+import { payer } from '../support/payer.ts'
 
 const test = suite('replay')
 const db = await database(test)
 
-// what is parked still is in the way of the next test
+// events that are still parked would disturb the next test
 test.after.each(async () => {
   await db.operator(`
     select from api.dismiss_parked_usage(array(select id from api.parked_usage where resolved_at is null), 'the test is over')`)
@@ -17,7 +18,7 @@ test.after.each(async () => {
 
 const brief = (answers: Row[]) => answers.map((answer) => answer.code ?? answer.status)
 
-// Parked for want of a price, and then priced: at 2 from the event's own time on, at 5 since.
+// Parks an event without a price, then adds prices: 2 from the event's own time on, 5 since.
 async function parked(...more: Row[]) {
   const account = await payer(db, { funds: '200' })
   const since = Date.now() - 60_000
@@ -48,14 +49,14 @@ const session = async (role: Role): Promise<[pg.Client, Sql]> => {
   return [client, async (text, values) => (await client.query(text, values)).rows]
 }
 
-test('an event named to be charged without its hold, and still not chargeable, stays the one row it is', async () => {
+test('an event replayed by name without its hold, and still not chargeable, stays one row', async () => {
   const { account, events, price, kept } = await parked({ hold_id: 'x' }, { hold_id: 'y' })
   const [first, second] = (await kept()) as [Row, Row]
   assert.equal([first.code, second.code], ['invalid_hold', 'invalid_hold'])
   const [answer] = await replay(db.operator, [first.id])
   assert.equal([answer!.status, answer!.code, answer!.parked_id], ['parked', 'price_not_found', first.id])
   assert.equal(await kept(), [first, second])
-  // the gateway's retry neither
+  // the gateway's retry charges nothing either
   await account.record(...events)
   assert.equal(await kept(), [first, second])
   await price()
@@ -65,7 +66,7 @@ test('an event named to be charged without its hold, and still not chargeable, s
   assert.equal(await account.entries(1), ['usage -2: balance -2'])
 })
 
-test('what can be charged is, beside what still cannot, each answered in its place', async () => {
+test('a replay charges the events it can, leaves the others parked, and answers each in its place', async () => {
   const { account, price, kept } = await parked({}, { meters: { never: 1 } }, {}, { hold_id: 'x' })
   await price()
   const rows = await kept()
@@ -89,7 +90,7 @@ test('what can be charged is, beside what still cannot, each answered in its pla
   assert.equal(brief(await replay(db.operator)), ['charged'])
 })
 
-test('what only labels an event keeps no charge waiting: an unfit label is not even kept', async () => {
+test('an unfit label delays no charge, and is not kept', async () => {
   const [long, large] = ['x'.repeat(513), { note: 'x'.repeat(16_384) }]
   const { account, price, kept } = await parked(
     { request_id: long },
@@ -101,7 +102,7 @@ test('what only labels an event keeps no charge waiting: an unfit label is not e
     (await kept()).map(({ code, event: { request_id, metadata } }) => [code, request_id, metadata]),
     [undefined, 'fit', undefined, 'fit'].map((fit) => ['price_not_found', fit, undefined]),
   )
-  // an event that is no object, nor can be one, stands in nobody's way
+  // an event that is no object delays no other
   await account.record(5 as never, [] as never)
   await price()
   assert.equal(brief(await replay(db.operator)).sort(), [
@@ -120,25 +121,25 @@ test('what only labels an event keeps no charge waiting: an unfit label is not e
   )
 })
 
-test('sent again mended, under the same id: the parked event is resolved, and charged no second time', async () => {
+test('a mended event under the same id resolves the parked one, which is charged no second time', async () => {
   const { account, events, kept } = await parked({ meters: {} }, { meters: { late: 'NaN' } })
   const [mended] = events as [Row]
   const [charged] = await account.record({ ...mended, meters: { usd: '0.25' } })
   assert.is(charged!.status, 'charged')
-  // by the charge itself, without a replay
+  // the charge itself resolved it, without a replay
   assert.equal(
     (await kept()).map(({ resolution }) => resolution),
     ['duplicate', null],
   )
   assert.equal(brief(await replay(db.operator)), ['invalid_meters'])
-  // nor is the first form of it parked again
+  // the first form of the event isn't parked again either
   const [again] = await account.record(mended)
   assert.equal({ ...again, mismatch: undefined }, { ...charged, status: 'duplicate', mismatch: undefined })
   assert.is(again!.mismatch, true)
   assert.is((await kept()).length, 2)
 })
 
-test('dismissed by somebody for a reason, and tried again only when named', async () => {
+test('an operator dismisses an event with a reason; a replay tries it again only by name', async () => {
   const { account, events, price, kept } = await parked({}, {})
   const [first, second] = (await kept()) as [Row, Row]
   const dismiss = (ids: string[] | null, reason: string | null) =>
@@ -174,7 +175,7 @@ test('dismissed by somebody for a reason, and tried again only when named', asyn
     { id: second.id, resolution: 'charged', reason: null, actor: null },
   ])
   assert.equal(await db.sql('select * from api.verify_balances($1)', [account.accountId]), [])
-  // the gateway's retry is what charges it, dismissed or not
+  // the gateway's retry charges it, dismissed or not
   assert.equal(brief(await account.record(events[0]!)), ['charged'])
   assert.equal(brief(await replay(db.operator, [first.id])), ['duplicate'])
   assert.equal(
@@ -184,7 +185,7 @@ test('dismissed by somebody for a reason, and tried again only when named', asyn
   assert.equal(await account.entries(1), ['usage -2: balance -2', 'usage -2: balance -2'])
 })
 
-test('two replays at once, and the gateway trying again: charged once', async () => {
+test('two replays and a retry of the gateway at once charge an event once', async () => {
   const { account, events, price, kept } = await parked({}, {}, {})
   await price()
   const [one, asOne] = await session('keyledger_operator')
@@ -218,7 +219,7 @@ test('two replays at once, and the gateway trying again: charged once', async ()
   await gateway.end()
 })
 
-test('the gateway trying again while two replays wait: charged once', async () => {
+test('a retry of the gateway while two replays wait charges an event once', async () => {
   const { account, events, price, kept } = await parked({}, {})
   await price()
   const [gateway, asGateway] = await session('keyledger_gateway')
@@ -244,12 +245,12 @@ test('the gateway trying again while two replays wait: charged once', async () =
   await gateway.end()
 })
 
-test('replays and retries in a crowd: each event is charged once', async () => {
+test('many replays and retries at once charge each event once', async () => {
   const { account, events, price, kept } = await parked(...Array.from({ length: 60 }, () => ({})))
   await price()
   const crowd = Array.from({ length: 12 }, (_, i) => {
     const call = () => (i % 3 ? replay(db.operator) : account.record(...events.slice(i * 5)))
-    // one that waited too long did nothing
+    // a call that waited too long did nothing
     const patient = (): Promise<Row[]> =>
       call().catch((error) => {
         if (error.code !== '55P03') throw error
@@ -267,6 +268,6 @@ test('replays and retries in a crowd: each event is charged once', async () => {
   assert.is((await account.figures()).balance, `${200 - 2 * events.length}`)
 })
 
-test('the ledger is whole after all of it', () => holdsTrue(db.sql))
+test('the ledger is whole after all these tests', () => holdsTrue(db.sql))
 
 test.run()

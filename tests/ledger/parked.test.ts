@@ -1,10 +1,11 @@
-// What can't be charged yet keeps its hold's money set aside, until it is charged or dismissed.
+// Parked events: an event that can't be charged yet keeps its hold's money set aside.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { idAt, newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { type Payer, payer } from '../support/payer.ts'
 
 const test = suite('parked')
 const db = await database(test)
@@ -51,13 +52,13 @@ test('strict funds stay strict: the hold of a parked event does not expire', asy
   await sound(account)
 })
 
-test('sent again mended, under the same id: charged, resolved, and the money freed', async () => {
+test('a mended event under the same id is charged, resolves the parked one, and frees its money', async () => {
   for (const more of [{}, { hold_id: null }, { final: false }]) {
     const account = await payer(db, { funds: '10' })
     const hold_id = await account.hold('5')
     const event = account.event('', { meters: unpriced, hold_id })
     await account.record(event)
-    // two texts of one id share what is set aside
+    // two forms of one event share the money set aside
     await account.record({ ...event, meters: { later: 1 } })
     assert.equal(await account.figures(), { balance: '10', frozen_balance: '5', available: '5' })
     const [answer] = await account.record({ ...event, meters: { usd: '3' }, ...more })
@@ -71,7 +72,7 @@ test('sent again mended, under the same id: charged, resolved, and the money fre
   }
 })
 
-test('dismissed, the money is free again', async () => {
+test('dismissing a parked event frees its money', async () => {
   const account = await payer(db, { funds: '10' })
   const hold_id = await account.hold('5')
   await account.record(account.event('', { meters: unpriced, hold_id }))
@@ -93,14 +94,14 @@ test('dismissed, the money is free again', async () => {
   await sound(account)
 })
 
-test('a hold shared by several events ends with the last one that is parked', async () => {
+test('a hold that several events share ends with the last parked one', async () => {
   const account = await payer(db, { funds: '10' })
   const hold_id = await account.hold('6')
   const [one, two] = ['a', 'b'].map((meter) =>
     account.event('', { meters: { [meter]: '1' }, hold_id, final: false }),
   ) as [Row, Row]
   await account.record(one, two)
-  // others draw on it all the same, and don't end it
+  // other events draw on it all the same, and don't end it
   const [drawn] = await account.record(account.event('2', { hold_id }))
   assert.is(drawn!.status, 'charged')
   assert.is(await account.holdNow(hold_id), 'parked 2/6')
@@ -147,7 +148,7 @@ test('an event without a hold, or whose hold has ended, sets nothing aside', asy
   await sound(account)
 })
 
-test('what is set aside counts against budgets, and shrinks with credit that expires under it', async () => {
+test('money of parked holds counts against budgets, and shrinks when credit under it expires', async () => {
   const account = await payer(db, { funds: '2' })
   await account.grant('5', { expires_at: new Date((await now()) + 2 * hour * 1000) })
   await account.post('set_budget', {
@@ -170,7 +171,7 @@ test('what is set aside counts against budgets, and shrinks with credit that exp
   await sound(account)
 })
 
-test('many parked at once, charged and dismissed at once: nothing is lost, and nothing stays frozen', async () => {
+test('many events parked, charged and dismissed at once: no money is lost or stays frozen', async () => {
   const account = await payer(db, { funds: '100' })
   const events = await Promise.all(
     Array.from({ length: 24 }, async () =>
@@ -209,7 +210,7 @@ test('an event ahead of its time is parked, and charged by the upkeep when its t
   assert.equal(await account.figures(), { balance: '9', available: '9' })
 })
 
-test('what was set aside behind the ledger’s back is reported', async () => {
+test('verify_balances reports money set aside behind the ledger’s back', async () => {
   const account = await payer(db, { funds: '10' })
   const hold_id = await account.hold('2')
   await account.record(account.event('', { meters: unpriced, hold_id }))
@@ -250,6 +251,6 @@ async function patient<T>(call: () => Promise<T>): Promise<T> {
   }
 }
 
-test('the ledger is whole after all of it', () => holdsTrue(db.sql))
+test('the ledger is whole after all these tests', () => holdsTrue(db.sql))
 
 test.run()

@@ -1,14 +1,14 @@
-// What a call reads does not grow with what is kept: whenever its plans were made, and while an old snapshot keeps old versions.
+// A call's reads don't grow with the tables, whenever its plans were made, nor under an old snapshot.
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Role, type Row } from '../support/database.ts'
-import { newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
 import { type Payer, payer } from '../support/payer.ts'
 
 const test = suite('plans')
 const db = await database(test)
-// its analyze would have plans made anew: those under test would go, and a call would count the blocks read to make them
+// autovacuum's analyze would replace the plans under test, and calls would count the blocks of planning
 await db.sql(`
   do $$ declare t regclass; begin
     for t in select oid from pg_class where relnamespace = 'data'::regnamespace and relkind = 'r' loop
@@ -168,7 +168,7 @@ async function known(account: Payer): Promise<Known> {
 // a function may keep a plan from its sixth call on
 const WARM = 6
 
-// Blocks that each call reads, with one hold that is due, which the next posting settles, and no more open ones than there were.
+// Blocks that each call reads; one hold is due and settled by the next posting, no more holds stay open.
 async function measure(session: pg.Client, payer: Payer, there: Known): Promise<Map<string, number>> {
   for (let i = 0; i < WARM; i++)
     for (const call of Object.values(callsOf(payer, there))) await blocks(session, call).catch(() => {})
@@ -186,9 +186,9 @@ async function measure(session: pg.Client, payer: Payer, there: Known): Promise<
   return found
 }
 
-test('however much is kept, by plans made on an empty database, a small one, a full one, and after an analyze', async () => {
+test('calls read as little in a full database, by plans from an empty, small, full or analyzed one', async () => {
   const early = await opened()
-  // known to be empty, or of one row, the tables are as quick to read whole: the worst times to make a plan
+  // a plan made on an empty table, or one of one row, reads the table whole: the worst moments to plan
   await early.query('vacuum analyze')
   const payer = await account()
   const { accountId, userId, keyId, nodeId } = payer
@@ -207,7 +207,7 @@ test('however much is kept, by plans made on an empty database, a small one, a f
   const small = await opened()
   const before = await measure(small, payer, there)
 
-  // no temporary table, and not by this session: either would have all plans made anew
+  // a temporary table, or a change by this session, would make Postgres plan everything anew
   const rows = 'generate_series(1, 10000) n'
   const full = await opened()
   await full.query(`
@@ -252,7 +252,7 @@ test('however much is kept, by plans made on an empty database, a small one, a f
     insert into data.parked_usage (id, event, usage_id, code) select gen_random_uuid(), '{}', api.new_id(), 'x' from ${rows};
     commit`)
 
-  // one whose rows come before all others in their tables, and one whose rows come after
+  // an account whose rows come first in their tables, and one whose rows come last
   const late = await account()
   const last = await known(late)
   const fresh = await opened()
@@ -266,7 +266,7 @@ test('however much is kept, by plans made on an empty database, a small one, a f
   await compare('on a full one', fresh)
   await early.query('analyze')
   await compare('after an analyze', fresh)
-  // a reader's own query is planned each time, by what the last analyze found
+  // Postgres plans a reader's own query each time, by the last analyze
   const counts = (when: string, name: string) => name !== 'budgets' || when.startsWith('after')
   const grown = later.flatMap(([when, found]) =>
     [...found]
@@ -276,10 +276,10 @@ test('however much is kept, by plans made on an empty database, a small one, a f
   assert.equal(grown, [])
 })
 
-test('usage, holds and entries of an account are read by range, whoever reads', async () => {
+test('every reader reads usage, holds and entries of an account by range', async () => {
   const payer = await account()
   const { accountId, userId, keyId, nodeId } = payer
-  // before the others, of which the last minute's are to be read
+  // earlier than the others; the test reads those of the last minute
   for (let i = 0; i < 300; i++) await payer.topUp('1')
   await db.sql(`
     insert into data.usage_log (account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, final, meters,
@@ -308,7 +308,7 @@ test('usage, holds and entries of an account are read by range, whoever reads', 
     }
 })
 
-test('a busy account is not looked up for each element: an old snapshot keeps every version of it', async () => {
+test('a call looks a busy account up once, not per element, though an old snapshot keeps every version', async () => {
   const payer = await account()
   const there = await known(payer)
   const session = await opened()
@@ -333,7 +333,7 @@ test('a busy account is not looked up for each element: an old snapshot keeps ev
     payer.accountId,
   ])
   assert.ok(lookUp > 100, `${lookUp} blocks`)
-  // not so an extension: it looks for itself what its account has left once a grant has expired
+  // an extension is an exception: it looks up what its account has left once a grant has expired
   for (const name of [
     'place_holds',
     'place_holds by meters',

@@ -1,9 +1,10 @@
-// What an event costs: one rounding, the price of the event's own time; and events parked until there is one.
+// The cost of an event: one rounding, at the price of its own time; without a price it is parked.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
+import { idAt } from '../support/ids.ts'
 import { chances, holdsTrue, units } from '../support/ledger.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { type Payer, payer } from '../support/payer.ts'
 
 const pricing = suite('pricing')
 const db = await database(pricing)
@@ -45,7 +46,7 @@ const roundings: [parts: [price: string, size: number, quantity: string][], cost
   [[['2', 60, '1']], '0.0333333333'],
   [[['1', 3600, '1']], '0.0002777778'],
   [[['1', 3600, '5400']], '1.5000000000'],
-  // ties go up, what is a hair below goes down
+  // ties go up, and an amount just below goes down
   [[['0.0000000001', 60, '30']], '0.0000000001'],
   [[['0.0000000001', 60, '29.9999999999']], '0.0000000000'],
   [[['0.0000000001', 3600, '1800']], '0.0000000001'],
@@ -140,7 +141,7 @@ const first = new Date(Date.now() - 60_000)
 const second = new Date(first.getTime() + 30_000)
 const shifted = (moment: Date, ms: number) => new Date(moment.getTime() + ms)
 
-test("the price is that of the event's own time", async () => {
+test('an event costs the price of its own time', async () => {
   const account = await payer(db)
   await setPrice(account, 'dated', '1', { from: first })
   await setPrice(account, 'dated', '2', { from: second })
@@ -162,7 +163,7 @@ test("the price is that of the event's own time", async () => {
   )
 })
 
-test('a meter that was not used needs no price, one that was does', async () => {
+test('an unused meter needs no price, a used one does', async () => {
   const account = await payer(db)
   const event = (meters: Row) => ({ ...account.event('0'), meters })
   const answers = await account.record(
@@ -225,7 +226,7 @@ test('a retry before the replay is charged, and leaves the replay nothing', asyn
   assert.is((await rows()).length, 1)
   await setPrice(account, 'late', '1')
   assert.is((await account.record(event))[0]!.status, 'charged')
-  // by the charge itself
+  // the charge itself resolved it
   assert.equal(
     (await rows()).map(({ resolution }) => resolution),
     ['duplicate'],
@@ -234,7 +235,7 @@ test('a retry before the replay is charged, and leaves the replay nothing', asyn
   assert.equal(await account.entries(1), ['usage -3: balance -3'])
 })
 
-test("a price in another currency is none; one in the account's resolves it", async () => {
+test("a price in another currency doesn't count; one in the account's currency resolves the event", async () => {
   const { account, replay } = await parkedEvent()
   await setPrice(account, 'late', '1', { currency: 'EUR' })
   assert.is((await replay())!.code, 'currency_mismatch')
@@ -258,7 +259,7 @@ test("events that can never be charged don't keep later ones from being replayed
   assert.ok(seen.includes(event.id))
 })
 
-test('in one call, the copies of an event are one charge, whatever is beside them', async () => {
+test('copies of an event in one call are one charge, whatever else the call has', async () => {
   const account = await payer(db, { funds: '10' })
   const [x, y] = [account.event('1'), account.event('2')]
   const bad = { ...x, meters: { usd: -1 } }

@@ -1,11 +1,12 @@
-// Money back: refunds of charges and reversed top-ups, where they go, once per reference, never more than came.
+// Refunds of charges and reversed top-ups: where the money goes, once per reference, never more than came.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { until } from '../../scripts/supervise.ts'
 import { type Call, callers, errors } from '../support/callers.ts'
+import { movableClock, now } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { chances, holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { chances, holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 import { code, refusals, short, transports } from '../support/transports.ts'
 
@@ -19,7 +20,7 @@ const test = (name: string, run: () => Promise<void>) =>
 
 const refund = (account: Payer, args: Row) => account.post('refund_charge', args)
 const reverse = (account: Payer, args: Row) => account.post('reverse_top_up', args)
-const soon = (seconds: number) => new Date(Date.now() + seconds * 1000).toISOString()
+const soon = (seconds: number) => new Date(now() + seconds * 1000).toISOString()
 const refused = async (call: Promise<unknown>, message: string, detail?: string) => {
   const error = await failure(call)
   assert.equal([error.code, error.message], ['PT409', message])
@@ -36,7 +37,7 @@ const grants = async ({ accountId }: Payer): Promise<string> => {
 // each step, the entry it posts, and the figures after it (those that are not zero)
 type Step = [run: (account: Payer) => Promise<unknown>, entry: string, figures: Row]
 const posting: Record<string, Step[]> = {
-  'what was paid with money comes back to the balance, in parts, then all that is left': [
+  'a charge paid with money comes back to the balance, in parts, then the rest': [
     [(a) => a.topUp('10'), 'top_up 10: balance 10', { balance: '10', available: '10' }],
     [(a) => a.use('4'), 'usage -4: balance -4', { balance: '6', available: '6' }],
     [
@@ -60,7 +61,7 @@ const posting: Record<string, Step[]> = {
     ],
     [(a) => refund(a, { seq: 1 }), 'refund 4: balance 3, outstanding -1', { balance: '3', available: '3' }],
   ],
-  'what was on credit is owed no more': [
+  'a refund of a charge on credit lowers the debt': [
     [(a) => a.limit('5'), 'limit_change 0: ', { credit_limit: '5', available: '5' }],
     [
       (a) => a.use('7'),
@@ -74,7 +75,7 @@ const posting: Record<string, Step[]> = {
     ],
     [(a) => refund(a, { seq: 2 }), 'refund 4: balance 4', { credit_limit: '5', available: '5' }],
   ],
-  'of a charge on free credit, money and debt: debt, then money, then free credit': [
+  'a charge on free credit, money and debt comes back to debt, then money, then free credit': [
     [(a) => a.topUp('3'), 'top_up 3: balance 3', { balance: '3', available: '3' }],
     [
       (a) => a.grant('4'),
@@ -107,7 +108,7 @@ const posting: Record<string, Step[]> = {
       { balance: '3', free_credit: '4', available: '7' },
     ],
   ],
-  'the same at once': [
+  'the same, in one refund': [
     [(a) => a.topUp('3'), 'top_up 3: balance 3', { balance: '3', available: '3' }],
     [
       (a) => a.grant('4'),
@@ -135,7 +136,7 @@ const posting: Record<string, Step[]> = {
       { free_credit: '1', available: '1' },
     ],
   ],
-  'a top-up taken back takes balance, then free credit, and what is spent becomes debt': [
+  'a reversed top-up takes balance, then free credit, and the spent part becomes debt': [
     [(a) => a.topUp('10'), 'top_up 10: balance 10', { balance: '10', available: '10' }],
     [(a) => a.use('5'), 'usage -5: balance -5', { balance: '5', available: '5' }],
     [
@@ -230,25 +231,6 @@ test('free credit returns to the grants it came from, the last drawn first, and 
   await refund(account, { seq: 9 })
   assert.is(await grants(account), '1 1 1 1')
   assert.equal(await account.figures(), { free_credit: '4', available: '4' })
-})
-
-test('what an expired grant paid comes back to the balance', async () => {
-  const account = await payer(db)
-  const expires_at = soon(2)
-  await account.grant('3', { expires_at })
-  await account.grant('1', { priority: 1 })
-  await account.use('3')
-  assert.is(await grants(account), '1 0')
-  await refund(account, { seq: 3, amount: '0.25' })
-  assert.is(await grants(account), '1.25 0', 'while it lasts')
-  await until(async () => !(await account.figures()).free_credit, 'the grant to expire')
-  await refund(account, { seq: 3 })
-  assert.equal(await account.entries(4), [
-    'credit_expiry -1.25: free_credit -1.25',
-    'refund 2.75: balance 1.75, free_credit 1',
-  ])
-  assert.is(await grants(account), '0 1')
-  assert.equal(await account.figures(), { balance: '1.75', free_credit: '1', available: '2.75' })
 })
 
 test('a refund is done once per reference; other content under it is refused', async () => {
@@ -411,7 +393,7 @@ test('only the operator gives money back', async () => {
       assert.is((await failure(sql(`select api.${fn}($1, 3)`, [one.accountId]))).code, '42501')
 })
 
-// 200 at once: what each call passes, and what has come back in all
+// 200 at once: the arguments of each call, and the total that has come back
 const storms: [what: string, fn: string, args: (i: number, usage: string) => Row, entries: number][] = [
   ['one refund', 'refund_charge', () => ({ seq: 3, amount: '7', reference: 'r' }), 1],
   ['one refund of all', 'refund_charge', () => ({ seq: 3, reference: 'r' }), 1],
@@ -454,7 +436,7 @@ for (const [what, fn, args, entries] of storms)
     const isRefund = fn === 'refund_charge'
     assert.is(back.reduce((sum, { amount }) => sum + Number(amount) * 10, 0) / 10, isRefund ? 7 : -5)
     const done = answers.filter(({ error }) => !error)
-    // one reference: everybody gets the entry; else who came too late is told
+    // with one reference every caller gets the entry; else late callers get a refusal
     const sameForAll = args(1, event.id).reference === 'r'
     assert.is(done.length, sameForAll ? 200 : entries)
     assert.equal([...new Set(done.map(({ rows }) => rows[0]!.seq))].sort(), back.map(({ seq }) => seq).sort())
@@ -469,7 +451,7 @@ for (const [what, fn, args, entries] of storms)
     assert.is(await grants(account), isRefund ? '3' : '0')
   })
 
-test('refunds, reversals, grants that run out, charges and limits at once: every invariant', async () => {
+test('refunds, reversals, expiring grants, charges and limits at once keep every invariant', async () => {
   const accounts = await Promise.all(Array.from({ length: 4 }, () => payer(db, { funds: '1' })))
   const chance = chances(7)
   const some = (above: number) => `${(above + chance(30)) / 10}`
@@ -518,6 +500,26 @@ test('refunds, reversals, grants that run out, charges and limits at once: every
     [accounts.map(({ accountId }) => accountId)],
   )
   for (const [what, count] of Object.entries(posted!)) assert.ok(count > 0, `${what}: ${count}`)
+})
+
+test('the part that an expired grant paid comes back to the balance', async () => {
+  const forward = await movableClock(db.sql) // last in this file: this clock is slower
+  const account = await payer(db)
+  const expires_at = soon(60)
+  await account.grant('3', { expires_at })
+  await account.grant('1', { priority: 1 })
+  await account.use('3')
+  assert.is(await grants(account), '1 0')
+  await refund(account, { seq: 3, amount: '0.25' })
+  assert.is(await grants(account), '1.25 0', 'while it lasts')
+  await forward(60)
+  await refund(account, { seq: 3 })
+  assert.equal(await account.entries(4), [
+    'credit_expiry -1.25: free_credit -1.25',
+    'refund 2.75: balance 1.75, free_credit 1',
+  ])
+  assert.is(await grants(account), '0 1')
+  assert.equal(await account.figures(), { balance: '1.75', free_credit: '1', available: '2.75' })
 })
 
 refunds.run()

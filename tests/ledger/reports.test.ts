@@ -3,8 +3,9 @@ import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row, type Sql } from '../support/database.ts'
+import { idAt } from '../support/ids.ts'
 import { units } from '../support/ledger.ts'
-import { idAt, payer } from '../support/payer.ts'
+import { payer } from '../support/payer.ts'
 import { code, transports } from '../support/transports.ts'
 
 const test = suite('spend')

@@ -4,7 +4,8 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { idAt } from '../support/ids.ts'
+import { type Payer, payer } from '../support/payer.ts'
 import { code, transports } from '../support/transports.ts'
 
 const test = suite('retention')

@@ -4,8 +4,9 @@ import * as assert from 'uvu/assert'
 import { until } from '../../scripts/supervise.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
+import { idAt } from '../support/ids.ts'
 import { holdsTrue, units } from '../support/ledger.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { type Payer, payer } from '../support/payer.ts'
 import { code, transports } from '../support/transports.ts'
 
 const test = suite('statements')

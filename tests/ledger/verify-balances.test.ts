@@ -4,7 +4,8 @@ import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
 
 const test = suite('verify')

@@ -5,8 +5,9 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
-import { idAt, payer } from '../support/payer.ts'
+import { idAt, newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { payer } from '../support/payer.ts'
 import { code, transports } from '../support/transports.ts'
 
 const test = suite('proof')

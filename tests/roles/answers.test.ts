@@ -1,5 +1,5 @@
-// A host's own security definer function, of a role that is an operator, called by a login that is nobody: it moves money, and is
-// answered what a reader would see; the login itself still sees nothing.
+// A host's security definer function, owned by an operator, called by a login without rights.
+// The function moves money and gets the answer that a reader would see; the login itself sees nothing.
 import pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -82,7 +82,7 @@ for (const [call, read] of answers)
     assert.equal(answer, await seen(read(answer)))
   })
 
-test('refund_charge, unfreeze_funds and remove_budget too', async () => {
+test('refund_charge, unfreeze_funds and remove_budget answer the row that a reader sees', async () => {
   const { seq } = await it.use('3')
   assert.equal(await host(`select * from api.refund_charge(${a}, seq => ${seq})`), await seen(entry(seq + 1)))
   const [freeze] = await operator(`select id from api.holds where account_id = $1 and expires_at is null`, [
@@ -100,7 +100,7 @@ test('a revoke stays, and its key is refused', async () => {
   assert.is((await it.place(it.request('1')))[0]!.code, 'virtual_key_disabled')
 })
 
-test('the login itself sees and does nothing; a reader’s function in a host’s is its session’s reader', async () => {
+test('the login sees and does nothing; a reader’s function inside the host’s reads as the session’s reader', async () => {
   for (const sql of ['select from api.top_up(null, 1)', 'select from api.billing_accounts'])
     assert.is((await failure(pool.query(sql))).code, '42501', sql)
   assert.is(await host('select * from api.billing_accounts'), null)
@@ -110,7 +110,7 @@ test('the login itself sees and does nothing; a reader’s function in a host’
   )) as [Row]
   const statement = `select api.statement(${a}, period_start => '${start}')`
   assert.is((await failure(host(statement))).message, 'statement_not_found')
-  // the host says whose eyes it reads with
+  // the host sets the claims of the reader
   const claims = JSON.stringify({ user_id: it.userId })
   assert.ok(
     await host(
@@ -119,7 +119,7 @@ test('the login itself sees and does nothing; a reader’s function in a host’
   )
 })
 
-test('each row that functions answer from is its view’s, for all rows there are', async () => {
+test('each `_shown` view has exactly the rows of its api view', async () => {
   await it.use('1')
   await it.post('set_budget', { scope: 'user', scope_id: it.userId, amount: '5', period: 'day' })
   for (const [view, table] of Object.entries({

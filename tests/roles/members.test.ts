@@ -1,4 +1,4 @@
-// Who a member is, by the claims of its token, and what is left to see for one who moved or is suspended.
+// Members: which user a token's claims mean, and the rows left to see after a move or a suspension.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
@@ -26,7 +26,7 @@ const admin = async (tenantId: string) => {
 const count = async (claims: Row, view: string): Promise<number> =>
   Number((await db.as('keyledger_member', claims)(`select count(*) as n from api.${view}`))[0]!.n)
 
-test('whoever moves to another tenant is a member of it, unless the same update says otherwise', async () => {
+test('a user who moves to another tenant becomes a member of it, unless the same update names a role', async () => {
   const { userId } = await admin(a)
   const others = await payer(db, { tenantId: b, funds: '1' })
   await others.use('1')
@@ -34,7 +34,7 @@ test('whoever moves to another tenant is a member of it, unless the same update 
   assert.equal(await update(userId, 'tenant_id = $2', [b]), { tenant_id: b, tenant_role: 'member' })
   assert.is(await count({ user_id: userId }, 'usage_logs'), 0)
   assert.is(await count({ user_id: userId }, 'billing_transactions'), 0)
-  // named by itself it is not remembered for a move, also in one transaction
+  // a role named by an earlier update doesn't count for a move, even in one transaction
   const session = await db.session('keyledger_operator')
   try {
     await session.query('begin')
@@ -48,11 +48,11 @@ test('whoever moves to another tenant is a member of it, unless the same update 
   } finally {
     await session.end()
   }
-  // named with the move it is kept, also where it is what it was
+  // a role named with the move is kept, even if it stays the same
   assert.is((await update(userId, `tenant_id = $2, tenant_role = 'admin'`, [a])).tenant_role, 'admin')
   assert.is((await update(userId, `tenant_role = 'admin', tenant_id = $2`, [b])).tenant_role, 'admin')
   assert.is(await count({ user_id: userId }, 'usage_logs'), 1)
-  // what is no move changes nothing
+  // an update without a move changes no role
   assert.is((await update(userId, 'tenant_id = $2, display_name = $3', [b, 'x'])).tenant_role, 'admin')
   assert.is((await update(userId, 'tenant_id = null')).tenant_role, 'member')
   // several at once, each by itself
@@ -67,7 +67,7 @@ test('whoever moves to another tenant is a member of it, unless the same update 
   )
 })
 
-test('through PostgREST a move names what its body names', async () => {
+test('through PostgREST a move keeps the role that its body names', async () => {
   const { userId } = await admin(a)
   const { url, token } = await db.postgrest()
   const patch = async (body: Row) => {
@@ -86,7 +86,7 @@ test('through PostgREST a move names what its body names', async () => {
   assert.is(await patch({ tenant_id: a }), 'member')
 })
 
-test('who is suspended or closed reads what is their own; of the tenant that pays neither figures nor others’ rows', async () => {
+test('a suspended or closed user reads their own rows, but neither the tenant’s figures nor others’ rows', async () => {
   const it = await admin(a)
   const mate = await payer(db, { tenantId: a })
   await it.topUp('10')
@@ -127,14 +127,14 @@ test('who is suspended or closed reads what is their own; of the tenant that pay
   assert.equal(await sees(), before)
   await update(it.userId, `status = 'closed'`)
   assert.equal(await sees(), own)
-  // one who pays alone reads on all that is theirs
+  // a user who pays alone still reads all their own rows
   const alone = await payer(db, { funds: '10' })
   await update(alone.userId, `status = 'suspended'`)
   for (const view of ['account_balances', 'billing_accounts', 'billing_transactions'])
     assert.is(await count({ user_id: alone.userId }, view), 1, view)
 })
 
-test('claim user_id, else sub, is our id or the host’s', async () => {
+test('claim user_id, else sub, holds keyledger’s id or the host’s', async () => {
   const it = await payer(db)
   const victim = await payer(db)
   await update(it.userId, 'external_id = $2', ['42'])
@@ -153,12 +153,12 @@ test('claim user_id, else sub, is our id or the host’s', async () => {
     assert.is(await who(claims), it.userId, JSON.stringify(claims))
   for (const claims of [{}, { user_id: '' }, { user_id: '', sub: '' }, { user_id: 'nobody', sub: '42' }])
     assert.is(await who(claims), undefined, JSON.stringify(claims))
-  // ours comes first where a host's id looks like it
+  // keyledger's id comes first where a host's id looks the same
   await update(it.userId, 'external_id = $2', [victim.userId])
   assert.is(await who({ user_id: victim.userId }), victim.userId)
 })
 
-test('a NUL in a claim is no part of who somebody is, and fails no call', async () => {
+test('a NUL in a claim changes no identity, and fails no call', async () => {
   const it = await payer(db)
   const claims = { user_id: it.userId, note: 'a\0b\0\0', path: 'c:\\u0000', '\0': '\\\0' }
   assert.is(await count(claims, 'user_profiles'), 1)

@@ -1,5 +1,6 @@
-// A login that runs SQL must not make the owner run its code: every function and trigger it can reach, called for real, among
-// types, relations, functions, operators and casts of its own that bear the catalog's names.
+// A login that runs SQL must not make the owner run the login's code.
+// Calls every function and trigger it can reach, among its own types, relations, functions, operators
+// and casts that bear the catalog's names.
 import { createHash, randomUUID } from 'node:crypto'
 import pg from 'pg'
 import { suite } from 'uvu'
@@ -12,7 +13,7 @@ const db = await database(test)
 const { operator } = db
 const roles: Role[] = ['keyledger_gateway', 'keyledger_operator', 'keyledger_member']
 
-// A login that may become each role, and has a schema of its own, first in its path. Every poisoned thing calls evil.trap().
+// A login that may become each role, with a schema of its own first in its path. Each poisoned object calls evil.trap().
 const login = `${db.name}_login`
 await db.sql(`create role ${login} login password 'login'`)
 await db.sql(`grant ${roles.join(', ')} to ${login}`)
@@ -39,7 +40,8 @@ db.onClose(async () => {
 const loginUrl = new URL(db.url)
 Object.assign(loginUrl, { username: login, password: 'login' })
 
-// Functions and operators are never looked up in pg_temp, but in a path that has not been set. Made once, of every name in use.
+// Postgres never looks functions and operators up in pg_temp, but does in a path that isn't set.
+// Made once, for every name in use.
 await db.sql(`do $$
   declare
     f record;
@@ -111,7 +113,7 @@ const poisons: Record<string, string> = {
     end $$`,
 }
 
-/** A payer of a tenant with something of everything there is to name in a call. */
+/** A payer of a tenant, with a row of each kind that a call can name. */
 async function world() {
   const tenantId = (await operator(`insert into api.tenants (name) values ('t') returning id`))[0]!.id
   const it = await payer(db, { tenantId })
@@ -217,7 +219,7 @@ const calls: Record<string, (w: World) => string> = {
   verify_ledger: (w) => `account_id => '${w.accountId}'`,
 }
 
-// Writes of each view that some role may write, for every trigger behind it; each with the one that can't be undone last.
+// Writes to each view that some role may write, for every trigger behind it; the irreversible write comes last.
 const writes: Record<string, (w: World) => string[]> = {
   config_nodes: (w) => [
     `insert into api.config_nodes (id, name, provider, model, endpoint, status)
@@ -258,7 +260,7 @@ const refusals: Record<string, (w: World) => string> = {
   'PT409 id_is_fixed': (w) => `update api.config_nodes set id = '${randomUUID()}' where id = '${w.nodeId}'`,
 }
 
-/** A session of the login in that role, as a member the user; `trapped` is said by what ran as the owner. */
+/** A session of the login in that role; a member is the user. `trapped` means that code ran as the owner. */
 async function session(role: Role, userId: string, poison: string) {
   const client = new pg.Client(loginUrl.href)
   const trapped: string[] = []
@@ -307,7 +309,7 @@ const readable = async (role: Role): Promise<string[]> =>
     )
   ).map(({ name }) => name)
 
-test('the trap springs where a path is empty, not set, or of pg_temp first', async () => {
+test('the trap springs where a path is empty, unset, or starts with pg_temp', async () => {
   const { userId } = await world()
   for (const [path, springs] of [
     [`set search_path = ''`, true],
@@ -331,7 +333,7 @@ test('the trap springs where a path is empty, not set, or of pg_temp first', asy
 
 for (const role of roles)
   for (const [name, poison] of Object.entries(poisons))
-    test(`${role} among ${name}: nothing of its own runs as the owner, in any function or trigger`, async () => {
+    test(`${role} among ${name}: no function or trigger runs its code as the owner`, async () => {
       const w = await world()
       const { client, trapped } = await session(role, w.userId, poison)
       const failed: string[] = []
@@ -342,7 +344,7 @@ for (const role of roles)
       try {
         for (const view of await readable(role)) await attempt(`select * from api.${view} limit 5`)
         const names = await granted(role)
-        // that end others' means come last
+        // calls that end a row which others need come last
         const last = ['drop_usage_partitions', 'replay_parked_usage']
         names.sort((a, b) => last.indexOf(a) - last.indexOf(b))
         for (const name of names) {
@@ -366,7 +368,7 @@ for (const role of roles)
       assert.equal(await db.sql('select from data.account_balance where low_balance_threshold = 777'), [])
     })
 
-test('each of these triggers was fired, and so was each function of theirs', async () => {
+test('the calls fired each trigger, and so each trigger function', async () => {
   const unfired = await db.sql(`
     select distinct p.oid::regprocedure::text as name
     from pg_trigger t
@@ -378,9 +380,9 @@ test('each of these triggers was fired, and so was each function of theirs', asy
   assert.equal(
     unfired.map(({ name }) => name),
     [
-      // a call that raises is not counted: these were fired by the refusals
+      // the statistics don't count a call that raises: the refusals fired these
       'data.check_written()',
-      // nobody may do what these see: keys are not deleted, history is not changed
+      // only deleting keys or changing history fires these, and no role may do either
       'data.forbid_change()',
       'data.forbid_truncate()',
       'data.keep_account()',
@@ -391,7 +393,7 @@ test('each of these triggers was fired, and so was each function of theirs', asy
   )
 })
 
-test('a function of data is reached through these alone', async () => {
+test('only these functions and triggers reach a function of schema data', async () => {
   for (const role of [...roles, login])
     assert.equal(
       await db.sql(
@@ -404,7 +406,7 @@ test('a function of data is reached through these alone', async () => {
       [],
       role,
     )
-  // a view calls, with its reader's rights and path, what the catalog has; of ours a role could call nothing
+  // a view calls catalog functions with its reader's rights and path; no role could call data's functions
   assert.equal(
     await db.sql(`
       select distinct r.ev_class::regclass::text as view, d.refobjid::regprocedure::text as calls

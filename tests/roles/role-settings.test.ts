@@ -1,4 +1,4 @@
-// What a role's requests may take: its settings, applied by PostgREST; and what the migrations leave for somebody to decide.
+// Settings of roles, which PostgREST applies to requests; and the warnings about decisions left to an operator.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
@@ -21,7 +21,7 @@ const call = async (fn: string, role: string) => {
   return (await answer.json()) as Row
 }
 
-test('PostgREST applies each role’s', async () => {
+test('PostgREST applies the settings of each role', async () => {
   assert.equal(await call('timeouts', 'keyledger_member'), { lock: '0', statement: '5s' })
   assert.equal(await call('timeouts', 'keyledger_gateway'), { lock: '0', statement: '10s' })
   assert.equal(await call('timeouts', 'keyledger_operator'), { lock: '4s', statement: '0' })
@@ -31,7 +31,7 @@ test('a member’s statement ends when its time is over', async () => {
   assert.is((await call('dawdle', 'keyledger_member')).code, '57014')
 })
 
-test('an open database and a role without a timeout are reported, until somebody decides', async () => {
+test('installation_warnings reports an open database and a role without a timeout', async () => {
   const warnings = async (): Promise<string[]> =>
     (await db.operator('select code from api.installation_warnings()')).map(({ code }) => code)
   assert.equal(await warnings(), ['every_login_may_connect'])
@@ -40,7 +40,7 @@ test('an open database and a role without a timeout are reported, until somebody
   for (const line of hint.split('; ')) await db.sql(line.replace(/<.*>/, login))
   assert.equal(await warnings(), [])
   assert.is((await db.operator('select 1 as it'))[0]!.it, 1)
-  // of this transaction only: roles are the cluster's, and other files need them as they are
+  // in this transaction only: roles belong to the cluster, and other files need the settings
   const session = await db.session()
   try {
     await session.query('begin; alter role keyledger_member reset statement_timeout')

@@ -1,4 +1,4 @@
-// Who may do what: every api function and view, as every role, against one table of expectations.
+// Rights: every api function and view, as every role, against one table of expectations.
 import pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -7,7 +7,7 @@ import { database, type Role } from '../support/database.ts'
 const test = suite('roles')
 const db = await database(test)
 
-// A new function or view fails here until someone has decided: what is not written is not granted.
+// A new function or view fails here until it has a line in this table.
 const gateway = 'keyledger_gateway'
 const operator = 'keyledger_operator'
 const member = 'keyledger_member'
@@ -137,12 +137,12 @@ const expected = (view: string, role: string) => views[view]![role] ?? ''
 const columnsOf = (right: string, rights: string) =>
   (new RegExp(`${right} \\(([^)]*)\\)`).exec(rights)?.[1] ?? '').split(', ')
 
-test('every function of api is decided for every role', async () => {
+test('every role may call exactly the functions of the table', async () => {
   const found = await apiFunctions()
   assert.equal(
     found.map(({ name }) => name),
     Object.keys(functions),
-    'write who may call it into the table above',
+    'add the roles that may call it to the table above',
   )
   for (const { oid, name, nulls } of found)
     for (const role of roles) {
@@ -157,12 +157,12 @@ test('every function of api is decided for every role', async () => {
     }
 })
 
-test('every view of api is decided for every role', async () => {
+test('every role may use each view exactly as the table says', async () => {
   const found = await apiViews()
   assert.equal(
     found.map(({ name }) => name),
     Object.keys(views),
-    'write who may do what into the table above',
+    'add the rights of each role to the table above',
   )
   for (const { oid, name } of found)
     for (const role of roles) {
@@ -186,7 +186,7 @@ test('every view of api is decided for every role', async () => {
     }
 })
 
-test('what is not granted on a view is refused when tried', async () => {
+test('each right that a role lacks on a view is refused when tried', async () => {
   for (const { name, columns } of await apiViews())
     for (const role of roles) {
       const rights = expected(name, role)
@@ -213,7 +213,7 @@ test('what is not granted on a view is refused when tried', async () => {
     }
 })
 
-test("schema data and all that is in it are the owner's alone", async () => {
+test('only the owner may use schema data and its objects', async () => {
   const granted = await db.sql(`
     with object as (
       select 'schema ' || n.nspname as name, coalesce(n.nspacl, acldefault('n'::"char", n.nspowner)) as acl, n.nspowner as owner
@@ -267,8 +267,8 @@ test('the roles hold no more than their grants', async () => {
   )
 })
 
-test('every table has row-level security, with no policy, and every object its owner and comment', async () => {
-  // a month made later is as closed as the first ones
+test('every table has row-level security without a policy, and every object has its owner and a comment', async () => {
+  // a partition made later is as closed as the first ones
   await db.sql(`update data.usage_window set floor = floor - interval '1 month'`)
   const [maintained] = await db.operator(`select api.maintain() -> 'usage_partitions_made' as made`)
   const made: string[] = maintained!.made
@@ -289,7 +289,7 @@ test('every table has row-level security, with no policy, and every object its o
   }
 })
 
-test("every api function is security definer with a search path that puts pg_temp last, the owner's, and commented", async () => {
+test('every api function is the owner’s, a commented security definer, with pg_temp last in its search path', async () => {
   for (const { name, comment, ...is } of await db.sql(`
     select p.oid::regprocedure::text as name, p.proowner::regrole::text as owner, p.prosecdef as definer,
       array(select s from unnest(p.proconfig) s where s like 'search_path=%') as path, obj_description(p.oid, 'pg_proc') as comment
@@ -303,7 +303,7 @@ test("every api function is security definer with a search path that puts pg_tem
   }
   const open = await db.sql(`select p.oid::regprocedure::text as name from pg_proc p
     where p.pronamespace = 'data'::regnamespace and p.prosecdef and not coalesce(p.proconfig @> array['search_path=pg_catalog, pg_temp'], false)`)
-  assert.equal(open, [], "a definer's search path is nobody else's")
+  assert.equal(open, [], 'only a security definer sets its search path')
 })
 
 test.run()

@@ -1,4 +1,4 @@
-// The raw key: shown once, at creation, and nowhere else afterwards: no table, cache, notification, error or log has it.
+// The raw key is shown once, at creation: no table, cache, notification, error or log has it.
 import { createHash } from 'node:crypto'
 import { inspect } from 'node:util'
 import { Redis } from 'ioredis'
@@ -10,7 +10,7 @@ import { until } from '../../scripts/supervise.ts'
 import { createBillingModule, pgRpc, postgrestRpc, type Rpc } from '../../src/index.ts'
 import { database, type Sql } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
 import { ownPostgres } from '../support/postgres.ts'
 import { seed, type World } from '../support/seed.ts'
 
@@ -66,13 +66,13 @@ async function walk(rpc: Rpc, world: World, redis: Redis, listen: string) {
       await failure(billing.hold(context, { amount: '1000000' })),
     ])
       assertAbsent(world.key, inspect(refused, { depth: null }), 'an error')
-    assertAbsent(world.key, JSON.stringify([context, billing.health()]), 'what the client answers')
+    assertAbsent(world.key, JSON.stringify([context, billing.health()]), 'the answers of the client')
   } finally {
     await billing.stop()
   }
 }
 
-test('the path validate, hold, record leaves no key in tables, Redis, notifications, nor in the log of everything', async () => {
+test('validate, hold and record leave no key in tables, Redis, notifications or a full log', async () => {
   const server = await ownPostgres([
     ...['log_statement=all', 'log_min_duration_statement=0', 'log_min_messages=debug1'],
     ...['log_error_verbosity=verbose', 'log_parameter_max_length=-1', 'log_parameter_max_length_on_error=-1'],
@@ -112,7 +112,7 @@ test('the path validate, hold, record leaves no key in tables, Redis, notificati
     const world = await seed(operator)
     keys.push(world)
     await walk(rpc, world, redis, server.loginUrl)
-    // the key that takes its place is as secret, and the old one stays so through its grace
+    // the new text is secret too, and the old one stays secret through its grace
     const [rotated] = await operator('select virtual_key from api.rotate_virtual_key($1)', [world.keyId])
     const key: string = rotated!.virtual_key
     const next = { ...world, key, keyHash: createHash('sha256').update(key).digest('hex') }
@@ -133,7 +133,7 @@ test('the path validate, hold, record leaves no key in tables, Redis, notificati
     cached.push(`${name} ${JSON.stringify(value)}`)
   }
   for (const { key, keyHash, keyId } of keys) {
-    // what must be there, so that looking for what must not means something
+    // these texts must be there: else the search for the key proves nothing
     for (const there of [keyHash, keyId]) assert.ok(dumped.includes(there), `${there} in the dump`)
     for (const there of [keyHash, keyId, 'api.create_virtual_key(', 'api.rotate_virtual_key('])
       assert.ok(log.includes(there), `${there} in the log`)
@@ -148,7 +148,7 @@ test('the path validate, hold, record leaves no key in tables, Redis, notificati
   assert.ok(cached.some((line) => line.startsWith(`vk:${keys.at(-1)!.keyHash} `)))
 })
 
-test('no error of any function given a key, as any argument and through either transport, echoes it', async () => {
+test('no error echoes a key, whatever function and argument got it, through either transport', async () => {
   const world = await seed(db.operator)
   const { key } = world
   const postgrest = await db.postgrest()

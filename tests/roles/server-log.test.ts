@@ -1,4 +1,4 @@
-// A key that is asked about is in no line that the server logs: of any statement, a slow one, a failed one, one out of time.
+// No line of the server's log has the key of a call: of a plain, slow, failed or cancelled statement.
 import { createHash, randomBytes } from 'node:crypto'
 import pg from 'pg'
 import { suite } from 'uvu'
@@ -47,7 +47,7 @@ for (const [name, rpc] of Object.entries(rpcs)) {
   const resolve = (vk: string, column = 'account_id') =>
     rpc.call<{ account_id: string }>('resolve_billing_account' as string, { vk }, { select: [column] })
 
-  test(`${name}: a key resolved, unknown, failed or out of time is not in the log; its hash is`, async () => {
+  test(`${name}: the log has the hash and not the key, of a call that succeeds, fails or times out`, async () => {
     const { key, accountId } = await seed(operator)
     const unknown = `sk-${randomBytes(16).toString('hex')}`
     assert.is((await resolve(key)).account_id, accountId)
@@ -61,13 +61,13 @@ for (const [name, rpc] of Object.entries(rpcs)) {
       await dba.query('commit')
     }
     for (const each of [key, unknown])
-      await until(() => server.log().includes(hashOf(each)), 'what was asked to be logged')
+      await until(() => server.log().includes(hashOf(each)), 'the call to be logged')
     if (name === 'pg') assert.match(server.log(), 'canceling statement due to lock timeout')
     for (const each of [key, unknown])
       assert.not.ok(`${server.log()}${postgrest.log()}`.includes(each.slice(5)))
   })
 
-  test(`${name}: by its hash, or by neither, it is answered as by itself`, async () => {
+  test(`${name}: the key’s hash resolves the account; a malformed key or hash is refused`, async () => {
     const { key, accountId } = await seed(operator)
     const by = (args: Record<string, unknown>) =>
       rpc.call<{ account_id: string }>('resolve_billing_account' as string, args)

@@ -1,4 +1,4 @@
-// Which rows each reader sees through the views, tried as that reader.
+// Visibility: the rows that each reader sees through the views.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -11,7 +11,8 @@ const test = suite('visibility')
 const db = await database(test)
 const { operator, gateway } = db
 
-// Two tenants and one who pays alone. In tenant a: adam (admin), mary, nora (paid alone before), eve (left, pays alone now).
+// Two tenants, and sam, who pays alone. In tenant a: adam (admin), mary, nora (paid alone before).
+// eve was in tenant a too, and has left.
 const ids: Record<string, string> = {}
 const add = async (name: string, sql: string, values: unknown[] = []) => {
   ids[name] = (await operator(sql, values))[0]!.id
@@ -131,7 +132,7 @@ const sam = { ...alone('sam'), accounting_snapshots: 'sam' }
 const readers: [who: string, claims: Record<string, unknown>, sees: Record<string, string>][] = [
   ["a member: own rows, the paying account's figures", { user_id: ids.mary }, mary],
   [
-    "a tenant's admin: the whole tenant, its past members' use too, nobody's own account but theirs",
+    "a tenant's admin: the whole tenant, with the use of past members, and no other user's own account",
     { user_id: ids.adam },
     {
       account_balances: 'adam@a mary@a nora@a',
@@ -162,9 +163,9 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       virtual_keys: 'bob',
     },
   ],
-  ['one who pays alone, and is an admin of nothing', { user_id: ids.sam }, sam],
+  ['a user who pays alone, and is an admin of no tenant', { user_id: ids.sam }, sam],
   [
-    'who joined: what they paid alone stays theirs',
+    'a user who joined: rows from when they paid alone stay visible',
     { user_id: ids.nora },
     {
       account_balances: 'nora@a',
@@ -178,8 +179,8 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
       virtual_keys: 'nora',
     },
   ],
-  ["who left: the tenant's account is no longer theirs to see", { user_id: ids.eve }, alone('eve')],
-  ['by `sub`, our id', { sub: ids.mary }, mary],
+  ["a user who left: the tenant's account is no longer visible", { user_id: ids.eve }, alone('eve')],
+  ['by `sub`, keyledger’s id', { sub: ids.mary }, mary],
   ["by `sub`, the host's id", { sub: 'host|mary' }, mary],
   ['`user_id` null leaves `sub`', { user_id: null, sub: 'host|mary' }, mary],
   ['`user_id` goes before `sub`', { user_id: ids.sam, sub: 'host|mary' }, sam],
@@ -192,14 +193,18 @@ const readers: [who: string, claims: Record<string, unknown>, sees: Record<strin
   ['an array of ids', { user_id: [ids.mary, ids.sam] }, nothing],
   ['a number', { user_id: 1 }, nothing],
   ['SQL in a claim', { user_id: `${ids.mary}' or true --` }, nothing],
-  ['claims that only the tables decide', { user_id: ids.mary, tenant_role: 'admin', tenant_id: ids.b }, mary],
+  [
+    'claims of rights, which only the tables decide',
+    { user_id: ids.mary, tenant_role: 'admin', tenant_id: ids.b },
+    mary,
+  ],
 ]
 for (const [who, claims, expected] of readers)
   test(`${who}`, async () => {
     assert.equal(await sees(db.as('keyledger_member', claims)), expected)
   })
 
-test("a role in the claims is no role: the database's decides", async () => {
+test("a role in the claims counts for nothing: the database's role decides", async () => {
   const session = await db.session('keyledger_member')
   try {
     const claims = JSON.stringify({ role: 'keyledger_operator', user_id: ids.mary })
@@ -229,7 +234,7 @@ test('a member sees every price, and no node, mount or parked event', async () =
     assert.is((await failure(member(`select from api.${view}`))).code, '42501', view)
 })
 
-test('gateway and operator see everyone', async () => {
+test('gateway and operator see every row', async () => {
   const everyone = people.map(([name]) => name)
   for (const reader of [gateway, operator]) {
     const seen = (await reader('select user_id from api.account_balances')).map(({ user_id }) =>
@@ -243,7 +248,7 @@ test('gateway and operator see everyone', async () => {
   assert.is((await operator('select from api.parked_usage')).length, 1)
 })
 
-test("figures on the member's page are the account's", async () => {
+test("the figures that a member sees are the account's", async () => {
   const read =
     'select account_id, balance::text, frozen_balance::text, available::text from api.account_balances'
   // four members topped up 10, held 1 and used 0.0025 each
@@ -257,7 +262,7 @@ test("figures on the member's page are the account's", async () => {
   ])
 })
 
-test("the same rows through PostgREST, with a member's token", async () => {
+test("a member's token gets the same rows through PostgREST", async () => {
   const { url, token } = await db.postgrest()
   for (const [name, expected] of [
     ['mary', mary],

@@ -1,4 +1,4 @@
-// Budgets under many callers: nothing is held past one, nothing that fits is refused, and each account counts its own.
+// Budgets under many callers: no hold exceeds one, no hold that fits is refused, each account counts its own.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { budgeting } from '../support/budgets.ts'
@@ -23,7 +23,7 @@ const answersOf = async (calls: Parameters<typeof callers>[1]) => {
   return elements(answers)
 }
 
-test('64 callers on one key’s budget: what fits is held, to the last cent, and what is refused did not fit', async () => {
+test('64 callers on one key’s budget: it is held to the last cent, and no refused hold would have fit', async () => {
   const { first, otherKey } = await team()
   const { id } = await setBudget(first, 'virtual_key', '99.9')
   const chance = chances(7)
@@ -44,7 +44,7 @@ test('64 callers on one key’s budget: what fits is held, to the last cent, and
   assert.is(await shown(id), '0 + 99.9 of 99.9, 0')
 })
 
-test('held, drawn, released and set again at once: spent and held never pass the budget, and both are right in the end', async () => {
+test('holds, draws, releases and new budgets at once: spent and held never pass the budget, and end right', async () => {
   const { first, otherKey } = await team()
   const { id } = await setBudget(first, 'user', '20')
   const chance = chances(8)
@@ -59,7 +59,7 @@ test('held, drawn, released and set again at once: spent and held never pass the
     const place = batch('place_holds', [request])
     return [place, ...(chance(3) ? [release] : []), ...(chance(4) ? [] : [draw])]
   })
-  // one of them sets it again, to what it is, as often as it can
+  // one caller sets the same budget again, as often as it can
   const again = {
     role: 'keyledger_operator' as const,
     text: `select null as answers from api.set_budget($1, 'user', $2, 20, 'month')`,
@@ -88,7 +88,7 @@ test('held, drawn, released and set again at once: spent and held never pass the
   )
   assert.is(Number(row!.off_held), 0)
 })
-test('two accounts’ budgets after a user moved, from both directions: no deadlock, each counts its own', async () => {
+test('budgets of two accounts after a user moved, from both directions: no deadlock, each account counts its own', async () => {
   const [from, to] = [await team(), await team()]
   const user = from.first
   const budgetsOf = async (account: Payer) => [

@@ -1,10 +1,10 @@
-// 64 callers from several processes on one account: what is held was affordable, what was refused was not.
+// 64 callers from several processes on one account: each hold was affordable, each refused one was not.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { batch, type Call, callers, elements, errors } from '../support/callers.ts'
 import { database, type Row } from '../support/database.ts'
-import { chances, event, hold, holdsTrue, units } from '../support/ledger.ts'
-import { seed, type World } from '../support/seed.ts'
+import { chances, holdsTrue, units } from '../support/ledger.ts'
+import { event, hold, seed, type World } from '../support/seed.ts'
 
 const test = suite('concurrency')
 const db = await database(test)
@@ -20,7 +20,7 @@ function batches<T>(elements: T[], most: number, chance: (n: number) => number):
   return cut
 }
 
-test('64 callers, 20,000 attempts, money for some: exactly those are held', async () => {
+test('64 callers, 20,000 attempts, money for some: exactly that money is held', async () => {
   const world = await seed(db.operator, { funds: '1234.5' })
   const chance = chances(1)
   const attempts = Array.from({ length: 20_000 }, () => hold(world, '0.37'))
@@ -43,7 +43,7 @@ test('64 callers, 20,000 attempts, money for some: exactly those are held', asyn
   await holdsTrue(db.sql)
 })
 
-// What the account had after each transaction, in the order the lock gave them: a log that a trigger writes under it.
+// The account after each transaction, in the order of its lock: a trigger writes this log under the lock.
 async function watch({ accountId }: World) {
   await db.sql(`
     create schema if not exists watch;
@@ -72,7 +72,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
   const unwatch = await watch(world)
   const chance = chances(2)
 
-  // each caller's calls come in order, so a hold is mostly placed when it is drawn or released; both ways are right
+  // a caller's calls come in order: a hold is mostly placed before its draw or release; either is right
   const calls: Call[] = []
   const made: { id: string; amount: string }[] = []
   while (made.length < 4000) {
@@ -106,7 +106,7 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
   assert.equal(errors(answers), [])
   const log = await unwatch()
 
-  // states[i] is what the account had after the i-th transaction that changed it
+  // states[i]: the account after the i-th transaction that changed it
   const states: { xid: string; last: bigint; was: bigint; available: bigint }[] = []
   for (const { xid, n, was, available } of log) {
     const state = states.at(-1)
@@ -144,9 +144,9 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
         open.set(id, units(amount))
       } else if (answer.status === 'refused') {
         refusals++
-        assert.ok(units(answer.available) < units(amount), 'refused what available would have covered')
+        assert.ok(units(answer.available) < units(amount), 'a refusal although `available` covered it')
         if (at === undefined) {
-          // it changed nothing: what it answers was true at some moment from what it saw on
+          // it changed nothing: its answer was true at some moment since its snapshot
           const first = states.findIndex(({ last }) => last >= BigInt(seen))
           assert.ok(
             states.slice(Math.max(0, first)).some((state) => state.available === units(answer.available)) ||
@@ -162,11 +162,11 @@ test('holds, captures and releases mixed: every answer follows from a serial ord
         assert.is(units(answer.available), available)
     }
     if (call.text.includes('record_usage')) {
-      // one posting: first the whole cost, then what each hold gives back
+      // one posting: first the whole cost, then the rest of each hold comes back
       const cost = new Map<string, bigint>()
       const final = new Set<string>()
       for (const [i, answer] of (answers as Row[]).entries()) {
-        // one that was not there yet when the event was read is none of its
+        // an event doesn't draw on a hold that was not there when it was read
         const hold_id = answer.hold === 'unknown' ? '' : asked[i]!.hold_id
         assert.is(answer.status, 'charged')
         available -= units(answer.cost)

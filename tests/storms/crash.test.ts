@@ -1,4 +1,4 @@
-// kill -9 of Postgres under load: what was answered stays, what was not is settled by a retry, and nothing is charged twice.
+// kill -9 of Postgres under load: answered calls stay, a retry settles the others, nothing is charged twice.
 import pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -6,7 +6,8 @@ import type { Server } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
 import { createBillingModule, pgRpc, type UsageAnswer, type UsageEvent } from '../../src/index.ts'
 import type { Sql } from '../support/database.ts'
-import { holdsTrue, newId, units } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue, units } from '../support/ledger.ts'
 import { ownPostgres } from '../support/postgres.ts'
 import { seed, type World } from '../support/seed.ts'
 
@@ -37,7 +38,7 @@ interface Sent {
   failed?: true
 }
 
-// Holds and records on every account until the server is gone; gives up what fails instead of trying again.
+// Holds and records on every account until the server is gone; never retries a failed call.
 async function load(worlds: World[], sent: Sent[], gone: () => boolean) {
   const rpc = pgRpc({ connectionString: server.loginUrl, timeout: 2000 })
   const billing = createBillingModule({ rpc, holdDeadline: 2000, recordDeadline: 1 })
@@ -68,7 +69,7 @@ async function load(worlds: World[], sent: Sent[], gone: () => boolean) {
 
 const priced = ({ event }: Sent) => units('0.0000025') * BigInt(event.meters.input_tokens as number)
 
-test('after each of three crashes everything is proved, and a retry of everything charges each event once', async () => {
+test('after each of three crashes everything verifies, and a retry of everything charges each event once', async () => {
   const operator = on(server.loginUrl, 'keyledger_operator')
   const sql = on(server.url)
   const worlds = await Promise.all(Array.from({ length: 4 }, () => seed(operator)))
@@ -80,7 +81,7 @@ test('after each of three crashes everything is proved, and a retry of everythin
     const loading = load(worlds, sent, () => gone)
     await until(() => sent.filter(({ answer }) => answer).length > 1000, 'a load')
     await server.kill9()
-    // backends still answer what they were at; those called after them don't
+    // backends still answer the calls they had begun, and none after these
     await until(() => sent.some(({ failed }) => failed), 'a call to fail')
     gone = true
     await loading

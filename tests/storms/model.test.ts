@@ -1,5 +1,6 @@
-// Random sequences of every money operation, one after the other and at once, against a model: after each step every figure, grant, hold and
-// entry is what the model says, and every invariant holds. OPERATIONS=100000 makes it a soak; SEED=… (and PATH_TO=…) repeats a failure.
+// Random sequences of every money operation, in turn and at once, against a model.
+// After each step the model has the same figures, grants, holds and entries, and every invariant holds.
+// OPERATIONS=100000 makes it a soak; SEED=… (and PATH_TO=…) repeats a failure.
 import fc from 'fast-check'
 import type pg from 'pg'
 import { suite } from 'uvu'
@@ -35,7 +36,7 @@ for (const role of ['keyledger_gateway', 'keyledger_operator'] as const)
   sessions[role] = await Promise.all(Array.from({ length: 4 }, () => db.session(role)))
 db.onClose(() => Promise.all(Object.values(sessions).flatMap((some) => some.map((session) => session.end()))))
 
-// what was done, and how it came out: to see that everything was tried
+// counts of operations and their outcomes, to see that everything was tried
 const counts = new Map<string, number>()
 const count = (what: string) => counts.set(what, (counts.get(what) ?? 0) + 1)
 let operations = 0
@@ -55,7 +56,7 @@ async function perform(operation: Operation, session: pg.Client): Promise<string
   }
 }
 
-// the model's answers if the operations had come in this order; undefined where they are others than `said`
+// the model's answers if the operations had come in this order; undefined where they differ from `said`
 function inOrder(
   world: World,
   operations: Operation[],
@@ -123,7 +124,7 @@ async function step(world: World, together: Operation[]): Promise<World> {
 }
 
 const kinds = { ...money, ...holds, ...usage, ...others }
-// what most happens, and what the rest is about
+// the operations that happen most, and that the others are about
 const often = [
   ...[
     'again',
@@ -138,7 +139,7 @@ const often = [
   ],
   ...['place_holds', 'place_holds', 'place_holds', 'record_usage', 'record_usage'],
 ]
-// what a run of this length can't have missed
+// the operations that a run of this length must include
 const seen = `at once
 adjust_balance: adjustment
 adjust_balance: refused version_conflict
@@ -208,7 +209,7 @@ const property = fc.asyncProperty(steps, async (all) => {
   }
 })
 
-test(`${wanted} operations leave what the model says, and every invariant`, async () => {
+test(`${wanted} operations keep the database equal to the model, and every invariant`, async () => {
   console.log(`\nmodel: SEED=${given}`)
   const path = process.env.PATH_TO
   for (let round = 0; operations < wanted; round++) {
@@ -224,7 +225,7 @@ test(`${wanted} operations leave what the model says, and every invariant`, asyn
       console.error(
         `\n${message}\nshrunk ${numShrinks} times; repeat it with SEED=${seed} PATH_TO=${counterexamplePath}`,
       )
-      assert.unreachable('the database is not as the model says')
+      assert.unreachable('the database differs from the model')
     }
     if (path) break
     if (wanted > 2000) console.log(`${operations} operations`)

@@ -1,4 +1,4 @@
-// Rare calls that lock an account: nothing long is read under the lock, what came meanwhile counts, and no wait is without end.
+// Rare calls that lock an account: no long read under the lock, later charges count, every wait has a bound.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
@@ -49,7 +49,7 @@ for (const [name, [sql, after]] of Object.entries(counting)) {
     await proved(account)
   })
 
-  test(`${name} counts what was charged while it read and waited, once`, async () => {
+  test(`${name} counts charges made while it read and waited, once`, async () => {
     const account = await ready()
     const charging = await db.session('keyledger_gateway')
     const setter = await db.session('keyledger_operator')
@@ -71,7 +71,7 @@ for (const [name, [sql, after]] of Object.entries(counting)) {
   })
 }
 
-test('two that set the same budget: the later one changes its amount; one that is removed meanwhile stays so', async () => {
+test('of two calls that set one budget the later changes its amount; a budget removed meanwhile stays removed', async () => {
   const account = await ready()
   const holder = await db.session()
   const sessions = await Promise.all([1, 2, 3, 4].map(() => db.session('keyledger_operator')))
@@ -100,7 +100,7 @@ test('two that set the same budget: the later one changes its amount; one that i
 })
 
 // 4 s, and as long again for one that waited behind another waiter: below the 10 s of a client's call
-test('whoever waits for an account gives up before its caller does, and says so', async () => {
+test('a call that waits for an account gives up before its caller does, and says so', async () => {
   const account = await ready()
   const holder = await db.session()
   try {
@@ -129,7 +129,7 @@ test('whoever waits for an account gives up before its caller does, and says so'
   assert.is((await account.topUp('1')).kind, 'top_up')
 })
 
-test('a budget that another call has set is told to a frozen snapshot, not tried for ever', async () => {
+test('a call with a frozen snapshot is refused when another has set the budget, and doesn’t retry for ever', async () => {
   const account = await payer(db, { funds: '10' })
   const set = `select from api.set_budget('${account.accountId}', 'user', '${account.userId}', 60, 'week')`
   await db.operator(set.replace('week', 'day'))

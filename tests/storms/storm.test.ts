@@ -1,11 +1,11 @@
-// Every kind of posting at once, on many accounts: nothing is charged twice, nothing waits in a circle, all invariants hold.
+// Every kind of posting at once, on many accounts: no double charge, no deadlock, every invariant.
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { batch, type Call, callers, elements, errors } from '../support/callers.ts'
 import { database } from '../support/database.ts'
-import { chances, event, hold, holdsTrue, shuffled, units } from '../support/ledger.ts'
-import { seed, type World } from '../support/seed.ts'
+import { chances, holdsTrue, shuffled, units } from '../support/ledger.ts'
+import { event, hold, seed, type World } from '../support/seed.ts'
 
 const test = suite('storm')
 const db = await database(test)
@@ -55,7 +55,7 @@ test('1,000 copies of one event, before and after its user moved: charged once, 
   await holdsTrue(db.sql)
 })
 
-test('a storm of every posting on many accounts in random orders: no deadlock, every invariant', async () => {
+test('every kind of posting on many accounts in random orders: no deadlock, every invariant', async () => {
   const worlds = await Promise.all(
     Array.from({ length: 12 }, (_, i) => seed(db.operator, { funds: '3', alone: i % 3 === 0 })),
   )
@@ -95,7 +95,7 @@ test('a storm of every posting on many accounts in random orders: no deadlock, e
       one(`select api.adjust_balance($1, $2, 'storm')`, some(worlds, 1)[0]!.accountId, `-0.${1 + chance(9)}`),
     () =>
       one(
-        // two that run out at the same moment
+        // two grants that expire at the same moment
         `select api.grant_credit($1, $2, now() + make_interval(secs => $3)),
           api.grant_credit($1, $2, now() + make_interval(secs => $3))`,
         some(worlds, 1)[0]!.accountId,
@@ -128,8 +128,8 @@ test('a storm of every posting on many accounts in random orders: no deadlock, e
     kinds[i % 150 === 0 ? kinds.length - 1 : chance(kinds.length - 1)]!(),
   )
   const answers = await callers(db.loginUrl, calls)
-  // a grant that waited for the lock until it had run out, a freeze of what was not there, a charge refunded before, a period closed
-  // after a later one, and the reference of another amount
+  // a grant that expired while it waited for the lock, a freeze of missing money, a charge refunded before,
+  // a period closed after a later one, and the reference of another amount
   const refusals = [
     'invalid_expires_at',
     'insufficient_funds',
@@ -179,7 +179,7 @@ test('two batches that park the same events, in opposite orders: no deadlock', a
   }
 })
 
-test('draw, release, extension and expiry of one hold at once: it ends once, and frozen is right', async () => {
+test('draw, release, extension and expiry of one hold at once: it ends once, and frozen_balance is right', async () => {
   const world = await seed(db.operator, { funds: '1000' })
   const chance = chances(5)
   await db.sql(`
@@ -204,7 +204,7 @@ test('draw, release, extension and expiry of one hold at once: it ends once, and
       chance,
     )
   })
-  // all run out while they are being fought over
+  // all holds expire while calls compete for them
   const onReady = async () => {
     await db.sql(
       `update data.hold set expires_at = clock_timestamp() + power(random(), 4) * interval '20 s' where account_id = $1`,
@@ -235,7 +235,7 @@ test('draw, release, extension and expiry of one hold at once: it ends once, and
   await holdsTrue(db.sql)
 })
 
-test('200 top-ups with one reference at once: one entry, everybody gets it', async () => {
+test('200 top-ups with one reference at once: one entry, which every caller gets', async () => {
   const world = await seed(db.operator, { funds: '0' })
   const call: Call = {
     role: 'keyledger_operator',
@@ -250,7 +250,7 @@ test('200 top-ups with one reference at once: one entry, everybody gets it', asy
   assert.is(Number((await account(world)).balance), 5)
 })
 
-test('100 adjustments decided on one version at once: one wins, the others are told', async () => {
+test('100 adjustments decided on one version at once: one is posted, the others are refused', async () => {
   const world = await seed(db.operator)
   const answers = await callers(
     db.loginUrl,

@@ -1,4 +1,4 @@
-// A locked account stops nobody else: calls take the accounts that are free, and wait for one account only for a stated time.
+// A locked account stops no other: calls serve the free accounts, and wait for one account a stated time.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
@@ -26,7 +26,7 @@ async function whileLocked(account: Payer, work: () => Promise<void>) {
 }
 const brief = (answers: Row[]) => answers.map(({ status, code }) => [status, code].filter(Boolean).join(' '))
 
-test('a call of several accounts serves those that are free, and says which was busy', async () => {
+test('a call on several accounts serves the free ones, and says which account was busy', async () => {
   const held = { free: await free.hold('1'), taken: await taken.hold('1') }
   const before = await taken.figures()
   await whileLocked(taken, async () => {
@@ -49,13 +49,13 @@ test('a call of several accounts serves those that are free, and says which was 
         ['busy account_busy', fn === 'extend_holds' ? 'extended' : 'released'],
       )
   })
-  // nothing of what was busy was kept
+  // busy elements left nothing behind
   assert.equal(await taken.figures(), before)
   assert.is(await taken.holdNow(held.taken), 'open 0/1')
   assert.is((await db.sql('select from data.parked_usage')).length, 0)
 })
 
-test('an event that can only be parked, with a hold of a busy account, is busy too', async () => {
+test('an event that can only be parked is busy too, if the account of its hold is busy', async () => {
   const hold_id = await taken.hold('1')
   const event = taken.event('', { meters: { unpriced: 1 }, hold_id })
   await whileLocked(taken, async () => {
@@ -69,7 +69,7 @@ test('an event that can only be parked, with a hold of a busy account, is busy t
   assert.is(await taken.holdNow(hold_id), 'parked 0/1')
 })
 
-test('a call for one account gives up by itself, keeps nothing, and goes through once the account is free', async () => {
+test('a call on one account gives up by itself, changes nothing, and succeeds once the account is free', async () => {
   const [event, request] = [taken.event('1'), taken.request('1')]
   await whileLocked(taken, async () => {
     assert.is(await codeOf(taken.record(event)), '55P03')
@@ -81,7 +81,7 @@ test('a call for one account gives up by itself, keeps nothing, and goes through
   assert.is((await taken.place(request))[0]!.status, 'held')
 })
 
-test('a table that somebody has locked makes hot calls give up as well', async () => {
+test('a locked table makes hot calls give up too', async () => {
   const dba = await db.session()
   await dba.query('begin')
   await dba.query('lock table data.virtual_key, data.price in access exclusive mode')
@@ -111,7 +111,7 @@ test('a hold that waited for its account is refused if its key was revoked meanw
   await Promise.all([dba.end(), gateway.end()])
 })
 
-test('arrays past 10,000 elements are refused, at once', async () => {
+test('arrays of more than 10,000 elements are refused at once', async () => {
   for (const fn of ['place_holds', 'record_usage', 'release_holds', 'extend_holds']) {
     const error = await db
       .gateway(`select api.${fn}(jsonb_agg(1)) from generate_series(1, 10001)`)
@@ -121,7 +121,7 @@ test('arrays past 10,000 elements are refused, at once', async () => {
 })
 
 // ten times the elements may take ten times as long, not a hundred times
-test('many copies and many holds in one call are found in time with their number', async () => {
+test('the time to find many copies and holds in one call grows with their number', async () => {
   const account = await payer(db, { funds: '1000' })
   const time = async (n: number) => {
     const requests = Array.from({ length: n }, () => account.request('0.001'))
@@ -141,10 +141,10 @@ test('many copies and many holds in one call are found in time with their number
   assert.ok(many < few * 40, `${few.toFixed()} ms for 1,000 requests, ${many.toFixed()} ms for 10,000`)
 })
 
-test('a hold lasts so many seconds, whatever clocks change in the time zone of the session', async () => {
+test('a hold lasts its seconds, whenever clocks change in the time zone of the session', async () => {
   const session = await db.session('keyledger_gateway')
   try {
-    // its clock goes forward in less than 30 days, wherever the year is now
+    // this zone changes its clock in less than 30 days, at any time of the year
     const soon = new Date(Date.now() + 9 * 86_400_000)
     const day = Math.floor((soon.getTime() - Date.UTC(soon.getUTCFullYear(), 0, 1)) / 86_400_000)
     await session.query(`set timezone = 'AAA5BBB,${day},${(day + 100) % 365}'`)
@@ -161,6 +161,6 @@ test('a hold lasts so many seconds, whatever clocks change in the time zone of t
   }
 })
 
-test('the ledger is whole after all of it', () => holdsTrue(db.sql))
+test('the ledger is whole after all these tests', () => holdsTrue(db.sql))
 
 test.run()

@@ -1,4 +1,4 @@
-// Budgets in tests: a tenant with two members, what sets a budget, and what shows one.
+// Budgets in tests: a tenant with two members, and functions that set and show a budget.
 import { randomUUID } from 'node:crypto'
 import type { Database, Row } from './database.ts'
 import { type Payer, payer } from './payer.ts'

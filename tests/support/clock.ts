@@ -1,10 +1,15 @@
-// A clock that a test moves: what is to expire in a month does so at once, and nothing is back-dated.
+// A clock that a test moves forward: a month passes at once, and no row is back-dated.
 import type { Sql } from './database.ts'
-import { idsAhead } from './ledger.ts'
+
+// how far the test has moved its clock
+let aheadMs = 0
+
+/** Ms since 1970 by the test's clock. */
+export const now = (): number => Date.now() + aheadMs
 
 /**
- * From now on all functions and views of this database read a clock of the test's own; the function it gives moves that
- * clock forward, and that of `newId`. `sql` is the owner of the database.
+ * From now on all functions and views of this database read the test's clock. The function it gives moves that clock
+ * forward, and so the ids of `newId`. `sql` is the owner of the database.
  */
 export async function movableClock(sql: Sql): Promise<(seconds: number) => Promise<void>> {
   await sql(`
@@ -40,6 +45,6 @@ export async function movableClock(sql: Sql): Promise<(seconds: number) => Promi
     end $$`)
   return async (seconds) => {
     const [row] = await sql('update clock.ahead set seconds = seconds + $1 returning seconds', [seconds])
-    idsAhead(Math.floor(row!.seconds * 1000))
+    aheadMs = Math.floor(row!.seconds * 1000)
   }
 }

@@ -1,11 +1,10 @@
 // A database of its own for a test file, copied from the migrated template, with the servers that work on it.
-import { setTimeout as sleep } from 'node:timers/promises'
 import pg from 'pg'
 import type { Test } from 'uvu'
 import { type Claims, type Server, startPostgrest, startRedis, withDatabase } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
 
-/** What scripts/test.ts hands to each test file in `KEYLEDGER_TEST`. */
+/** The server that scripts/test.ts prepares, handed to each test file in `KEYLEDGER_TEST`. */
 export interface TestServer {
   adminUrl: string
   template: string
@@ -61,7 +60,7 @@ export async function database(suite: Test): Promise<Database> {
     return started.get(what) as Promise<T>
   }
   const as = (role: Role, claims: Record<string, unknown> = {}): Sql => {
-    // the owner is not for the login role to become
+    // the login role can't become the owner
     const from = role === 'keyledger_owner' ? pools[0] : pools[1]
     return async (text, values) => {
       const client = await from.connect()
@@ -98,7 +97,7 @@ export async function database(suite: Test): Promise<Database> {
     })
     // by force: a connection that was left open would keep this process
     await step(() => once(adminUrl, `drop database ${name} with (force)`))
-    // thrown, they would take the place of the results
+    // errors thrown here would replace the results
     for (const fault of faults) console.error(fault)
     if (faults.length)
       process.on('exit', () => {
@@ -165,13 +164,13 @@ function pool(connectionString: string): pg.Pool {
     .on('connect', (client) => client.on('error', () => {})) // one in use: its query says so
 }
 
-// A client may still be on its way back; one that isn't there after 5 s was never released, and `end` would wait for it.
+// A client may still be on its way back. After 5 s it was never released, and `end` would wait for it.
 async function endPool(pool: pg.Pool) {
   const returned = until(() => pool.totalCount === pool.idleCount, 'each client to be released', 5)
   const ended = returned.then(
     () => pool.end(),
     () => {
-      void pool.end() // those that are there
+      void pool.end() // ends the clients that came back
       throw new Error('a client was never released')
     },
   )
@@ -187,16 +186,19 @@ async function become(client: pg.ClientBase, role: Role, claims: Record<string, 
   ])
 }
 
-// A closed connection's backend takes a moment to go; one that is still there after 2 s was not closed.
+// A closed connection's backend takes a moment to go; after 5 s it was not closed.
 async function openConnections(adminUrl: string, name: string): Promise<Row[]> {
   const query = `select application_name, usename, state, query from pg_stat_activity
     where datname = '${name}' and backend_type = 'client backend'`
-  const end = performance.now() + 2000
-  for (;;) {
-    const open = await once(adminUrl, query)
-    if (!open.length || performance.now() > end) return open
-    await sleep(50)
+  let open: Row[] = []
+  const closed = async () => {
+    open = await once(adminUrl, query)
+    return !open.length
   }
+  await until(closed, 'each connection to close', 5).catch((error) => {
+    if (!open.length) throw error
+  })
+  return open
 }
 
 async function redis(): Promise<Server> {

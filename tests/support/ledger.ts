@@ -1,44 +1,12 @@
-// Exact money in tests, requests, seeded chance, and the invariants that hold for every account at any time.
-import { randomBytes } from 'node:crypto'
+// Exact money in tests, seeded chance, and the invariants that hold for every account at any time.
 import * as assert from 'uvu/assert'
 import type { Row, Sql } from './database.ts'
-import type { World } from './seed.ts'
 
 /** A decimal string in units of 1e-10. */
 export function units(decimal: string): bigint {
   const [, sign, whole, fraction = ''] = decimal.match(/^(-?)(\d+)(?:\.(\d{1,10}))?$/)!
   return BigInt(`${sign}${whole}${fraction.padEnd(10, '0')}`)
 }
-
-// of a clock that the test has moved
-let aheadMs = 0
-export const idsAhead = (ms: number) => {
-  aheadMs = ms
-}
-
-/** A UUIDv7 of now. */
-export function newId(): string {
-  const hex = (Date.now() + aheadMs).toString(16).padStart(12, '0') + randomBytes(10).toString('hex')
-  const variant = '89ab'[randomBytes(1)[0]! % 4]
-  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-7${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20)}`
-}
-
-/** A request to hold an amount for the world's key. */
-export const hold = ({ accountId, keyId }: World, amount: string, id = newId()) => ({
-  id,
-  account_id: accountId,
-  virtual_key_id: keyId,
-  amount,
-})
-
-/** An event without a hold; a million tokens cost 2.50. */
-export const event = ({ accountId, keyId, nodeId }: World, tokens: number, id = newId()) => ({
-  id,
-  account_id: accountId,
-  virtual_key_id: keyId,
-  config_node_id: nodeId,
-  meters: { input_tokens: tokens },
-})
 
 /** A seeded generator: `chance(n)` is one of 0 … n-1. The same seed gives the same run. */
 export function chances(seed: number): (n: number) => number {
@@ -49,7 +17,7 @@ export function chances(seed: number): (n: number) => number {
   }
 }
 
-/** The elements in an order of chance's. */
+/** The elements in a random order. */
 export function shuffled<T>(elements: T[], chance: (n: number) => number): T[] {
   const copy = [...elements]
   for (let i = copy.length - 1; i > 0; i--) {
@@ -60,8 +28,8 @@ export function shuffled<T>(elements: T[], chance: (n: number) => number): T[] {
 }
 
 /**
- * The six invariants and the chain, computed here without `verify_balances`, and `verify_balances` beside them. `sql` is
- * the owner of the database. (The sixth, a refusal changes nothing, is for the test that is refused.)
+ * The six invariants and the chain, computed here without `verify_balances`, and `verify_balances` beside them.
+ * The sixth, that a refusal changes nothing, is up to the test with the refusal. `sql` is the owner of the database.
  */
 export async function holdsTrue(sql: Sql): Promise<void> {
   assert.equal(await sql('select * from api.verify_balances()'), [])

@@ -1,4 +1,4 @@
-// What the servers started below a temporary directory have left there, and which of them still run.
+// Leftovers of servers started below a temporary directory: their directories, and processes that still run.
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 

@@ -1,11 +1,11 @@
-// The database's side of the model test: a new world in it, and what it has, in the words of the model.
+// The database's side of the model test: makes a world, and reads its state in the terms of the model.
 import type pg from 'pg'
 import type { Database, Row } from './database.ts'
 import { figuresOf, openAccount, type User, type World } from './model.ts'
 
-/** A world of its own on the database: a tenant with a member, and one who pays alone, at a full hour. */
+/** A new world on the database at a full hour: a tenant with a member, and a user who pays alone. */
 export async function begin(db: Database, nodeId: string): Promise<World> {
-  // at a full hour, so that none of it is at the turn of a day
+  // at a full hour, so that no test step meets the turn of a day
   const [{ began }] = (await db.sql(
     `update clock.ahead set seconds = extract(epoch from date_trunc('hour', now() + interval '1 hour') - now())
     returning date_trunc('hour', now() + interval '1 hour') as began`,
@@ -50,7 +50,7 @@ export async function begin(db: Database, nodeId: string): Promise<World> {
   return world
 }
 
-// a session whose plans are made once: to plan these views takes longer than to read them
+// a session that plans once: planning these views takes longer than reading them
 let session: Promise<pg.Client> | undefined
 async function reader(db: Database): Promise<pg.Client> {
   session ??= (async () => {
@@ -62,7 +62,7 @@ async function reader(db: Database): Promise<pg.Client> {
   return session
 }
 
-/** What the database has, in the words of the model. */
+/** The state of the database, in the terms of the model. */
 export async function read(
   db: Database,
   accounts: string[],

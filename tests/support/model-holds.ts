@@ -1,7 +1,7 @@
 // Steps of the model test: holds and freezes.
 import { fromSteps } from '../../scripts/money.ts'
 import type { Row } from './database.ts'
-import { newId } from './ledger.ts'
+import { idAt, newId } from './ids.ts'
 import * as model from './model.ts'
 import { msOf, Refused, type World } from './model.ts'
 import * as rules from './model-rules.ts'
@@ -19,7 +19,6 @@ import {
   single,
   someAccount,
 } from './model-steps.ts'
-import { idAt } from './payer.ts'
 
 export const holds: Kinds = {
   freeze_funds(dice, world) {
@@ -96,7 +95,7 @@ export const holds: Kinds = {
       ],
       (world, requests) => {
         const codes = requests.map(({ id, account_id, virtual_key_id }) => {
-          // made a minute before the hour, it is too old once an hour has passed
+          // an id made a minute before the hour is too old once an hour has passed
           if (msOf(id) < world.began + (world.now - 1) * hour * 1000) return 'id_not_of_now'
           const user = rules.userOf(world, virtual_key_id)
           if (user.suspended) return 'user_suspended'

@@ -1,6 +1,6 @@
 // Steps of the model test: money in and back, limits, grants.
 import { fromSteps } from '../../scripts/money.ts'
-import { newId } from './ledger.ts'
+import { newId } from './ids.ts'
 import * as model from './model.ts'
 import { type Account, Refused } from './model.ts'
 import * as rules from './model-rules.ts'

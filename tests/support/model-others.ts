@@ -1,6 +1,6 @@
 // Steps of the model test: budgets, statements, time, people.
 import { fromSteps } from '../../scripts/money.ts'
-import { newId } from './ledger.ts'
+import { newId } from './ids.ts'
 import * as model from './model.ts'
 import { Refused } from './model.ts'
 import * as rules from './model-rules.ts'

@@ -1,8 +1,8 @@
-// What the money rules come to, written a second time and plainly.
+// The rules of money, written a second time and plainly.
 import type { Account, Budget, Entry, Grant, Hold, User, World } from './model.ts'
 import { amountOf, available, freeCredit, holdNow, max, min, open, Refused, sum } from './model.ts'
 
-/** What every operation does first with the accounts it touches: what the clock has ended, ends. */
+/** Settles an account: ends what the clock has ended. Every operation does so first. */
 export function settle(world: World, id: string): Account {
   const account = world.accounts.get(id)
   if (!account) throw new Refused('account_not_found')
@@ -26,7 +26,7 @@ export function settle(world: World, id: string): Account {
   return account
 }
 
-/** A parked hold ends with the last parked event that names it; still in time, and none of them final, it goes on. */
+/** Ends a parked hold with the last parked event that names it; in time, and if none was final, it goes on. */
 export function endParked(world: World, account: Account, holdId: string | undefined): void {
   const hold = account.holds.get(holdId ?? '')
   if (hold?.status !== 'parked' || waits(world, account, hold)) return
@@ -45,11 +45,11 @@ const inOrder = (a: Grant, b: Grant) =>
   a.priority - b.priority || (a.end === b.end ? 0 : a.end - b.end) || a.seq - b.seq
 
 interface Posting extends Partial<Omit<Entry, 'seq' | 'kind' | 'free' | 'draws'>> {
-  /** What happens to the grants before debt is paid. */
+  /** Changes the grants before debt is paid. */
   change?: (seq: number) => void
 }
 
-/** One entry: money comes or goes, and then debt is paid by free credit, and by balance down to the limit. */
+/** One entry: money comes or goes, then free credit, and balance down to the limit, pay debt. */
 export function post(account: Account, kind: string, posting: Posting): Entry {
   const { balance = 0n, outstanding = 0n, limit = account.limit, change, content = '', ...about } = posting
   const before = { ...account, free: freeCredit(account) }
@@ -88,7 +88,7 @@ export function post(account: Account, kind: string, posting: Posting): Entry {
   return entry
 }
 
-/** The entry a reference was used for; refused if for anything else. `amount` null: whatever it was. */
+/** The entry that used a reference; refuses another kind or content. With `amount` null any amount matches. */
 export function firstTry(
   account: Account,
   kind: string,
@@ -103,7 +103,7 @@ export function firstTry(
   return first
 }
 
-/** A charge given back: debt first, then what was money, then what was free credit, to grants that still live. */
+/** Gives a charge back: debt first, then paid money, then free credit, to grants that still live. */
 export function refund(
   world: World,
   account: Account,
@@ -165,7 +165,7 @@ export function refund(
   })
 }
 
-/** What a budget has been used for, and holds are to use it for, in the window that is now. */
+/** The use of a budget and the holds on it, in the current window. */
 export function budgetNow(world: World, { accountId, scope, scopeId, period, amount }: Budget) {
   const account = world.accounts.get(accountId)!
   const windowOf = (hour: number) =>
@@ -187,7 +187,7 @@ export function budgetNow(world: World, { accountId, scope, scopeId, period, amo
 export const userOf = (world: World, keyId: string): User =>
   [...world.users.values()].find((user) => user.keyId === keyId)!
 
-/** The code of the first budget of an account, narrow ones first, that an amount for a key (or for a user, null) goes over. */
+/** The code of the first budget, narrow ones first, that an amount for a key (null: for a user) exceeds. */
 export function overBudget(
   world: World,
   accountId: string,

@@ -1,7 +1,7 @@
-// The steps of the model test: dice picked by fast-check become one concrete operation, with its SQL and what the model says of it.
+// Steps of the model test: dice that fast-check picks become one operation, with its SQL and the model's answer.
 import { fromSteps } from '../../scripts/money.ts'
 import type { Role, Row } from './database.ts'
-import { newId } from './ledger.ts'
+import { newId } from './ids.ts'
 import type { Account, World } from './model.ts'
 import * as model from './model.ts'
 import * as rules from './model-rules.ts'
@@ -16,10 +16,10 @@ export interface Operation {
   text: string
   values: unknown[]
   accounts: string[]
-  /** May not run at the same time as others: what it changes is read before any lock. */
+  /** Must run alone: other operations read its row before they take any lock. */
   alone?: boolean
   say(rows: Row[]): string[]
-  /** Applies it to the model; `said` is the database's answer, for the ids that it makes. Refused as a whole: throws `Refused`. */
+  /** Applies it to the model, or throws `Refused`. `said` is the database's answer, with ids that it made. */
   expect(world: World, said: string[]): string[]
 }
 
@@ -37,12 +37,12 @@ export const amounts = (dice: Dice): bigint =>
   ][dice(8) > 1 ? 0 : 1 + dice(2)]!()
 export const one = <T>(dice: Dice, list: T[]): T | undefined => list[dice(list.length)]
 export const reference = (dice: Dice) => (dice(3) ? undefined : `reference ${dice(5)}`)
-// around what the account has left, where it matters
+// amounts around the rest of the account, where rules change
 export const nearAll = (dice: Dice, world: World, account: Account): bigint => {
   const all = model.available(account, world.now)
   return all > 0n && dice(2) ? [all, all + 1n, all / 2n + 1n, all / 3n + 1n][dice(4)]! : amounts(dice)
 }
-// any account, now and then an unknown one; mostly one that has what the operation is about
+// mostly an account that suits the operation, sometimes any other or an unknown one
 export const someAccount = (
   dice: Dice,
   world: World,
@@ -105,5 +105,5 @@ export const locked = (world: World, ids: string[]) => {
 }
 export const availableNow = (world: World, account: Account) => fromSteps(model.available(account, world.now))
 
-/** What makes an operation of each kind. */
+/** A maker of operations for each kind. */
 export type Kinds = Record<string, (dice: Dice, world: World, setting: Setting) => Operation>

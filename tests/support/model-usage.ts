@@ -1,13 +1,12 @@
-// Steps of the model test: what was used, what was parked, and advice.
+// Steps of the model test: usage, parked events, and advice.
 import { fromSteps } from '../../scripts/money.ts'
 import type { Row } from './database.ts'
-import { newId } from './ledger.ts'
+import { idAt, newId } from './ids.ts'
 import type { Event, World } from './model.ts'
 import * as model from './model.ts'
 import { msOf } from './model.ts'
 import * as rules from './model-rules.ts'
 import { amounts, availableNow, hour, type Kinds, locked, many, one } from './model-steps.ts'
-import { idAt } from './payer.ts'
 
 export const usage: Kinds = {
   record_usage(dice, world, { nodeId }) {
@@ -56,7 +55,7 @@ export const usage: Kinds = {
         const { hold_id: _, ...event } = again.event
         const { code } = again
         const [answer] = record(world, [code === 'invalid_hold' ? event : again.event], false)
-        // a wrong hold stays one, whatever else is wrong; and what was dismissed stays so
+        // a wrong hold stays wrong, whatever else is wrong; a dismissed event stays dismissed
         if (answer![0] !== 'parked') {
           again.resolution = 'charged'
           rules.endParked(world, world.accounts.get(again.event.account_id)!, again.holdId)
@@ -176,7 +175,7 @@ function record(world: World, events: Event[], parks = true): (string | false | 
     }
     const account = world.accounts.get(event.account_id)!
     const { content, cost, seq } = account.usage.get(event.id)!
-    // one that could not be charged either differs from what was
+    // an event that could not be charged either differs from the charged one
     const mismatch = !charged.has(event) && (codes[i] || content !== contentOf(world, event)) && 'mismatch'
     return [
       charged.has(event) ? 'charged' : 'duplicate',

@@ -1,4 +1,4 @@
-// The model: one world of accounts in memory, exact to the last decimal, and how it is shown.
+// The model: a world of accounts in memory, exact to the last decimal, and its figures as texts.
 import { fromSteps, toSteps } from '../../scripts/money.ts'
 import { budgetNow } from './model-rules.ts'
 
@@ -15,7 +15,7 @@ export interface Hold {
   captured: bigint
   status: 'open' | 'parked' | 'captured' | 'released' | 'expired'
   end: number
-  /** What makes a repeated request the same; null for a freeze. */
+  /** A repeated request is the same if this is equal; null for a freeze. */
   content: string | null
   keyId?: string
   reference?: string | undefined
@@ -36,7 +36,7 @@ export interface Entry {
   outstanding: bigint
   limit: bigint
   reference?: string | undefined
-  /** What makes a repeated reference the same, beside kind and amount. */
+  /** A repeated reference is the same if this is equal, with kind and amount. */
   content: string
   refundOf?: number
   refundOfUsage?: string | undefined
@@ -123,7 +123,7 @@ export const msOf = (id: string) => Number.parseInt(id.replace('-', '').slice(0,
 
 export const steps = (text: string | undefined): bigint => toSteps(text!)!
 
-/** What meters cost at 1 for `usd` and 1 for 3 of `third`: one rounding, half up. */
+/** The cost of meters at 1 per `usd` and 1 per 3 of `third`: one rounding, half up. */
 export function costOf({ usd = '0', third = '0' }: Record<string, string>): bigint {
   const sixths = 6n * steps(usd) + 2n * steps(third)
   return (sixths + 3n) / 6n
@@ -144,7 +144,7 @@ export const open = (account: Account, now: number) =>
   [...account.holds.values()].filter(
     ({ status, end }) => status === 'parked' || (status === 'open' && end > now),
   )
-/** What is set aside for events that are parked shrinks by the credit that expired under it. */
+/** Shrinks the money set aside for parked events by the credit that expired under it. */
 export const parkedUnspent = (account: Account) =>
   sum(
     [...account.holds.values()]
@@ -153,7 +153,7 @@ export const parkedUnspent = (account: Account) =>
   )
 export const frozen = (account: Account, now: number) =>
   sum(open(account, now).map(({ amount, captured }) => amount - captured))
-/** At a moment: what has ended by then is gone, and what is spent by then nobody knows. */
+/** The money at a moment: grants and holds that ended by then are gone; later spending is unknown. */
 const availableAt = (account: Account, moment: number) =>
   account.balance +
   account.limit -
@@ -170,8 +170,8 @@ const shrunk = (account: Account, now: number) => {
 export const available = (account: Account, now: number) => availableAt(account, now) + shrunk(account, now)
 
 /**
- * At a moment when grants expire: what is there past it if all holds that end by then are captured. Lasting credit that goes before those
- * grants by its priority is spent first; `lasting` is what of it they don't reach.
+ * The money left after a moment when grants expire, if all holds that end by then are captured.
+ * Lasting credit with priority over those grants is spent first; `lasting` is the part they don't reach.
  */
 export function past(account: Account, moment: number): { left: bigint; lasting: bigint } {
   const live = account.grants.filter(({ remaining }) => remaining > 0n)
@@ -185,7 +185,7 @@ export function past(account: Account, moment: number): { left: bigint; lasting:
   return { left: availableAt(account, moment) - min(spent, lasting), lasting: max(lasting - spent, 0n) }
 }
 
-/** What a hold from `since` until `end` can stand on: what is there at any moment of its life, and for the holds that outlive it. */
+/** The money for a hold from `since` until `end`: the least of its life, and for the holds that outlive it. */
 export function backing(account: Account, since: number, end: number): bigint {
   const moments = account.grants
     .filter(({ remaining, end }) => remaining > 0n && end < Infinity)
@@ -198,7 +198,7 @@ export function holdNow(hold: Hold, now: number): string {
   return hold.status === 'open' && hold.end <= now ? 'expired' : hold.status
 }
 
-/** Time moves on, by whole hours; the figures as each began are kept. */
+/** Moves time on by whole hours, and keeps the figures at the start of each. */
 export function pass(world: World, hours: number): void {
   for (let i = 0; i < hours; i++) {
     world.now++

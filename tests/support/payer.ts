@@ -1,13 +1,7 @@
-// A user who pays alone, and what a test of money does with the account. Money in and out is in short decimals.
-import { randomUUID } from 'node:crypto'
+// A payer, with the calls that a test of money makes on the account. Amounts are short decimals.
 import type { Database, Row } from './database.ts'
-import { newId } from './ledger.ts'
-
-/** A UUIDv7 of that moment. */
-export function idAt(moment: Date | string): string {
-  const hex = new Date(moment).getTime().toString(16).padStart(12, '0')
-  return `${hex.slice(0, 8)}-${hex.slice(8)}${newId().slice(13)}`
-}
+import { newId } from './ids.ts'
+import { seed } from './seed.ts'
 
 export type Payer = Awaited<ReturnType<typeof payer>>
 
@@ -18,31 +12,17 @@ export async function payer(
 ) {
   const { operator, gateway } = db
   const one = async (rows: Promise<Row[]>): Promise<Row> => (await rows)[0]!
-  const { id: userId, account_id: accountId } = await one(
-    operator('insert into api.user_profiles (tenant_id) values ($1) returning id, account_id', [tenantId]),
-  )
-  const { id: nodeId } = await one(
-    operator('insert into api.config_nodes (name) values ($1) returning id', [randomUUID()]),
-  )
-  await operator(
-    `insert into api.prices (config_node_id, meter, unit_price, effective_from) values ($1, 'usd', 1, '2020-01-01')`,
-    [nodeId],
-  )
-  const key = await one(
-    operator('select id, virtual_key from api.create_virtual_key($1, config_node_ids => $2)', [
-      userId,
-      [nodeId],
-    ]),
-  )
+  const world = await seed(operator, { funds: '0', alone: true, tenantId, prices: { usd: ['1', 1] } })
+  const { userId, accountId, nodeId, keyId, key } = world
   const batch = async (fn: string, elements: Row[]): Promise<Row[]> =>
     (await one(gateway(`select api.${fn}($1::jsonb) as answers`, [JSON.stringify(elements)]))).answers
 
   const account = {
-    userId: userId as string,
-    accountId: accountId as string,
-    nodeId: nodeId as string,
-    keyId: key.id as string,
-    key: key.virtual_key as string,
+    userId,
+    accountId,
+    nodeId,
+    keyId,
+    key,
 
     topUp: (amount: string, args = {}) => account.post('top_up', { amount, ...args }),
     adjust: (amount: string, args = {}) =>
@@ -59,7 +39,7 @@ export async function payer(
     event: (usd: string, more: Row = {}): Row => ({
       id: newId(),
       account_id: accountId,
-      virtual_key_id: key.id,
+      virtual_key_id: keyId,
       config_node_id: nodeId,
       meters: { usd },
       ...more,
@@ -67,7 +47,7 @@ export async function payer(
     request: (amount: string, more: Row = {}): Row => ({
       id: newId(),
       account_id: accountId,
-      virtual_key_id: key.id,
+      virtual_key_id: keyId,
       amount,
       ...more,
     }),

@@ -1,4 +1,4 @@
-// PgBouncer in front of a database, for a test of what holds in transaction mode.
+// PgBouncer in front of a database, for a test in transaction mode.
 import { chownSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import pg from 'pg'
@@ -6,8 +6,8 @@ import { inPath, temporaryDirectory, unprivilegedUser } from '../../scripts/bina
 import { type Server, start } from '../../scripts/servers.ts'
 
 /**
- * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections` to it;
- * undefined where `pgbouncer` is not in PATH.
+ * Starts PgBouncer in transaction mode in front of the database and login of `databaseUrl`, with `connections`
+ * to it; undefined where `pgbouncer` is not in PATH.
  */
 export async function startPgBouncer({ databaseUrl = '', connections = 2 }): Promise<Server | undefined> {
   const binary = inPath('pgbouncer')

@@ -2,8 +2,8 @@
 import { migrate, prepareRoles, type Server, startPostgres, withDatabase } from '../../scripts/servers.ts'
 
 /**
- * Starts it with `settings` (`name=value`) and migrates database `keyledger`. `url` is the superuser's on that database,
- * `loginUrl` the login role's. The test must `stop()` it.
+ * Starts it with `settings` (`name=value`) and migrates database `keyledger`. On that database `url` is the
+ * superuser's, `loginUrl` the login role's. The test must `stop()` it.
  */
 export async function ownPostgres(settings: string[] = []): Promise<Server & { loginUrl: string }> {
   const server = await startPostgres({ settings })

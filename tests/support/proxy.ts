@@ -4,7 +4,7 @@ import { createServer, connect as dial, type Socket } from 'node:net'
 export interface TcpProxy {
   /** The server's url with the proxy's port. */
   url: string
-  /** `pass` (at first); `refuse` closes each new connection at once; `hang` takes what is sent and passes nothing on. */
+  /** `pass` (at first); `refuse` closes each new connection at once; `hang` reads and passes nothing on. */
   mode: 'pass' | 'refuse' | 'hang'
   /** Connections refused so far. */
   refused: number

@@ -1,11 +1,11 @@
-// Rows written many at a time through the views, as postgrest-js and other clients of PostgREST write them.
+// Many rows written at once through the views, as postgrest-js and other clients of PostgREST write them.
 import { randomUUID } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
 import { seed } from '../support/seed.ts'
 
 const test = suite('bulk writes')
@@ -13,7 +13,7 @@ const db = await database(test)
 const { url, token } = await db.postgrest()
 const authorization = `Bearer ${await token({ role: 'keyledger_operator' })}`
 
-// as postgrest-js does it: `columns` names what any row has; `missing=default` is its `defaultToNull: false`
+// as postgrest-js does: `columns` names each column of any row; `missing=default` is `defaultToNull: false`
 async function send(path: string, rows: Row[], prefer: string[] = [], method = 'POST') {
   const [view, query] = path.split('?')
   const columns = [...new Set(rows.flatMap(Object.keys))].map((name) => `"${name}"`).join(',')
@@ -36,7 +36,7 @@ const merging = ['resolution=merge-duplicates']
 const { keyId, nodeId } = await seed(db.operator)
 const other = await seed(db.operator)
 const id = randomUUID
-/** Per view: rows of which each column with a default is missing in one; and what the defaults are. */
+/** Per view: rows, each of which lacks one column with a default; and the defaults. */
 const unequal: Record<string, { rows: () => Row[]; defaults: Row }> = {
   tenants: {
     rows: () => [
@@ -77,7 +77,7 @@ const unequal: Record<string, { rows: () => Row[]; defaults: Row }> = {
 }
 
 for (const [view, { rows, defaults }] of Object.entries(unequal)) {
-  test(`${view}: rows of unequal columns are taken with missing=default`, async () => {
+  test(`${view}: rows of unequal columns go in with missing=default`, async () => {
     const given = rows()
     const { status, answer } = await send(view, given, withDefaults)
     assert.is(status, 201, JSON.stringify(answer))
@@ -100,7 +100,7 @@ for (const [view, { rows, defaults }] of Object.entries(unequal)) {
     })
 }
 
-test('a view that can be inserted into has the defaults of its table, and none else', async () => {
+test('each view that takes inserts has exactly the defaults of its table', async () => {
   const columns = await db.sql(`
     select c.relname as view, a.attname as name,
       pg_get_expr(d.adbin, d.adrelid) as default, (
@@ -123,7 +123,7 @@ test('a view that can be inserted into has the defaults of its table, and none e
   for (const { view, name, default: own, of_table } of columns) assert.is(own, of_table, `${view}.${name}`)
 })
 
-test('what must be given and is not, or is null in an update, is refused by its name', async () => {
+test('a refusal names a required column that is missing, or null in an update', async () => {
   const cases: [path: string, rows: Row[], method: string, column: string][] = [
     ['tenants', [{ external_id: id() }], 'POST', 'name'],
     ['config_nodes', [{ model: 'm' }], 'POST', 'name'],
@@ -140,7 +140,7 @@ test('what must be given and is not, or is null in an update, is refused by its 
   }
 })
 
-test('a currency as other systems write it is refused, and the right one is named', async () => {
+test('a currency as other systems write it is refused, and the hint names the right one', async () => {
   const price = { config_node_id: nodeId, meter: 'requests', unit_price: '1' }
   for (const [view, row] of Object.entries({ tenants: { name: 't' }, user_profiles: {}, prices: price }))
     for (const [currency, right] of [
@@ -172,7 +172,7 @@ const repeated: Record<string, { row: () => Row; key: string; change: Row }> = {
   },
 }
 for (const [view, { row, key, change }] of Object.entries(repeated))
-  test(`${view}: an upsert of whole rows takes what is fixed as it is, and refuses its change`, async () => {
+  test(`${view}: an upsert of whole rows accepts unchanged fixed columns, and refuses a change of them`, async () => {
     const first = row()
     assert.is((await send(view, [first], merging)).status, 201)
     const again = { ...first, ...change }
@@ -191,7 +191,7 @@ for (const [view, { row, key, change }] of Object.entries(repeated))
     assert.equal(kept, { id: first.id, [key]: first[key] })
   })
 
-test('a mount may be sent twice, and moved; a price only by ignoring what is there', async () => {
+test('a mount may be sent twice, and moved; a price may be sent twice only when duplicates are ignored', async () => {
   const mount = { virtual_key_id: other.keyId, config_node_id: nodeId }
   for (const prefer of [merging, merging, ['resolution=ignore-duplicates']]) {
     const { status, answer } = await send('virtual_key_config_nodes', [mount], prefer)
@@ -210,7 +210,7 @@ test('a mount may be sent twice, and moved; a price only by ignoring what is the
   assert.is((await send(path, [{ ...price, unit_price: '2' }], merging)).status, 403)
 })
 
-test('a mount that moves evicts its key, from the old node and to the new', async () => {
+test('a mount that moves to another node evicts its key', async () => {
   const world = await seed(db.operator)
   const cursor = (await db.gateway('select api.cache_changes() as c'))[0]!.c.cursor
   const moved = `update api.virtual_key_config_nodes set config_node_id = $2 where virtual_key_id = $1`
@@ -223,7 +223,7 @@ test('a mount that moves evicts its key, from the old node and to the new', asyn
   assert.is((await gone).code, '23503')
 })
 
-test('views are embedded in each other where docs/api.md says so, and nowhere else', async () => {
+test('PostgREST embeds views in each other exactly where docs/api.md says so', async () => {
   const text = readFileSync(new URL('../../docs/api.md', import.meta.url), 'utf8')
   const [, list] = text.match(/between these views only: ([^:]+):/)!
   const said = [...list!.matchAll(/`(\w+)` and\s+`(\w+)`/g)].flatMap(([, a, b]) => [`${a} ${b}`, `${b} ${a}`])

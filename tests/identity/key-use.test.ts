@@ -1,11 +1,12 @@
-// When a key was last used: kept to the minute, without a write per request, without anyone waiting, and evicting nothing.
+// The last use of a key: kept to the minute, without a write per request, a wait or an eviction.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
-import { idAt, type Payer, payer } from '../support/payer.ts'
+import { idAt } from '../support/ids.ts'
+import { type Payer, payer } from '../support/payer.ts'
 
-const test = suite('last used')
+const test = suite('key use')
 const db = await database(test)
 const move = await movableClock(db.sql)
 
@@ -16,7 +17,7 @@ const writes = async ({ keyId }: Payer): Promise<string> =>
     .it
 const at = (ms: number) => ({ id: idAt(new Date(ms)) })
 
-test('a use is known at once, the next ones to the minute', async () => {
+test('the first use shows at once, later ones to the minute', async () => {
   const account = await payer(db, { funds: '10' })
   assert.is(await used(account), null)
   const first = Date.now()
@@ -33,7 +34,7 @@ test('a use is known at once, the next ones to the minute', async () => {
   await move(-61)
 })
 
-test('it is the time of the use, not of its recording, and never goes back or ahead of the clock', async () => {
+test('the time is that of the use, not of its recording, and never goes back or ahead of the clock', async () => {
   const account = await payer(db, { funds: '10' })
   const hourAgo = Date.now() - 3_600_000
   await account.record(account.event('0.1', at(hourAgo - 60_000)), account.event('0.1', at(hourAgo)))
@@ -46,7 +47,7 @@ test('it is the time of the use, not of its recording, and never goes back or ah
   assert.ok(before <= ahead && ahead <= Date.now())
 })
 
-test('what is only held, parked or advised is no use', async () => {
+test('a hold, a parked event or advice is no use', async () => {
   const account = await payer(db, { funds: '10' })
   await account.hold('1')
   await account.use('1', { meters: { nothing: 1 } })
@@ -79,7 +80,7 @@ test('a use evicts nothing', async () => {
   assert.equal([keys, reset], [[], false])
 })
 
-test('a call waits for nobody who marks the same key, nor for its rotation', async () => {
+test('a call waits neither for another that marks the same key, nor for its rotation', async () => {
   const account = await payer(db, { funds: '1' })
   const session = await db.session()
   try {
@@ -99,7 +100,7 @@ test('a call waits for nobody who marks the same key, nor for its rotation', asy
   }
 })
 
-test('a key that is deleted takes its row along; a member sees their own', async () => {
+test('a deleted key takes its row along; a member sees the last use of their own keys', async () => {
   const account = await payer(db, { funds: '1' })
   await account.use('0.1')
   const seen = await db.member(account.userId)('select id, last_used_at from api.virtual_keys')

@@ -1,5 +1,12 @@
 -- migrate:up
--- Reading what callers send: ids, moments, amounts and texts, of JSON or of an id.
+-- Reads values that callers send: ids, moments, amounts and texts.
+
+-- Hot functions in these files fix their plans: by index for any number of rows, and made once.
+-- A plan made on an empty table would scan that table until the next analyze.
+-- Planning anew takes a fifth of a call (measured).
+-- Hot updates that join use nested loops only: a hash join would read every hold there is.
+-- Rarer functions that look rows up by key forbid sequential scans for the same reason.
+-- tests/ledger/plans.test.ts counts the rows that each function reads.
 
 set local role keyledger_owner;
 
@@ -36,7 +43,7 @@ language plpgsql
 stable
 as $$
 begin
-  -- words (now, tomorrow, infinity) are no way to write one
+  -- numerals only: Postgres also reads words (now, tomorrow, infinity)
   if value ~ '^[0-9]{4}-' then
     return value::timestamptz;
   end if;
@@ -52,13 +59,15 @@ returns timestamptz
 language sql
 immutable parallel safe
 as $$
-  -- byte by byte: a third of what it takes by way of its text
+  -- byte by byte: this takes a third of the time that a cast to text takes
   select to_timestamp((
-    (get_byte(uuid_send(id), 0)::bigint << 40) + (get_byte(uuid_send(id), 1)::bigint << 32) + (get_byte(uuid_send(id), 2)::bigint << 24)
-    + (get_byte(uuid_send(id), 3) << 16) + (get_byte(uuid_send(id), 4) << 8) + get_byte(uuid_send(id), 5)) / 1000.0::double precision)
+    (get_byte(uuid_send(id), 0)::bigint << 40) + (get_byte(uuid_send(id), 1)::bigint << 32)
+    + (get_byte(uuid_send(id), 2)::bigint << 24)
+    + (get_byte(uuid_send(id), 3) << 16) + (get_byte(uuid_send(id), 4) << 8) + get_byte(uuid_send(id), 5)
+  ) / 1000.0::double precision)
 $$;
 
--- the smallest uuid a UUIDv7 of that moment can be: a partition bound
+-- the lowest UUIDv7 of the moment: a bound of partitions
 create or replace function data.uuid_floor(at timestamptz)
 returns uuid
 language sql
@@ -67,7 +76,7 @@ as $$
   select (lpad(to_hex(floor(extract(epoch from at) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid
 $$;
 
--- money that can be stored without rounding: finite, at most 10 decimals, below a trillion
+-- whether the ledger can store the number without rounding: at most 10 decimals, below a trillion
 create or replace function data.is_amount(value numeric)
 returns boolean
 language sql
@@ -76,14 +85,14 @@ as $$
   select coalesce(value > -1e12 and value < 1e12 and scale(trim_scale(value)) <= 10, false)
 $$;
 
--- the text as such money, null when it isn't a plain decimal
+-- the text as an amount, null when it isn't a plain decimal
 create or replace function data.to_amount(value text)
 returns numeric
 language plpgsql
 immutable parallel safe
 as $$
 begin
-  -- what numeric reads differs by version (1_000, 0x1f), and 1e9 or NaN is no way to write money
+  -- plain decimals only: numeric also reads 1e9 and NaN, and 1_000 and 0x1f in some versions
   if length(value) <= 100 and value !~ '[^0-9.-]' and data.is_amount(value::numeric) then
     return value::numeric;
   end if;
@@ -93,7 +102,7 @@ exception when invalid_text_representation or numeric_value_out_of_range then
 end
 $$;
 
--- A field of an element as text, null where it is no string: a number may be short, and its text 131,072 digits long.
+-- a field of an element as text, null when it is no string: 1e131071 has a text of 131,072 digits
 create or replace function data.text_of(
   element jsonb,
   field text
@@ -105,8 +114,9 @@ as $$
   select case when jsonb_typeof(element -> field) = 'string' then element ->> field end
 $$;
 
--- Has it a number whose text is much longer than the number is? 1e131071 takes ten bytes, and a zero may have thousands of decimals,
--- which its scale alone tells. No text is made to find out.
+-- whether the JSON has a number whose text would be far longer than the number itself
+-- 1e131071 takes ten bytes, and a zero may have thousands of decimals, which only its scale tells.
+-- The function compares numbers and scales, and never makes the text.
 create or replace function data.has_absurd_numbers(value jsonb)
 returns boolean
 language plpgsql
@@ -119,25 +129,36 @@ begin
 end
 $$;
 
--- a meter's quantity: a number or a decimal string, not negative, at most 10 decimals; null when it isn't
+-- a value that a caller sends to be kept, with each virtual key in it masked
+create or replace function data.without_keys(value jsonb)
+returns jsonb
+language sql
+immutable parallel safe
+as $$
+  select case
+    when value::text ~ 'vk_[0-9A-Za-z_-]{43}'
+    then regexp_replace(value::text, 'vk_[0-9A-Za-z_-]{43}', 'vk_…', 'g')::jsonb
+    else value
+  end
+$$;
+
+-- a meter's quantity: a number or decimal string, 0 or more, at most 10 decimals; else null
 create or replace function data.to_quantity(value jsonb)
 returns numeric
 language sql
 immutable parallel safe
 as $$
   select case jsonb_typeof(value)
-    -- a zero of thousands of decimals would be written out wherever it is kept
-    when 'number' then case when value::numeric >= 0 and scale(value::numeric) <= 40 and data.is_amount(value::numeric) then value::numeric end
+    -- a zero with thousands of decimals would be stored with all of them
+    when 'number' then
+      case
+        when value::numeric >= 0 and scale(value::numeric) <= 40 and data.is_amount(value::numeric) then value::numeric
+      end
     when 'string' then case when data.to_amount(value #>> '{}') >= 0 then data.to_amount(value #>> '{}') end
   end
 $$;
 
--- The hot functions below and in the next files fix their plans: by index for any number of rows, made once. Else a plan made on an
--- empty table scans it until the next analyze, and planning anew is a fifth of a call (measured). Those whose updates join do so by
--- nested loops only: a hash join reads all holds there are, which is cheap as long as there are few. Rarer functions that look things up
--- by key go without sequential scans for the same reason; tests/ledger/plans.test.ts counts what each reads.
-
--- The moment of so many seconds since 1970, to the microsecond: as one double, a moment of year 9999 drifts by 8 microseconds.
+-- the moment `seconds` after 1970, to the microsecond: one double would lose 8 of them in year 9999
 create or replace function data.epoch_time(seconds numeric)
 returns timestamptz
 language sql
@@ -147,7 +168,7 @@ as $$
     + make_interval(secs => (seconds - trunc(seconds))::double precision)
 $$;
 
--- So long after a moment, whatever the session's time zone makes of days: there a clock may change.
+-- the moment plus a duration, in UTC: in the session's time zone a day may have 23 or 25 hours
 create or replace function data.after(
   moment timestamptz,
   duration interval
@@ -159,7 +180,7 @@ as $$
   select ((moment at time zone 'UTC') + duration) at time zone 'UTC'
 $$;
 
--- seconds a hold stays open: 900 when absent, 1 to 2592000 (30 days), null when it is anything else
+-- seconds that a hold stays open: 1 to 2592000 (30 days), 900 when absent, null when invalid
 create or replace function data.to_expires_in(value jsonb)
 returns integer
 language sql
@@ -169,12 +190,13 @@ as $$
     when value is null or value = 'null' then 900
     when jsonb_typeof(value) = 'number' then
       case when value::numeric between 1 and 2592000 and value::numeric = trunc(value::numeric) then value::integer end
-    when jsonb_typeof(value) = 'string' and value #>> '{}' ~ '^[0-9]{1,7}$' and (value #>> '{}')::integer between 1 and 2592000
+    when jsonb_typeof(value) = 'string' and value #>> '{}' ~ '^[0-9]{1,7}$'
+      and (value #>> '{}')::integer between 1 and 2592000
       then (value #>> '{}')::integer
   end
 $$;
 
--- The last place of the run of equal ids that begins at `first`.
+-- the last place of the run of equal ids that begins at `first`
 create or replace function data.run_end(
   ids uuid[],
   first integer
@@ -193,7 +215,7 @@ begin
 end
 $$;
 
--- Says whether all ids are the first; nulls don't count.
+-- whether all ids equal the first; nulls don't count
 create or replace function data.is_one(ids uuid[])
 returns boolean
 language sql

@@ -1,13 +1,14 @@
-// What bad input gets: each case through both transports, with the same code, and every figure as it was.
+// Refusals of bad input: each case through both transports, with the same code and no figure changed.
 import { createHash, randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
+import { newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { payer } from '../support/payer.ts'
 import { type Case, code, refusals, short, transports } from '../support/transports.ts'
 
-const test = suite('input')
+const test = suite('refusals')
 const db = await database(test)
 const through = await transports(db)
 const each = refusals(test, db, through)
@@ -111,7 +112,7 @@ for (const [who, expected] of Object.entries(unusable)) {
     ],
   )
   for (const [name, { gateway }] of Object.entries(through))
-    test(`${expected}: what was used is charged all the same, by ${name}`, async () => {
+    test(`${expected}: the use is charged all the same, by ${name}`, async () => {
       const event = people[who as keyof typeof unusable].event('0.5')
       const [answer] = await gateway.call<Row[]>('record_usage', { events: [event] })
       assert.equal([answer!.status, answer!.cost], ['charged', '0.5000000000'])
@@ -303,7 +304,7 @@ each(
     '404 user_not_found',
   ],
   [
-    'a key for a node that is none',
+    'a key for an unknown node',
     ({ operator }) =>
       code(operator.call('create_virtual_key', { user_id: good.userId, config_node_ids: [randomUUID()] })),
     '404 config_node_not_found',
@@ -320,7 +321,7 @@ each(
     '404 virtual_key_unknown',
   ],
   [
-    'an argument that is none',
+    'an unknown argument',
     ({ operator }) =>
       code(operator.call<unknown>('top_up', { account_id: good.accountId, amount: '1', currency: 'USD' })),
     '404 function_not_found',
@@ -328,7 +329,7 @@ each(
   ['nothing to replay', ({ operator }) => operator.call('replay_parked_usage', { ids: [randomUUID()] }), []],
 )
 
-test('after all of it the ledger is whole', async () => {
+test('the ledger is whole after all these tests', async () => {
   const found = await db.sql('select * from api.verify_balances()')
   assert.equal(found, [])
   await db.sql(

@@ -1,14 +1,16 @@
 -- migrate:up
--- Identity is written through views: triggers keep ids and owners fixed, and lock parents before children.
+-- The operator writes identity through views: triggers lock parents, and keep ids and owners fixed.
 
 set local role keyledger_owner;
 
--- Trigger functions run as whoever writes, through a view too, so they are security definer: that role has no right on data.
+-- A trigger function runs as the role that writes, through a view too.
+-- That role has no right on schema data, so each trigger function is security definer.
 
--- Every write of a child locks its parents `for share`, from the child up (a plain `update` has locked the row before any
--- trigger can run, so child first is the one order every statement keeps), nodes last. A parent's change therefore waits for
--- its newest child, and the statement that evicts the parent's keys sees it.
+-- Every write of a child locks its parents `for share`: from the child up, nodes last.
+-- A plain `update` locks its row before any trigger runs: every statement can keep no other order.
+-- So a parent's change waits for its newest child, and its trigger evicts that child's keys too.
 
+-- a key locks its user and tenant; a rotated key also locks its nodes
 create or replace function data.lock_key_parents()
 returns trigger
 language plpgsql
@@ -21,7 +23,7 @@ begin
   select u.tenant_id into v_tenant_id from data.user_profile u where u.id = new.user_id for share;
   perform from data.tenant t where t.id = v_tenant_id for share;
   if tg_op = 'UPDATE' then
-    -- a new hash is as a new key that has mounts already: who unmounts a node must see it too
+    -- a new hash acts like a new key with mounts: the statement that unmounts a node must see it
     perform
     from data.virtual_key_config_node m
     join data.config_node n on n.id = m.config_node_id
@@ -35,6 +37,7 @@ $$;
 create or replace trigger lock_parents before insert or update of key_hash on data.virtual_key
   for each row execute function data.lock_key_parents();
 
+-- a user locks its tenant
 create or replace function data.lock_user_parent()
 returns trigger
 language plpgsql
@@ -49,6 +52,7 @@ $$;
 create or replace trigger lock_parents before insert or update of tenant_id on data.user_profile
   for each row execute function data.lock_user_parent();
 
+-- a mount locks its key and its node
 create or replace function data.lock_mount_parents()
 returns trigger
 language plpgsql
@@ -64,7 +68,7 @@ $$;
 create or replace trigger lock_parents before insert or update on data.virtual_key_config_node
   for each row execute function data.lock_mount_parents();
 
--- An operator's mistake is refused in words, before a constraint names a table that no role sees.
+-- refuse an operator's mistake in words, before a constraint names a table that no role sees
 -- The trigger's arguments are the columns that must not be null.
 create or replace function data.check_written()
 returns trigger
@@ -104,9 +108,10 @@ create or replace trigger check_written before insert on data.price
   for each row when (
     num_nulls(new.config_node_id, new.meter, new.unit_price, new.unit_size, new.currency, new.effective_from) > 0
     or new.currency !~ '^[A-Z]{3}$')
-  execute function data.check_written('config_node_id', 'meter', 'unit_price', 'unit_size', 'currency', 'effective_from');
+  execute function data.check_written(
+    'config_node_id', 'meter', 'unit_price', 'unit_size', 'currency', 'effective_from');
 
--- what never changes
+-- an owner keeps its id and its currency, and a closed owner stays closed
 create or replace function data.keep_owner_identity()
 returns trigger
 language plpgsql
@@ -118,10 +123,11 @@ begin
     perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
   end if;
   if new.currency <> old.currency then
-    perform data.refuse(409, 'currency_is_fixed', tg_table_name || ' ' || old.id, 'an account keeps the currency it was opened in');
+    perform data.refuse(409, 'currency_is_fixed', tg_table_name || ' ' || old.id,
+      'an account keeps the currency it was opened in');
   end if;
   if old.status = 'closed' and new.status <> 'closed' then
-    perform data.refuse(409, 'closed_is_final', tg_table_name || ' ' || old.id, 'suspend what may come back');
+    perform data.refuse(409, 'closed_is_final', tg_table_name || ' ' || old.id, 'suspend an owner that may come back');
   end if;
   return new;
 end
@@ -131,6 +137,7 @@ create or replace trigger keep_identity before update on data.tenant
 create or replace trigger keep_identity before update on data.user_profile
   for each row execute function data.keep_owner_identity();
 
+-- a node keeps its id
 create or replace function data.keep_node_identity()
 returns trigger
 language plpgsql
@@ -145,8 +152,12 @@ $$;
 create or replace trigger keep_identity before update on data.config_node
   for each row when (new.id <> old.id) execute function data.keep_node_identity();
 
--- An admin of one tenant is no admin of the next: a user who moves becomes a member, unless the same update names tenant_role. A
--- trigger is not told which columns an update names, so one that fires for tenant_role alone says so to the next, which takes it back.
+-- An admin of one tenant is no admin of the next: a user who moves becomes a member.
+-- The user keeps the role that the same update names.
+-- A trigger can't read which columns an update names: a trigger on tenant_role alone sets a flag.
+-- The next trigger reads the flag and clears it.
+
+-- set the flag: this update names tenant_role
 create or replace function data.tenant_role_named()
 returns trigger
 language plpgsql
@@ -159,10 +170,11 @@ begin
 end
 $$;
 
--- fired in the order of their names
+-- triggers fire in the order of their names
 create or replace trigger tenant_role_1_named before update of tenant_role on data.user_profile
   for each row execute function data.tenant_role_named();
 
+-- make a user who moves a member, unless the flag is set; clear the flag
 create or replace function data.tenant_role_kept()
 returns trigger
 language plpgsql
@@ -182,6 +194,7 @@ $$;
 create or replace trigger tenant_role_2_kept before update of tenant_id, tenant_role on data.user_profile
   for each row execute function data.tenant_role_kept();
 
+-- a key keeps its id and its user, and a revoked key stays revoked
 create or replace function data.keep_key_identity()
 returns trigger
 language plpgsql
@@ -201,7 +214,8 @@ $$;
 create or replace trigger keep_identity before update on data.virtual_key
   for each row execute function data.keep_key_identity();
 
--- a hash is a key's, or was one's, never both: by its own statement, which sees what committed while the unique index made it wait
+-- a new key must not take a hash that a key had before a rotation
+-- The query sees rows that committed while the insert waited for the unique index.
 create or replace function data.refuse_previous_hash()
 returns trigger
 language plpgsql
@@ -220,42 +234,7 @@ $$;
 create or replace trigger refuse_previous_hash after insert or update of key_hash on data.virtual_key
   for each row execute function data.refuse_previous_hash();
 
--- a status has its history, with the reason that set_status was given
-create or replace function data.note_status()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  insert into data.status_change (entity, entity_id, old_status, new_status, actor, reason)
-  values (tg_table_name, new.id, case when tg_op = 'UPDATE' then old.status end, new.status, data.actor(),
-    nullif(current_setting('keyledger.reason', true), ''));
-  return null;
-end
-$$;
-create or replace trigger note_status after update on data.tenant
-  for each row when (new.status <> old.status) execute function data.note_status();
-create or replace trigger note_status_inserted after insert on data.tenant
-  for each row when (new.status <> 'active') execute function data.note_status();
-create or replace trigger note_status after update on data.user_profile
-  for each row when (new.status <> old.status) execute function data.note_status();
-create or replace trigger note_status_inserted after insert on data.user_profile
-  for each row when (new.status <> 'active') execute function data.note_status();
-create or replace trigger note_status after update on data.virtual_key
-  for each row when (new.status <> old.status) execute function data.note_status();
-create or replace trigger note_status_inserted after insert on data.virtual_key
-  for each row when (new.status <> 'active') execute function data.note_status();
-create or replace trigger note_status after update on data.config_node
-  for each row when (new.status <> old.status) execute function data.note_status();
-create or replace trigger note_status_inserted after insert on data.config_node
-  for each row when (new.status <> 'active') execute function data.note_status();
-create or replace trigger append_only before update or delete on data.status_change
-  for each row execute function data.forbid_change();
-create or replace trigger append_only_truncate before truncate on data.status_change
-  for each statement execute function data.forbid_change();
-
--- a key's row of use opens with the key
+-- each key has a row of use from the start, so that using a key only updates
 create or replace function data.open_virtual_key_use()
 returns trigger
 language plpgsql
@@ -270,6 +249,26 @@ $$;
 create or replace trigger open_virtual_key_use after insert on data.virtual_key
   for each row execute function data.open_virtual_key_use();
 
+-- insert an owner's account; `owner_table` is tenant or user_profile
+create or replace function data.insert_account(
+  owner_table text,
+  owner_id uuid,
+  currency text
+)
+returns void
+language plpgsql
+as $$
+begin
+  insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)
+  values (
+    owner_id,
+    case when owner_table = 'tenant' then owner_id end,
+    case when owner_table = 'user_profile' then owner_id end,
+    insert_account.currency
+  );
+end
+$$;
+
 -- an owner's account opens with the owner; a clash of ids fails on the primary key
 create or replace function data.open_account()
 returns trigger
@@ -278,13 +277,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  insert into data.account_balance (account_id, owner_tenant_id, owner_user_id, currency)
-  values (
-    new.id,
-    case tg_table_name when 'tenant' then new.id end,
-    case tg_table_name when 'user_profile' then new.id end,
-    new.currency
-  );
+  -- in a query of its own: on a cluster the account then commits with its owner or not at all
+  perform data.insert_account(tg_table_name, new.id, new.currency) from (values (1)) one;
   return null;
 end
 $$;

@@ -1,4 +1,4 @@
-// cache_changes: no committed change is ever skipped, none that was rolled back appears, and a doubtful cursor starts anew.
+// cache_changes: a reader gets each committed change, and none that rolled back; a doubtful cursor starts anew.
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import type pg from 'pg'
@@ -8,7 +8,7 @@ import { root } from '../readme/document.ts'
 import { database, type Row } from '../support/database.ts'
 import { seed } from '../support/seed.ts'
 
-const test = suite('cursor')
+const test = suite('cache changes')
 const db = await database(test)
 
 type Changes = { cursor: { cluster: string; snapshot: string }; keys: string[]; reset: boolean }
@@ -33,7 +33,7 @@ test.after.each(async () => {
 const toggle = `update api.user_profiles set status = case status when 'active' then 'suspended' else 'active' end where id = $1`
 const change = (session: pg.Client, userId: string) => session.query(toggle, [userId])
 
-test('a transaction that began first and commits last is not skipped, however often others commit and we read', async () => {
+test('a reader gets the transaction that began first and commits last, however often others commit meanwhile', async () => {
   const [slow, quick] = [await seed(db.operator), await seed(db.operator)]
   const first = await begun()
   await change(first, slow.userId)
@@ -53,7 +53,7 @@ test('a transaction that began first and commits last is not skipped, however of
   assert.equal((await changes(last.cursor)).keys, [])
 })
 
-test('a cursor read in the middle of many overlapping transactions sees each once, in whatever order they commit', async () => {
+test('a cursor taken amid many overlapping transactions sees each once, whatever their order of commit', async () => {
   const worlds = await Promise.all(Array.from({ length: 6 }, () => seed(db.operator)))
   const open = await Promise.all(worlds.map(begun))
   let { cursor } = await changes()
@@ -70,7 +70,7 @@ test('a cursor read in the middle of many overlapping transactions sees each onc
   assert.equal(seen.sort(), worlds.map(({ keyHash }) => `vk:${keyHash}`).sort())
 })
 
-test('what a savepoint took back, or a transaction rolled back, never appears; what a subtransaction kept does', async () => {
+test('a change that a savepoint or transaction rolled back never appears; one that a subtransaction kept does', async () => {
   const [kept, gone, nested] = await Promise.all([seed(db.operator), seed(db.operator), seed(db.operator)])
   const { cursor } = await changes()
   const one = await begun()
@@ -133,7 +133,7 @@ test('rows older than 48 h are purged, and only the cursors that may have missed
   assert.equal([reset, keys], [false, [`vk:${recent.keyHash}`]])
 })
 
-test('a row purged the moment its long transaction committed resets the cursors taken while it was open', async () => {
+test('a row purged as soon as its long transaction committed resets cursors from while it was open', async () => {
   const world = await seed(db.operator)
   const session = await begun()
   await change(session, world.userId)
@@ -145,7 +145,7 @@ test('a row purged the moment its long transaction committed resets the cursors 
   assert.is((await changes(cursor)).reset, true)
 })
 
-test('what came with a dump, of transactions still to come here, hides nothing and is not told again and again', async () => {
+test('rows from a dump, of transactions still to come here, hide nothing and never appear', async () => {
   const world = await seed(db.operator)
   const restore = () =>
     db.sql(
@@ -159,7 +159,7 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   await db.operator(toggle, [world.userId])
   assert.equal((await changes(before)).keys, [`vk:${world.keyHash}`])
 
-  // it goes at the next upkeep; what the same transaction wrote is not taken for it
+  // the next upkeep removes it, and keeps the row that the same transaction wrote
   const session = await begun()
   await change(session, world.userId)
   const { rows } = await session.query('select pg_current_xact_id()::text as xid, api.maintain()')
@@ -168,12 +168,12 @@ test('what came with a dump, of transactions still to come here, hides nothing a
     rows[0].xid,
   ])
   assert.equal(kept, [{ keys: [world.keyHash] }])
-  // nor does the horizon wait until this cluster has come to it
+  // the horizon doesn't wait until this cluster reaches that transaction
   assert.equal(await db.sql('select from data.outbox_horizon where data.is_foreign(purged_xid)'), [])
   const { cursor: later, reset } = await changes(before)
   assert.not(reset)
 
-  // and the first purge here has a horizon of its own
+  // the first purge here sets a horizon of its own
   await restore()
   await db.sql(`update data.cache_invalidation set created_at = now() - interval '49 hours'`)
   await db.operator('select api.maintain()')
@@ -181,7 +181,7 @@ test('what came with a dump, of transactions still to come here, hides nothing a
   assert.is((await changes(later)).reset, false)
 })
 
-test('data restored alone into tables that are there: the horizon says so, as docs/operate.md has it', async () => {
+test('data restored into existing tables: the horizon, set as docs/operate.md says, resets every cursor', async () => {
   const [told] = /update data\.outbox_horizon [^`]*/.exec(
     readFileSync(join(root, 'docs/operate.md'), 'utf8'),
   )!
@@ -272,7 +272,7 @@ const written = (since: string) =>
 const lastRow = async () =>
   (await db.sql('select coalesce(max(id), 0)::text as id from data.cache_invalidation'))[0]!.id as string
 
-test('a change of more than 5,000 keys is one row that says all, and its readers drop everything', async () => {
+test('a change of more than 5,000 keys is one row for all keys, and its readers drop everything', async () => {
   const { userId, tenantId, nodeId } = await seed(db.operator)
   await keysOf(userId, 4999)
   const suspend = (status: string) =>
@@ -286,7 +286,7 @@ test('a change of more than 5,000 keys is one row that says all, and its readers
   const listed = await changes(cursor)
   assert.equal([listed.reset, listed.keys.length], [false, 5000])
 
-  // one more, and one for the mount that is there
+  // one more key, and one for the existing mount
   await keysOf(userId, 2)
   // each way that a statement can touch many keys
   const wholesale: Record<string, () => Promise<unknown>> = {
@@ -323,7 +323,7 @@ test('a change of more than 5,000 keys is one row that says all, and its readers
   }
 })
 
-test('changes that add up to more than 10,000 keys are no list either', async () => {
+test('changes of more than 10,000 keys in all make readers drop everything too', async () => {
   const { userId } = await seed(db.operator)
   const { cursor } = await changes()
   await keysOf(userId, 10_000)
@@ -339,7 +339,7 @@ test('changes that add up to more than 10,000 keys are no list either', async ()
   assert.ok((await changes(next)).reset)
 })
 
-test('a node changed, whatever of it, evicts no key', async () => {
+test('a change of a node, in any column, evicts no key', async () => {
   const { nodeId, keyHash } = await seed(db.operator)
   const { cursor } = await changes()
   for (const set of [`name = name || '!'`, `endpoint = 'http://new'`, `model = 'new'`, `status = 'disabled'`])
@@ -347,10 +347,10 @@ test('a node changed, whatever of it, evicts no key', async () => {
   const { keys, reset } = await changes(cursor)
   assert.equal([keys, reset], [[], false])
   const [key] = await db.gateway('select config_node_ids from api.resolve_virtual_key($1)', [keyHash])
-  assert.equal(key!.config_node_ids, [nodeId], 'what is cached is as it was')
+  assert.equal(key!.config_node_ids, [nodeId], 'the cached answer has not changed')
 })
 
-test('nobody but the gateway reads the outbox, and nobody forges it', async () => {
+test('only the gateway reads the outbox, and no role can write it', async () => {
   const denied = async (promise: Promise<Row[]>) =>
     (await promise.then(
       () => 'done',

@@ -1,4 +1,4 @@
-// The nodes a gateway calls: which ones, in what order, how fresh, and how seldom they are read.
+// The nodes that a gateway calls: which nodes, their order, how fresh they are, and how few reads they take.
 import { mock } from 'node:test'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -57,11 +57,11 @@ for (const [name, make] of Object.entries(rpcs))
       assert.ok(Date.parse(created_at))
       await db.operator(`update api.config_nodes set status = 'disabled' where id = $1`, [a])
       const { config_node_ids } = await billing.validate(key)
-      assert.ok(config_node_ids.includes(a), 'the key is as it was')
+      assert.ok(config_node_ids.includes(a), 'the key has not changed')
       const names = async () => (await nodes()).map(({ name }) => name)
       await until(async () => (await names()).length === 2, 'the change to be seen')
       assert.equal(await names(), [seeded, `${name} b`])
-      // a node made a moment ago is known as soon as the key has it
+      // a node made just now is known as soon as it is mounted
       await mount(await node(`${name} c`))
       assert.equal(
         (await nodes()).map(({ name }) => name),
@@ -73,7 +73,7 @@ for (const [name, make] of Object.entries(rpcs))
     }
   })
 
-test('one read serves all, until 5 s are over or a key has a node that it does not know', async () => {
+test('one read serves all keys for 5 s, or until a key has a node that the read did not return', async () => {
   let now = 1000
   const clock = mock.method(performance, 'now', () => now)
   let [reads, stored, error] = [0, ['a', 'b'], undefined as unknown]
@@ -95,12 +95,12 @@ test('one read serves all, until 5 s are over or a key has a node that it does n
     now += 1
     assert.equal([await ids('a'), reads], [['a'], 2])
 
-    // a disabled one is known, and no reason to read again
+    // a disabled node is known too, and needs no new read
     stored = ['a', 'b', 'off']
     now += 5001
     assert.equal([await ids('a', 'off'), await ids('a', 'off'), reads], [['a'], ['a'], 3])
 
-    // made and mounted while a read that did not see it is under way
+    // a node is made and mounted while a read that can't see it is under way
     let open = () => {}
     gate = new Promise<void>((resolve) => {
       open = resolve
@@ -112,7 +112,7 @@ test('one read serves all, until 5 s are over or a key has a node that it does n
     open()
     assert.equal([await early, await late, reads], [['a'], ['c'], 5])
 
-    // away: what is known serves on, what is not is no refusal
+    // while Postgres is away known nodes serve on, and unknown ones refuse nothing
     error = new Error('away')
     now += 5001
     assert.equal(await ids('a'), ['a'])

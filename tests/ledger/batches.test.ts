@@ -1,14 +1,15 @@
-// What bad elements of a batch get: through both transports the same code, kept if they were events, and their neighbours served.
+// Bad elements of a batch: the same code through both transports; bad events are kept, and others served.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { fromServer, type ServerError } from '../../src/errors.ts'
 import { database, type Row } from '../support/database.ts'
-import { holdsTrue, newId } from '../support/ledger.ts'
-import { idAt, payer } from '../support/payer.ts'
+import { idAt, newId } from '../support/ids.ts'
+import { holdsTrue } from '../support/ledger.ts'
+import { payer } from '../support/payer.ts'
 import { code, refusals, short, transports } from '../support/transports.ts'
 
-const test = suite('events')
+const test = suite('batches')
 const db = await database(test)
 const through = await transports(db)
 const each = refusals(test, db, through)
@@ -93,7 +94,7 @@ const badMeters = [
   { dear: 2 },
   { dear: '999999999999.9999999999' },
   { '': -1 },
-  // no names of meters, whatever they count: they would be kept
+  // invalid names of meters, whatever they count: a charge would keep them
   { 'bad name!': 1 },
   { '': 1 },
   { usd: 1, [`m${'x'.repeat(5000)}`]: 0 },
@@ -120,7 +121,7 @@ const badEvents: Bad[] = [
   ['meters', [{ unknown: 1 }, { usd: 1, unknown: '0.1' }, { both: 1, unknown: 1 }], 'price_not_found'],
   ['meters', [{ euros: 1 }, { usd: 1, euros: 1 }], 'currency_mismatch'],
 ]
-// a label that is unfit is left out, and so is a hold that the account doesn't have
+// an unfit label is left out, and so is a hold that the account doesn't have
 const leftOut: [field: string, values: unknown[], note: Row][] = [
   [
     'request_id',
@@ -474,7 +475,7 @@ for (const [name, { gateway }] of Object.entries(through)) {
   })
 }
 
-test('ids of a moment on are those that id_at gives, or higher', async () => {
+test('ids from a moment on are id_at of that moment, or higher', async () => {
   const [row] = await db.gateway(
     `select api.id_at('2026-11-01T00:00Z') as first, api.id_at('1970-01-01T00:00Z') as epoch,
       api.id_at('2026-11-01T00:00:00.0009Z') as later_that_millisecond,
@@ -489,6 +490,6 @@ test('ids of a moment on are those that id_at gives, or higher', async () => {
   })
 })
 
-test('the ledger is whole after all of it', () => holdsTrue(db.sql))
+test('the ledger is whole after all these tests', () => holdsTrue(db.sql))
 
 test.run()

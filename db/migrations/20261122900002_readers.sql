@@ -1,10 +1,11 @@
 -- migrate:up
--- Who asks, and what they may see.
+-- The caller of a statement, and the rows that caller may see.
 
 set local role keyledger_owner;
 
--- the role asking: what `set role` chose (PostgREST does), else the login; a security definer call doesn't hide it. A NUL that a token
--- has somewhere in its claims can't be jsonb: it must not fail every call of that token
+-- The role is the one that `set role` chose (PostgREST sets it), else the login.
+-- A security definer call doesn't hide it.
+-- jsonb can't hold a NUL: a token with one in its claims must not fail at every call.
 create or replace view data.caller as
 select
   case when current_setting('role') = 'none' then session_user::text else current_setting('role') end as role,
@@ -13,21 +14,24 @@ select
     else c.claims
   end)::jsonb as claims
 from (select nullif(current_setting('request.jwt.claims', true), '') as claims) c;
-comment on view data.caller is 'Who is asking: role and JWT claims.';
+comment on view data.caller is 'The caller of the statement: role and JWT claims.';
 
--- who acted, for the ledger (plpgsql keeps its plan, sql would plan at each call)
+-- the actor that the ledger names (plpgsql keeps its plan, sql would plan at each call)
 create or replace function data.actor()
 returns text
 language plpgsql
 stable
 as $$
 begin
-  return (select coalesce(nullif(c.claims ->> 'user_id', ''), nullif(c.claims ->> 'sub', ''), c.role) from data.caller c);
+  return (
+    select coalesce(nullif(c.claims ->> 'user_id', ''), nullif(c.claims ->> 'sub', ''), c.role)
+    from data.caller c);
 end
 $$;
 
--- Was this transaction one of another cluster? Rows of an outbox, and its horizon, come with a dump, and here such a transaction is
--- still to come: no reader would ever have seen it.
+-- whether a transaction is of another cluster
+-- A dump carries an outbox and its horizon along, with ids of transactions still to come here.
+-- No reader of this cluster would ever see such a transaction.
 create or replace function data.is_foreign(xid xid8)
 returns boolean
 language sql
@@ -36,8 +40,9 @@ as $$
   select xid >= pg_snapshot_xmax(pg_current_snapshot()) and xid is distinct from pg_current_xact_id_if_assigned()
 $$;
 
--- The reader: gateway and operator see all; a member is the user of claim `user_id`, else `sub` (our id, or the host's). One who is not
--- active reads what is their own, and nothing more of the tenant that pays.
+-- The reader: gateway and operator see every row.
+-- A member is the user of claim `user_id`, else of `sub`: by keyledger's id, or by the host's.
+-- A member who is not active reads their own rows, and no more of the tenant that pays.
 create or replace view data.viewer as
 select
   c.sees_all,
@@ -53,7 +58,7 @@ from (
   from data.caller
 ) c
 left join lateral (
-  -- by key each; should one look like the other, `user_id` is ours first, and `sub` the host's
+  -- each by key; where both ids match, `user_id` means keyledger's id, and `sub` the host's
   select m.*, case when c.by_user_id then 3 else 1 end as rank
   from data.user_profile m
   where not c.sees_all and m.external_id = c.id
@@ -66,9 +71,10 @@ left join lateral (
 ) u on true;
 comment on view data.viewer is 'The reader, as one row.';
 
--- Each view has a branch for those who see all and one for members, who are few rows: joined into one, a member's read would scan it all.
+-- Each view has two branches: one for a reader who sees every row, one for a member.
+-- A member may see few rows: with one branch for both, a member's read would scan the whole table.
 
--- users a member sees: oneself, and a tenant admin the whole tenant
+-- users that a member sees: the member; for an admin of a tenant, all users of the tenant
 create or replace view data.visible_user as
 select u.*
 from data.viewer v
@@ -76,13 +82,17 @@ join data.user_profile u on u.id = v.user_id or u.tenant_id = v.managed_tenant_i
 where not v.sees_all;
 comment on view data.visible_user is 'Users the reader may see.';
 
--- accounts a member sees rows of: one's own and the one that pays; `whole` where every row of it may be seen, `figures` where
--- what it has may be
+-- accounts of which a member sees rows: the member's own, and the one that pays
+-- `whole`: every row of the account is visible; `figures`: the account's figures are.
 create or replace view data.visible_account as
-select v.user_id as account_id, true as whole, true as figures from data.viewer v where not v.sees_all and v.user_id is not null
+select v.user_id as account_id, true as whole, true as figures
+from data.viewer v
+where not v.sees_all and v.user_id is not null
 union all
-select v.account_id, v.managed_tenant_id is not null, v.is_active from data.viewer v where not v.sees_all and v.account_id <> v.user_id;
-comment on view data.visible_account is 'Accounts the reader may see, and whether wholly.';
+select v.account_id, v.managed_tenant_id is not null, v.is_active
+from data.viewer v
+where not v.sees_all and v.account_id <> v.user_id;
+comment on view data.visible_account is 'Accounts the reader may see: all rows of them, or the figures.';
 
 reset role;
 

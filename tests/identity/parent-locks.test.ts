@@ -1,14 +1,14 @@
-// Identity changes that overlap, step by step in named sessions: no key of a changed parent is missed, none waits in a circle.
+// Identity changes that overlap, step by step in named sessions: each evicts every key it must, and no deadlock.
 import { createHash } from 'node:crypto'
 import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
-import { event, hold, newId } from '../support/ledger.ts'
-import { seed, type World } from '../support/seed.ts'
+import { newId } from '../support/ids.ts'
+import { event, hold, seed, type World } from '../support/seed.ts'
 
-const test = suite('interleave')
+const test = suite('parent locks')
 const db = await database(test)
 
 let sessions: pg.Client[] = []
@@ -17,7 +17,7 @@ test.after.each(async () => {
   sessions = []
 })
 
-// Sessions of the operator, each in a transaction; a test names what each does next.
+// Sessions of the operator, each in a transaction; a test names each session's next step.
 async function operators(n: number): Promise<pg.Client[]> {
   for (let i = 0; i < n; i++) sessions.push(await db.session('keyledger_operator'))
   for (const session of sessions) await session.query('begin')
@@ -48,7 +48,7 @@ const hashOf = (key: string) => createHash('sha256').update(key).digest('hex')
 const create = `select id, virtual_key from api.create_virtual_key($1)`
 const suspend = `update api.tenants set status = 'suspended' where id = $1`
 
-// What a cache holds after the changes: the answers read before them, less those evicted.
+// The content of a cache after the changes: the answers read before them, less the evicted ones.
 async function isFresh(world: World, hash: string, before: Row | undefined, since: Row, code: string | null) {
   const now = await resolve(hash)
   assert.is(now.code, code)
@@ -91,7 +91,7 @@ test('a key made while its tenant is being suspended, suspension first: the key 
   await maker.query('commit')
   assert.ok((await evicted(since)).includes(`vk:${world.keyHash}`))
   assert.is((await resolve(hash)).code, 'tenant_suspended')
-  // who asked for its hash before it was there may have cached that
+  // a reader that asked for its hash earlier may have cached it as unknown
   assert.equal(await evicted(between), [`vk:${hash}`])
 })
 
@@ -156,7 +156,7 @@ for (const first of ['key', 'suspension'])
     await isFresh(world, hash, cached, between, 'user_suspended')
   })
 
-// a rotation makes a hash that whoever changes the key's parents or mounts must see; and the other way round
+// a change of a key's parents or mounts must see the hash that a rotation makes, and the other way round
 const rotate = 'select id, virtual_key from api.rotate_virtual_key($1)'
 const besideRotation: Record<string, (world: World) => [text: string, values: unknown[]]> = {
   'its tenant is suspended': ({ tenantId }) => [suspend, [tenantId]],
@@ -194,7 +194,7 @@ for (const [name, change] of Object.entries(besideRotation))
       }
       const rows = [...done.rows, ...(await second.done).rows]
       const hashes = [world.keyHash, hashOf(rows.find((row) => row.virtual_key).virtual_key)]
-      // what readers cache between the two commits
+      // the answers that readers cache between the two commits
       const cached = await Promise.all(hashes.map((hash) => resolve(hash).catch(() => undefined)))
       const between = await cursor()
       await two[0].query('commit')
@@ -226,7 +226,7 @@ for (const a of Object.keys(threeWay))
         await session.query(...threeWay[name]!(world))
         await session.query('commit')
       })
-      // each has ended or waits: for the first, or for the other that waits for the first
+      // each has ended or waits, for the first session or for the other waiter
       await Promise.all(rest.map((done, i) => db.blocked(all[i + 1]!, done)))
       await all[0]!.query('commit')
       await Promise.all(rest)
@@ -234,7 +234,7 @@ for (const a of Object.keys(threeWay))
     })
   }
 
-test('locking from the tenant down, as the triggers do not, would deadlock with a plain update of the user', async () => {
+test('locks from the tenant down, unlike the triggers’ locks, would deadlock with a plain update of the user', async () => {
   const world = await seed(db.operator)
   const mover = await db.session()
   const downward = await db.session()
@@ -307,7 +307,7 @@ const moneyCalls: Record<
   freeze_funds: ({ accountId }) => ['operator', `select api.freeze_funds('${accountId}', 1, 'test')`],
 }
 for (const [name, call] of Object.entries(moneyCalls))
-  test(`${name} on a snapshot older than the account's last change is refused, and right when tried again`, async () => {
+  test(`${name} on a snapshot older than the account's last change is refused, and succeeds when repeated`, async () => {
     const world = await seed(db.operator)
     const id = newId()
     await db.gateway('select api.place_holds($1)', [JSON.stringify([hold(world, '1', id)])])

@@ -1,4 +1,4 @@
-// What may be written through the views and what may not, whoever asks: identities are fixed, history is append-only.
+// Writes through the views, and their refusals, for every role: identities are fixed, history is append-only.
 import { randomUUID } from 'node:crypto'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
@@ -6,7 +6,7 @@ import { database, type Role, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { seed } from '../support/seed.ts'
 
-const test = suite('writes')
+const test = suite('identity')
 const db = await database(test)
 const { operator, gateway } = db
 
@@ -82,7 +82,7 @@ test('an operator writes every writable view through PostgREST, and no column be
     assert.is((await send('DELETE', `${view}?created_at=lt.2000-01-01`))[0], 403, view)
 })
 
-test('identities keep what money hangs on', async () => {
+test('ids, currencies and owners are fixed, closed and revoked are final', async () => {
   const { tenantId, keyId } = await seed(operator)
   const other = await seed(operator, { alone: true })
   const cases: [sql: string, code: string, message?: string][] = [
@@ -114,6 +114,17 @@ test('identities keep what money hangs on', async () => {
     db.sql(`update data.virtual_key set status = 'active', revoked_at = null where id = $1`, [keyId]),
   )
   assert.equal([revived.code, revived.message], ['PT409', 'revoked_is_final'])
+})
+
+test('an owner and its account commit together, or not at all', async () => {
+  const id = randomUUID()
+  const two =
+    'insert into api.tenants (id, name, external_id) values ($1, $2, $2), (gen_random_uuid(), $2, $3)'
+  const account = () => db.sql('select currency from data.account_balance where account_id = $1', [id])
+  assert.is((await failure(db.sql(two, [id, 'same', 'same']))).code, '23505')
+  assert.equal(await account(), [])
+  await db.sql(two, [id, 'one', 'other'])
+  assert.equal(await account(), [{ currency: 'USD' }])
 })
 
 test("history can't be changed: not by a role, nor by the owner of the database", async () => {

@@ -1,14 +1,14 @@
-// A hold stands only on money that is there for its whole life: free credit that expires first doesn't count.
+// A hold needs money that lasts for its whole life: free credit that expires earlier doesn't count.
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { batch, callers, elements, errors } from '../support/callers.ts'
 import { movableClock } from '../support/clock.ts'
 import { database, type Row } from '../support/database.ts'
-import { hold, holdsTrue } from '../support/ledger.ts'
+import { holdsTrue } from '../support/ledger.ts'
 import { type Payer, payer } from '../support/payer.ts'
-import { seed } from '../support/seed.ts'
+import { hold, seed } from '../support/seed.ts'
 
-const backing = suite('backing')
+const backing = suite('hold backing')
 const db = await database(backing)
 const test = (name: string, run: () => Promise<void>) =>
   backing(name, async () => {
@@ -28,7 +28,7 @@ const brief = ({ status, code }: Row) => [status, code].filter(Boolean).join(' '
 const asked = async (account: Payer, amount: string, hours: number) =>
   brief((await account.place(account.request(amount, { expires_in: hours * hour })))[0]!)
 
-test('free credit backs the holds that end before it does, paid money and lasting credit any', async () => {
+test('free credit backs holds that end before it expires; paid money and lasting credit back any hold', async () => {
   const account = await payer(db, { funds: '2', limit: '1' })
   await account.grant('4', { expires_at: inHours(1) })
   await account.grant('8')
@@ -49,7 +49,7 @@ test('advice counts credit that may expire first', async () => {
   assert.is(await asked(account, '4', 0.25), 'refused insufficient_funds')
 })
 
-test('a hold that ends with the grant is gone by then', async () => {
+test('a hold that ends when the grant expires needs no other money', async () => {
   const account = await payer(db, { funds: '1' })
   const grant = await account.grant('1', { expires_at: inHours(1) })
   const id = await account.hold('1', { expires_in: hour / 2 })
@@ -61,7 +61,7 @@ test('a hold that ends with the grant is gone by then', async () => {
   assert.is(await asked(account, '1', 2), 'held')
 })
 
-test('what is captured, released or spent backs no other hold', async () => {
+test('money that was captured, released or spent backs no other hold', async () => {
   const account = await payer(db, { funds: '10' })
   await account.grant('5', { expires_at: inHours(1) })
   const long = await account.hold('10', { expires_in: 2 * hour })
@@ -77,12 +77,12 @@ test('what is captured, released or spent backs no other hold', async () => {
   assert.is(await asked(account, '6', 2), 'held')
 })
 
-test('lasting credit that is spent before credit that expires backs one hold, not a shorter one as well', async () => {
+test('lasting credit that is spent before expiring credit backs one hold, and not a shorter one too', async () => {
   const account = await payer(db)
   await account.grant('10', { priority: 1 })
   await account.grant('10', { expires_at: inHours(1) })
   const long = await account.hold('8', { expires_in: 2 * hour })
-  // 2 of what lasts, or 8 more if what expires were spent first, which it isn't
+  // 2 of the lasting money; 8 more if expiring credit were spent first, which it isn't
   assert.is(await asked(account, '2.1', 0.5), 'refused insufficient_funds')
   const short = await account.hold('1', { expires_in: hour / 2 })
   const answers = await account.place(
@@ -127,11 +127,11 @@ test('an extension that loses its backing is refused, and the hold stays as it w
   await account.use('2', { hold_id: id, final: false })
   // 3 are left to capture, and 3 outlive the grant
   assert.is(brief((await account.extend(id, 2 * hour))[0]!), 'extended')
-  // past the grant already: nothing more to lose
+  // the hold already outlives the grant: it has no more to lose
   assert.is(brief((await account.extend(id, 3 * hour))[0]!), 'extended')
 })
 
-test('an adjustment may take the backing away: nothing new is admitted, and what is held is charged', async () => {
+test('an adjustment may take the backing away: new holds are refused, and held money is charged', async () => {
   const account = await payer(db, { funds: '5' })
   await account.grant('5', { expires_at: inHours(1) })
   const id = await account.hold('5', { expires_in: 2 * hour })
@@ -147,7 +147,7 @@ test('an adjustment may take the backing away: nothing new is admitted, and what
   })
 })
 
-// Every small case against a model that asks at each quarter of an hour whether the money is there.
+// Every small case against a model that checks the money at each quarter of an hour.
 const quarter = hour / 4
 interface Grant {
   amount: number
@@ -166,7 +166,7 @@ const stands = (balance: number, grants: Grant[], held: Held[]) =>
     return outliving(held) <= balance + outliving(grants)
   }).every(Boolean)
 
-test('every small case is admitted, and extended, exactly where its money is there throughout', async () => {
+test('every small case is admitted, and extended, exactly when its money lasts throughout', async () => {
   const kinds: Grant[] = [1, 2].flatMap((amount) => [4, 8].map((end) => ({ amount, end })))
   kinds.push({ amount: 1, end: Infinity })
   const sets = kinds.flatMap((one, i) => [[one], ...kinds.slice(i).map((other) => [one, other])])
@@ -249,7 +249,7 @@ test('every small case is admitted, and extended, exactly where its money is the
   )
 })
 
-test('many callers at once: no more is held past the grant than is there past it', async () => {
+test('many callers at once never hold more past the grant than the money that outlasts it', async () => {
   const world = await seed(db.operator, { funds: '10' })
   await db.operator(`select seq from api.grant_credit($1, 30, $2)`, [world.accountId, inHours(1)])
   const calls = Array.from({ length: 200 }, (_, i) =>
