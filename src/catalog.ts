@@ -412,7 +412,7 @@ export interface Functions {
       hint: string | null
     }[]
   }
-  /** Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that */
+  /** Makes the coming months of usage_log, and purges rows that are no longer needed. */
   maintain: {
     args: Record<string, never>
     result: unknown
@@ -620,8 +620,8 @@ export interface Functions {
   spend: {
     args: {
       by: string
-      from: string
-      to: string
+      since: string
+      before: string
       account_id?: string | null
     }
     result: {
@@ -661,15 +661,16 @@ export interface Functions {
     }
     result: Views['holds']
   }
-  /** Proves the ledger: answers one row per problem, none when every figure is proved. */
+  /** Verifies every figure: answers a row for each problem, none when all are right. */
   verify_balances: {
     args: {
-      for_account_id?: string | null
+      account_id?: string | null
     }
     result: {
       account_id: string | null
       problem: string | null
       seq: number | null
+      usage_id: string | null
       expected: string | null
       actual: string | null
     }[]

@@ -158,9 +158,9 @@ create table data.accounting_snapshot (
   constraint overdue_is_part_of_outstanding check (overdue_amount <= outstanding_closing)
 );
 
--- what verify_ledger answers: its argument's name is a column's too
+-- the answer of verify_balances and verify_ledger: their argument's name is also a column's
 create type api.ledger_problem as (account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
-comment on type api.ledger_problem is 'What differs from what the chain of hashes proves.';
+comment on type api.ledger_problem is 'A row that is not as it should be: `problem` is a code.';
 
 alter table data.account_balance enable row level security;
 alter table data.billing_transaction enable row level security;

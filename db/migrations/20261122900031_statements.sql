@@ -177,10 +177,7 @@ begin
     group by 1, 2, 3
   ), metered as (
     select q.config_node_id, q.meter, trim_scale(sum(q.quantity)) as quantity,
-      div(
-        20000000000 * coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0) + 3600000000,
-        7200000000
-      ) * 0.0000000001 as cost
+      data.to_cost(coalesce(sum(data.cost_steps(q.quantity, p.unit_price, p.unit_size)), 0)) as cost
     from quantity q
     left join lateral (
       select p.unit_price, p.unit_size from data.price p where p.id = any (q.price_ids) and p.meter = q.meter

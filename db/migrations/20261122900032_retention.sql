@@ -290,8 +290,9 @@ begin
 end
 $$;
 comment on function api.maintain() is
-'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
-drop_usage_partitions raised, ended holds and resolved parked_usage: up to 100000 of each a call.
+'Makes the coming months of usage_log, and purges rows that are no longer needed.
+It purges the outboxes of cache_changes and account_news after 48 hours. It purges ended holds and resolved parked_usage from before the
+floor that drop_usage_partitions raised. A call purges at most 100000 of each.
 Answers {status, …} with what it made and purged: `done`; `busy`, when another call is at it; `incomplete`, with the SQLSTATE as `code`: the
 months are made, and a purge or a replay failed. 503 lock_timeout when a month can''t be made for 4 s.
 It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer.

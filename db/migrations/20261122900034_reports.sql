@@ -46,7 +46,7 @@ begin
   into v_steps, v_meters
   from (
     select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
-      coalesce(e.value::numeric * p.unit_price::numeric * (3600000000 / p.unit_size), 0) as steps
+      coalesce(data.cost_steps(e.value::numeric, p.unit_price::numeric, p.unit_size), 0) as steps
     from jsonb_each(v_usage.meters) e
     left join lateral (
       select r.id, r.unit_price::text, r.unit_size, r.effective_from
@@ -105,8 +105,8 @@ grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, 
 
 create or replace function api.spend(
   "by" text,
-  "from" timestamptz,
-  "to" timestamptz,
+  since timestamptz,
+  before timestamptz,
   account_id uuid default null
 )
 returns table (
@@ -132,12 +132,12 @@ begin
   if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter') and spend."by" !~ '^metadata\..', true) then
     perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>', 'choose one of them');
   end if;
-  if not coalesce(spend."from" < spend."to" and isfinite(spend."from") and isfinite(spend."to"), false) then
-    perform data.refuse(422, 'invalid_period', 'from must be before to', 'send two moments: from is part of the period, to is not');
+  if not coalesce(spend.since < spend.before and isfinite(spend.since) and isfinite(spend.before), false) then
+    perform data.refuse(422, 'invalid_period', 'since must be earlier than before', 'send two moments: since is part of the period, before is not');
   end if;
   -- ids carry whole milliseconds: the first one not before the moment
-  v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend."from", '1970-01-01Z') + interval '999 microseconds'));
-  v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend."to", '9999-01-01Z') + interval '999 microseconds'));
+  v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend.since, '1970-01-01Z') + interval '999 microseconds'));
+  v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend.before, '9999-01-01Z') + interval '999 microseconds'));
   perform data.refuse_dropped_usage(v_first);
 
   if spend."by" = 'meter' then
@@ -154,7 +154,7 @@ begin
         select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
         from (
           select e.key as meter, e.value::numeric as quantity,
-            coalesce(e.value::numeric * r.unit_price * (3600000000 / r.unit_size), 0) as own_steps
+            coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
           from jsonb_each(l.meters) e
           left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
         ) p
@@ -191,8 +191,7 @@ end
 $$;
 comment on function api.spend(text, timestamptz, timestamptz, uuid) is
 'Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
-`account_id` picks one account, null takes all the reader may see. Of events used from `from` on and before `to`, of one account or of all
-the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
+Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
 tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways add up to the same sum:
 by meter, an event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity * price. `quantity` is the
 meter''s. 410 usage_dropped from before the months kept (statements have its sums); 422 invalid_by, invalid_period.';

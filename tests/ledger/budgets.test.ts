@@ -515,23 +515,19 @@ const tampers: [name: string, sql: string, problem: string | null][] = [
   [
     'a counter',
     'update data.budget_spend set spent = spent + 1 where account_id = $1',
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
-  [
-    'a lost counter',
-    'delete from data.budget_spend where account_id = $1',
-    'budget has not counted the usage of its window',
-  ],
+  ['a lost counter', 'delete from data.budget_spend where account_id = $1', 'budget_differs_from_usage'],
   [
     'a counter of a window without usage',
     `insert into data.budget_spend select account_id, id, counted_from + interval '40 days', 1 from data.budget
       where account_id = $1 and period = 'month'`,
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
   [
     'a flag',
     'update data.account_balance set has_budgets = false where account_id = $1',
-    'has_budgets is not whether there are budgets',
+    'has_budgets_differs_from_budgets',
   ],
   [
     'a total that remembers what retention dropped',
@@ -543,7 +539,7 @@ const tampers: [name: string, sql: string, problem: string | null][] = [
     'a total below what is kept, after retention',
     `with floor as (update data.usage_window set floor = floor + interval '1 day')
       update data.budget_spend set spent = spent - 1 where account_id = $1 and window_start = '-infinity'`,
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
 ]
 for (const [name, sql, problem] of tampers)
