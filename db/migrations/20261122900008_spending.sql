@@ -49,6 +49,20 @@ as $$
   select case scope when 'virtual_key' then 'key' else scope end || '_budget_exceeded'
 $$;
 
+-- whether a budget of that scope counts the use of this key of this user
+create or replace function data.budget_applies(
+  scope text,
+  scope_id uuid,
+  virtual_key_id uuid,
+  user_id uuid
+)
+returns boolean
+language sql
+immutable parallel safe
+as $$
+  select scope_id = case scope when 'virtual_key' then virtual_key_id when 'user' then user_id else scope_id end
+$$;
+
 -- What these keys' and users' budgets on an account, and its tenant's, have left. The caller holds the account's lock, or wants advice.
 -- Narrow scopes first: in the order in which they refuse.
 create or replace function data.budgets_left(
@@ -88,7 +102,7 @@ begin
   select b.scope, b.scope_id, b.amount - coalesce(s.spent, 0) - coalesce((
     select sum(h.unspent)
     from open_hold h
-    where case b.scope when 'virtual_key' then h.virtual_key_id = b.scope_id when 'user' then h.user_id = b.scope_id else true end
+    where data.budget_applies(b.scope, b.scope_id, h.virtual_key_id, h.user_id)
   ), 0)
   from data.budget b
   cross join lateral (select x.time_zone from data.account_balance x where x.account_id = b.account_id offset 0) a
@@ -141,7 +155,7 @@ begin
     cross join lateral (
       select * from data.budget x
       where x.account_id = l.account_id
-        and x.scope_id = case x.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else x.scope_id end
+        and data.budget_applies(x.scope, x.scope_id, l.virtual_key_id, l.user_id)
       offset 0
     ) b
     cross join lateral (select data.window_start(b.period, e.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w

@@ -1,5 +1,5 @@
 -- migrate:up
--- Budgets: setting one, counting what was used before, advice.
+-- Budgets: shown, set, removed, checked.
 
 set local role keyledger_owner;
 
@@ -34,14 +34,19 @@ cross join lateral (
     select * from data.hold p where p.account_id = b.account_id and p.status = 'parked'
   ) o
   cross join lateral (select * from data.virtual_key v where v.id = o.virtual_key_id offset 0) k
-  where b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
+  where data.budget_applies(b.scope, b.scope_id, k.id, k.user_id)
 ) h;
 comment on view data.budget_shown is 'Budgets as api.budgets shows them, of every account.';
 
 create or replace view api.budgets with (security_barrier) as
-select b.* from data.budget_shown b where (select v.sees_all from data.viewer v)
+select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, b.window_start, b.window_end, b.spent, b.held,
+  b.remaining, b.created_at
+from data.budget_shown b
+where (select v.sees_all from data.viewer v)
 union all
-select b.* from data.budget_shown b
+select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, b.window_start, b.window_end, b.spent, b.held,
+  b.remaining, b.created_at
+from data.budget_shown b
 where b.account_id = any (array(select v.account_id from data.visible_account v))
   and (b.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
     or (b.scope = 'user' and b.scope_id = (select v.user_id from data.viewer v))
@@ -51,116 +56,6 @@ comment on view api.budgets is
 'What keys, users and tenants may spend of an account, and what they have left in the window they are in now.
 remaining = amount - spent - held; it is negative where more was used than held. A total has no window.';
 grant select on api.budgets to keyledger_gateway, keyledger_operator, keyledger_member;
-
--- What budgets, each from its `counted_from` on, count of an account's entries after `first_seq` up to `last_seq`, which is posted
--- already. From the first entry on it reads the usage log, however long that is: call it so before taking the account's lock. What
--- came since is few entries, whose rows are read by key.
-create or replace function data.count_usage(
-  budgets data.budget[],
-  time_zone text,
-  first_seq bigint,
-  last_seq bigint
-)
-returns data.budget_spend[]
-language plpgsql
-set plan_cache_mode = force_custom_plan
-set enable_seqscan = off
-as $$
-begin
-  return (
-    select array_agg(row(c.account_id, c.id, c.starts, c.spent)::data.budget_spend)
-    from (
-      select b.account_id, b.id, w.starts, sum(l.cost) as spent
-      from unnest(budgets) b
-      cross join lateral (
-        select u.*
-        from data.usage_log u
-        where count_usage.first_seq = 0 and u.account_id = b.account_id and u.transaction_seq <= count_usage.last_seq
-          -- a month that is closed may be dropped any time
-          and u.id >= data.uuid_floor(b.counted_floor)
-          and case when isfinite(b.counted_from) then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
-        union all
-        select u.*
-        from data.billing_transaction t
-        cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
-        cross join lateral (
-          select * from data.usage_log x
-          where x.account_id = t.account_id and x.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
-        ) u
-        where count_usage.first_seq > 0 and t.account_id = b.account_id and t.kind = 'usage'
-          and t.seq > count_usage.first_seq and t.seq <= count_usage.last_seq
-      ) l
-      cross join lateral (select data.window_start(b.period, count_usage.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
-      where b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
-        and w.starts >= b.counted_from
-      group by b.account_id, b.id, w.starts
-    ) c
-  );
-end
-$$;
-
--- Counts budgets of one account anew, each for its window of now and those to come, and answers the account, locked. What is counted
--- before the lock stays true under it, since entries are never changed; only if months were dropped meanwhile is it counted again.
--- KL002: one of them was removed meanwhile.
-create or replace function data.recount_budgets(
-  budgets data.budget[],
-  time_zone text,
-  are_new boolean
-)
-returns data.account_balance
-language plpgsql
-set enable_seqscan = off
-as $$
-declare
-  v_account_id uuid := budgets[1].account_id;
-  v_account data.account_balance;
-  v_budget data.budget;
-  v_floor timestamptz;
-  v_seq bigint := 0;
-  v_next bigint;
-  v_spent data.budget_spend[];
-begin
-  select w.floor into v_floor from data.usage_window w;
-  for i in 1 .. cardinality(budgets) loop
-    budgets[i].counted_from := data.window_start(budgets[i].period, time_zone, clock_timestamp());
-    budgets[i].counted_floor := v_floor;
-  end loop;
-  -- all of it, then what came while that was read
-  for i in 1 .. 2 loop
-    v_next := (select a.balance_version from data.account_balance a where a.account_id = v_account_id);
-    v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_next);
-    v_seq := v_next;
-  end loop;
-
-  v_account := data.lock_account(v_account_id);
-  if v_floor is distinct from (select w.floor from data.usage_window w) then
-    select w.floor into v_floor from data.usage_window w;
-    for i in 1 .. cardinality(budgets) loop
-      budgets[i].counted_floor := v_floor;
-    end loop;
-    v_seq := 0;
-    v_spent := null;
-  end if;
-  v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_account.balance_version);
-  foreach v_budget in array budgets loop
-    update data.budget b
-    set counted_from = v_budget.counted_from, counted_floor = v_floor
-    where b.account_id = v_budget.account_id and b.id = v_budget.id;
-    if not found and are_new then
-      v_budget.counted_floor := v_floor;
-      insert into data.budget select v_budget.*;
-    elsif not found then
-      raise sqlstate 'KL002';
-    end if;
-    delete from data.budget_spend s where s.account_id = v_budget.account_id and s.budget_id = v_budget.id;
-  end loop;
-  insert into data.budget_spend (account_id, budget_id, window_start, spent)
-  select s.account_id, s.budget_id, s.window_start, sum(s.spent)
-  from unnest(v_spent) s
-  group by s.account_id, s.budget_id, s.window_start;
-  return v_account;
-end
-$$;
 
 create or replace function api.set_budget(
   account_id uuid,
@@ -180,8 +75,6 @@ set enable_seqscan = off
 as $$
 declare
   v_account data.account_balance;
-  v_found boolean;
-  v_belongs boolean;
   v_time_zone text;
   v_budget data.budget;
   v_shown api.budgets;
@@ -197,24 +90,7 @@ begin
   if not exists (select from data.account_balance a where a.account_id = set_budget.account_id) then
     perform data.lock_account(account_id);
   end if;
-  select true, case scope when 'tenant' then o.id = set_budget.account_id else set_budget.account_id in (u.account_id, u.id) end
-  into v_found, v_belongs
-  from (
-    select k.user_id as id from data.virtual_key k where scope = 'virtual_key' and k.id = scope_id
-    union all
-    select p.id from data.user_profile p where scope = 'user' and p.id = scope_id
-    union all
-    select t.id from data.tenant t where scope = 'tenant' and t.id = scope_id
-  ) o
-  left join data.user_profile u on scope <> 'tenant' and u.id = o.id;
-  if v_found is null then
-    perform data.refuse(404, case scope when 'virtual_key' then 'virtual_key_unknown' else scope || '_not_found' end,
-      scope || ' ' || coalesce(scope_id::text, 'null'), 'scope_id is the id of the key, user or tenant');
-  elsif not v_belongs then
-    perform data.refuse(422, 'invalid_account', 'account ' || account_id || ' does not pay for this ' || scope,
-      'account_id is the id of the tenant or user that pays');
-  end if;
-
+  perform data.require_budget_scope(account_id, scope, scope_id);
   -- another call may set the same one, or another time zone, while this one counts
   loop
     select * into v_budget from data.budget b
@@ -266,9 +142,13 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '4s'
 as $$
 declare
+  v_account_id uuid;
   v_shown api.budgets;
 begin
-  perform data.lock_account(b.account_id) from data.budget b where b.id = remove_budget.id;
+  select b.account_id into v_account_id from data.budget b where b.id = remove_budget.id;
+  if found then
+    perform data.lock_account(v_account_id);
+  end if;
   -- under the lock: another call may have removed it meanwhile
   select * into v_shown from data.budget_shown b where b.id = remove_budget.id;
   if not found then
@@ -323,7 +203,7 @@ begin
       if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
         raise serialization_failure using message = 'another call has changed the budgets of this account';
       end if;
-      null; -- and the lock is let go with it
+      -- the lock is let go, too
     end;
   end loop;
   update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;

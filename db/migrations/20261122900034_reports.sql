@@ -1,5 +1,5 @@
 -- migrate:up
--- Why a charge is what it is, and what was spent on what.
+-- Reports: the reasons of one charge, and sums of what was spent.
 
 set local role keyledger_owner;
 
@@ -12,6 +12,34 @@ as $$
   select jsonb_build_object(
     'amount', trim_scale(div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
     'is_exact', mod(steps * 1000000000000000000000000000000, 3600000000) = 0)
+$$;
+
+-- the meters of an event with the prices it was charged at, and the sum of their steps
+create or replace function data.charge_meters(
+  inout meters jsonb,
+  price_ids bigint[],
+  out steps numeric
+)
+returns record
+language plpgsql
+stable
+as $$
+#variable_conflict use_column
+begin
+  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
+    || data.exact_cost(m.steps) order by m.meter)
+  into steps, meters
+  from (
+    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
+      coalesce(data.cost_steps(e.value::numeric, p.unit_price::numeric, p.unit_size), 0) as steps
+    from jsonb_each(charge_meters.meters) e
+    left join lateral (
+      select r.id, r.unit_price::text, r.unit_size, r.effective_from
+      from data.price r
+      where r.id = any (charge_meters.price_ids) and r.meter = e.key
+    ) p on true
+  ) m;
+end
 $$;
 
 create or replace function api.explain_charge(
@@ -41,20 +69,7 @@ begin
   end if;
   select * into v_entry from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
 
-  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
-    || data.exact_cost(m.steps) order by m.meter)
-  into v_steps, v_meters
-  from (
-    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
-      coalesce(data.cost_steps(e.value::numeric, p.unit_price::numeric, p.unit_size), 0) as steps
-    from jsonb_each(v_usage.meters) e
-    left join lateral (
-      select r.id, r.unit_price::text, r.unit_size, r.effective_from
-      from data.price r
-      where r.id = any (v_usage.price_ids) and r.meter = e.key
-    ) p on true
-  ) m;
-
+  select c.meters, c.steps into v_meters, v_steps from data.charge_meters(v_usage.meters, v_usage.price_ids) c;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
     'reference', t.reference, 'reason', t.reason, 'created_at', t.created_at) order by t.seq)
   into v_refunds
@@ -103,6 +118,50 @@ events: what each bucket and which grants paid; a member who may not see the who
 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
+-- What was charged for each meter, in each currency. The view decides which usage the reader may see.
+create or replace function data.spend_by_meter(
+  first uuid,
+  beyond uuid,
+  account_id uuid
+)
+returns table (
+  key text,
+  name text,
+  currency text,
+  events bigint,
+  quantity numeric,
+  cost numeric
+)
+language plpgsql
+stable
+as $$
+begin
+  return query
+  select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
+  from api.usage_logs l
+  join data.account_balance a on a.account_id = l.account_id
+  cross join lateral (
+    -- each meter adds what it adds to the rounded sum so far, by name; the last one the rest: so an event's meters are its cost
+    select s.meter, s.quantity,
+      case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
+        - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
+    from (
+      select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
+      from (
+        select e.key as meter, e.value::numeric as quantity,
+          coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
+        from jsonb_each(l.meters) e
+        left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
+      ) p
+      window w as (order by p.meter)
+    ) s
+  ) m
+  where l.id >= first and l.id < beyond and (spend_by_meter.account_id is null or l.account_id = spend_by_meter.account_id)
+  group by m.meter, a.currency
+  order by 6 desc, 1;
+end
+$$;
+
 create or replace function api.spend(
   "by" text,
   since timestamptz,
@@ -141,29 +200,7 @@ begin
   perform data.refuse_dropped_usage(v_first);
 
   if spend."by" = 'meter' then
-    return query
-    select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
-    from api.usage_logs l
-    join data.account_balance a on a.account_id = l.account_id
-    cross join lateral (
-      -- each meter adds what it adds to the rounded sum so far, by name; the last one the rest: so an event's meters are its cost
-      select s.meter, s.quantity,
-        case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
-          - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
-      from (
-        select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
-        from (
-          select e.key as meter, e.value::numeric as quantity,
-            coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
-          from jsonb_each(l.meters) e
-          left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
-        ) p
-        window w as (order by p.meter)
-      ) s
-    ) m
-    where l.id >= v_first and l.id < v_beyond and (spend.account_id is null or l.account_id = spend.account_id)
-    group by m.meter, a.currency
-    order by 6 desc, 1;
+    return query select m.* from data.spend_by_meter(v_first, v_beyond, account_id) m;
     return;
   end if;
 

@@ -240,7 +240,7 @@ begin
     from data.budget b
     join data.account_balance a on a.account_id = b.account_id
     join data.usage_log l on l.account_id = b.account_id
-      and b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
+      and data.budget_applies(b.scope, b.scope_id, l.virtual_key_id, l.user_id)
       and case when isfinite(b.counted_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
       and l.id >= data.uuid_floor(b.counted_floor)
     cross join lateral (select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w

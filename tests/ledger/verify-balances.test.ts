@@ -255,7 +255,7 @@ const tampering: [sql: string, problems: string[]][] = [
     [
       'charge_is_not_the_cost_of_usage',
       'chain_broken',
-      'entry does not follow from the one before: outstanding',
+      'outstanding_does_not_follow',
     ],
   ],
   // an event called charged, and gone with its entry
