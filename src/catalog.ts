@@ -110,7 +110,7 @@ export interface Views {
     created_at: string | null
     counter_account: string | null
   }
-  /** What keys, users and tenants may spend of an account, and what they have left in the window they are in now. */
+  /** Budgets of keys, users and tenants on an account, each with the amount left in its present window. */
   budgets: {
     id: string | null
     account_id: string | null
@@ -255,7 +255,7 @@ export interface Views {
 
 /** Arguments by name, those with a default optional; what is answered when no columns are selected. */
 export interface Functions {
-  /** What has happened to accounts since a cursor, and the next cursor. */
+  /** Answers the news of accounts since a cursor, and the next cursor. */
   account_news: {
     args: {
       cursor?: unknown
@@ -313,7 +313,7 @@ export interface Functions {
       remaining: number | null
     }
   }
-  /** Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening. */
+  /** Seals a statement for each account: its entries until period_end, from the end of its last statement or from its opening. */
   close_period: {
     args: {
       period_end: string
@@ -352,7 +352,7 @@ export interface Functions {
     }
     result: unknown
   }
-  /** Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}. */
+  /** Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds. */
   explain_charge: {
     args: {
       account_id: string
@@ -403,7 +403,7 @@ export interface Functions {
     }
     result: KeyImportAnswer[]
   }
-  /** What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided. */
+  /** Warns of settings that the migrations may not choose for a cluster: no row when all are chosen. */
   installation_warnings: {
     args: Record<string, never>
     result: {
@@ -462,7 +462,7 @@ export interface Functions {
     }
     result: (ReleaseAnswer | BusyAnswer)[]
   }
-  /** Removes a budget; nothing it counted is kept. */
+  /** Removes a budget and its counts. */
   remove_budget: {
     args: {
       id: string
@@ -570,7 +570,7 @@ export interface Functions {
       previous_valid_until: string | null
     }
   }
-  /** Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount. */
+  /** Sets the budget of a key, a user or a tenant on an account: the most to spend in each day, week, month, or in total. */
   set_budget: {
     args: {
       account_id: string
@@ -616,7 +616,7 @@ export interface Functions {
     }
     result: Views['billing_accounts']
   }
-  /** Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
+  /** Sums up the charges of a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
   spend: {
     args: {
       by: string

@@ -1,9 +1,10 @@
 -- migrate:up
--- What meters cost: the price in force at the time of an id, and its rounding.
+-- Costs of meters: the price in force at the time of an id, and the rounding.
 
 set local role keyledger_owner;
 
--- quantity * price / size, in steps: a step is 1e-20 / 3600000000. A size divides 3600000000, so the steps are whole.
+-- quantity * price / size, in steps: a step is 1e-20 / 3600000000. A size divides 3600000000, so
+-- the steps are whole.
 create or replace function data.cost_steps(
   quantity numeric,
   unit_price numeric,
@@ -25,8 +26,10 @@ as $$
   select div(20000000000 * steps + 3600000000, 7200000000) * 0.0000000001
 $$;
 
--- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
--- A quantity of 0 needs no price. At most 64 meters, which are counted by their size first; a cost of a trillion or more is no cost.
+-- Prices meters at a node, in a currency, at a moment. `code` is null, or says why there is no
+-- cost.
+-- A quantity of 0 needs no price. At most 64 meters, which are counted by their size first; a cost
+-- of a trillion or more is no cost.
 create or replace function data.price_meters(
   config_node_id uuid,
   meters jsonb,
@@ -74,7 +77,8 @@ as $$
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
         data.to_cost(coalesce(sum(data.cost_steps(q.quantity, p.unit_price, p.unit_size)), 0)) as cost
-      from jsonb_each(case when jsonb_typeof(meters) = 'object' and pg_column_size(meters) <= 16384 then meters else '{}' end) as m
+      from jsonb_each(
+        case when jsonb_typeof(meters) = 'object' and pg_column_size(meters) <= 16384 then meters else '{}' end) as m
       cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
       left join lateral (
         select p.id, p.unit_price, p.unit_size

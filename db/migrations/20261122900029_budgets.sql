@@ -9,7 +9,7 @@ select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, w.window_sta
   (b.amount - coalesce(s.spent, 0) - h.held)::numeric(28, 10) as remaining, b.created_at
 from data.budget b
 cross join lateral (select a.time_zone from data.account_balance a where a.account_id = b.account_id) a
--- as data.window_start has it; a total has neither beginning nor end
+-- as data.window_start and data.budget_applies say, which a reader may not call; a total has neither beginning nor end
 cross join lateral (
   select date_trunc(nullif(b.period, 'total'), statement_timestamp() at time zone a.time_zone) as starts
 ) l
@@ -34,7 +34,7 @@ cross join lateral (
     select * from data.hold p where p.account_id = b.account_id and p.status = 'parked'
   ) o
   cross join lateral (select * from data.virtual_key v where v.id = o.virtual_key_id offset 0) k
-  where data.budget_applies(b.scope, b.scope_id, k.id, k.user_id)
+  where b.scope_id = case b.scope when 'virtual_key' then k.id when 'user' then k.user_id else b.scope_id end
 ) h;
 comment on view data.budget_shown is 'Budgets as api.budgets shows them, of every account.';
 
@@ -53,7 +53,7 @@ where b.account_id = any (array(select v.account_id from data.visible_account v)
     or (b.scope = 'virtual_key' and b.scope_id = any (array(
       select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v)))));
 comment on view api.budgets is
-'What keys, users and tenants may spend of an account, and what they have left in the window they are in now.
+'Budgets of keys, users and tenants on an account, each with the amount left in its present window.
 remaining = amount - spent - held; it is negative where more was used than held. A total has no window.';
 grant select on api.budgets to keyledger_gateway, keyledger_operator, keyledger_member;
 
@@ -87,9 +87,6 @@ begin
     perform data.refuse(422, 'invalid_amount', 'amount must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  if not exists (select from data.account_balance a where a.account_id = set_budget.account_id) then
-    perform data.lock_account(account_id);
-  end if;
   perform data.require_budget_scope(account_id, scope, scope_id);
   -- another call may set the same one, or another time zone, while this one counts
   loop
@@ -113,7 +110,7 @@ begin
       update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
       exit;
     exception when unique_violation or sqlstate 'KL002' then
-      -- the lock is let go with it; a frozen snapshot would never see what another call has set
+      -- this lets the lock go, too; a frozen snapshot would never see the other call's budget
       if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
         raise serialization_failure using message = 'another call has set this budget';
       end if;
@@ -124,13 +121,14 @@ begin
 end
 $$;
 comment on function api.set_budget(uuid, text, uuid, numeric, text) is
-'Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount.
-`period` is day, week, month or total. `scope` is virtual_key, user or tenant, `scope_id` its id, `account_id` who pays for it. Windows
-follow the account''s time zone; weeks begin on Monday. What was used in the current window counts already, in total all usage that is kept.
-A hold over it is refused (key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded); what was used counts past it too, in the
-window of the event''s own time or of its hold''s, whichever is later, on the account it was charged to. A refund gives back money, not budget. Answers the budget. 404
-account_not_found, virtual_key_unknown, user_not_found, tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount,
-invalid_account.';
+'Sets the budget of a key, a user or a tenant on an account: the most to spend in each day, week, month, or in total.
+Set again it changes the amount. `period` is day, week, month or total. `scope` is virtual_key, user or tenant;
+`scope_id` is its id; `account_id` is its payer. Windows follow the account''s time zone; weeks begin on Monday. Usage
+of the current window counts already; for a total, all usage that is kept. A hold over the budget is refused:
+key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded. An event counts even past the budget, on the
+account it was charged to. It counts in the window of its own time or of its hold''s time, the later one. A refund
+gives back money, not budget. Answers the budget. 404 account_not_found, virtual_key_unknown, user_not_found,
+tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount, invalid_account.';
 grant execute on function api.set_budget(uuid, text, uuid, numeric, text) to keyledger_operator;
 
 create or replace function api.remove_budget(id uuid)
@@ -152,7 +150,8 @@ begin
   -- under the lock: another call may have removed it meanwhile
   select * into v_shown from data.budget_shown b where b.id = remove_budget.id;
   if not found then
-    perform data.refuse(404, 'budget_not_found', 'budget ' || coalesce(id::text, 'null'), 'send the id that set_budget answered');
+    perform data.refuse(404, 'budget_not_found', 'budget ' || coalesce(id::text, 'null'),
+      'send the id that set_budget answered');
   end if;
   delete from data.budget b where b.account_id = v_shown.account_id and b.id = v_shown.id;
   update data.account_balance a set has_budgets = false
@@ -161,7 +160,7 @@ begin
 end
 $$;
 comment on function api.remove_budget(uuid) is
-'Removes a budget; nothing it counted is kept.
+'Removes a budget and its counts.
 `id` is the budget''s. Answers the budget as it was. 404 budget_not_found.';
 grant execute on function api.remove_budget(uuid) to keyledger_operator;
 
@@ -181,7 +180,8 @@ declare
   v_shown api.billing_accounts;
 begin
   if not exists (select from pg_timezone_names z where z.name = set_time_zone.time_zone) then
-    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names', 'for example "Europe/Berlin" or "UTC"');
+    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names',
+      'for example "Europe/Berlin" or "UTC"');
   end if;
   -- budgets may be set or removed while they are counted
   loop
@@ -203,7 +203,6 @@ begin
       if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
         raise serialization_failure using message = 'another call has changed the budgets of this account';
       end if;
-      -- the lock is let go, too
     end;
   end loop;
   update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
@@ -213,8 +212,8 @@ end
 $$;
 comment on function api.set_time_zone(uuid, text) is
 'Sets the time zone in which an account''s days, weeks and months begin (UTC at first).
-`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current windows are counted anew
-from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
+`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current
+windows are counted anew from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
 grant execute on function api.set_time_zone(uuid, text) to keyledger_operator;
 
 create or replace function api.check_budget(
@@ -284,10 +283,11 @@ end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not: insufficient_funds,
-key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended, tenant_suspended, virtual_key_disabled,
-virtual_key_expired. `available` counts free credit that may expire before a hold would. `remaining` is what the tightest of the budgets of
-key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
+Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not:
+insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended,
+tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free credit that may expire before a
+hold would. `remaining` is what the tightest of the budgets of key, user and tenant has left, null without any. 404
+user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 reset role;

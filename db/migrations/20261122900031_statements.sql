@@ -61,8 +61,9 @@ end
 $$;
 comment on function api.balance_at(uuid, timestamptz) is
 'An account''s figures as of a moment: after every entry posted before it, less the free credit that had expired by then.
-Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, all 0 before the first entry; at a
-statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future, for one).';
+Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, all 0 before the first entry;
+at a statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future,
+for one).';
 grant execute on function api.balance_at(uuid, timestamptz) to keyledger_operator;
 
 create or replace function api.close_period(
@@ -81,7 +82,9 @@ as $$
 declare
   v_ids uuid[];
 begin
-  if close_period.period_end is null or not isfinite(close_period.period_end) or close_period.period_end > clock_timestamp() then
+  if close_period.period_end is null or not isfinite(close_period.period_end)
+    or close_period.period_end > clock_timestamp()
+  then
     perform data.refuse(422, 'invalid_period_end', 'period_end must be a moment that has passed',
       'send the moment the period ended, with its time zone');
   end if;
@@ -104,13 +107,15 @@ begin
 end
 $$;
 comment on function api.close_period(timestamptz, uuid, integer) is
-'Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening.
-A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit` how many (100); an empty page is the
-end. Repeated, it answers the same rows and changes nothing. Entries belong to the period they were posted in; charges go on meanwhile.
-409 period_is_sealed (before the last one sealed), usage_is_incomplete, account_is_ahead (dated by a clock that was ahead); 422 invalid_period_end (in the future, for one), invalid_limit.';
+'Seals a statement for each account: its entries until period_end, from the end of its last statement or from its opening.
+A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit` how many (100); an
+empty page is the end. Repeated, it answers the same rows and changes nothing. Entries belong to the period they were
+posted in; charges go on meanwhile. 409 period_is_sealed (before the last one sealed), usage_is_incomplete,
+account_is_ahead (dated by a clock that was ahead); 422 invalid_period_end (in the future, for one), invalid_limit.';
 grant execute on function api.close_period(timestamptz, uuid, integer) to keyledger_operator;
 
--- The entries of a statement that are not usage, in the order of their moments: an expiry counts where its moment was.
+-- The entries of a statement that are not usage, in the order of their moments: an expiry counts
+-- where its moment was.
 create or replace function data.statement_entries(statement data.accounting_snapshot)
 returns jsonb
 language plpgsql
@@ -121,9 +126,9 @@ begin
     select jsonb_agg(e.entry order by e.at, e.seq)
     from (
       select e.created_at as at, e.seq, jsonb_build_object(
-        'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', coalesce(-g.amount, e.amount)::text, 'reference', e.reference,
-        'reason', e.reason, 'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id, 'grant_seq', g.grant_seq,
-        'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
+        'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', coalesce(-g.amount, e.amount)::text,
+        'reference', e.reference, 'reason', e.reason, 'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id,
+        'grant_seq', g.grant_seq, 'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
       from data.billing_transaction e
       left join lateral (
         select d.grant_seq, d.amount, c.expires_at
@@ -131,8 +136,9 @@ begin
         join data.credit_grant c on c.account_id = d.account_id and c.seq = d.grant_seq
         where e.kind = 'credit_expiry' and d.account_id = e.account_id and d.seq = e.seq
       ) g on true
-      where e.account_id = statement.account_id and e.seq between statement.first_seq and statement.last_seq and e.kind <> 'usage'
-        -- the statement before has it
+      where e.account_id = statement.account_id and e.seq between statement.first_seq and statement.last_seq
+        and e.kind <> 'usage'
+        -- the statement before has the others
         and (g.expires_at > statement.period_start) is not false
       union all
       select d.expired_at, statement.last_seq + 1, jsonb_build_object(
@@ -207,11 +213,12 @@ end
 $$;
 comment on function api.statement(uuid, timestamptz) is
 'One sealed statement as a document.
-Answers {account_id, owner, owner_name, currency, period_start, period_end, opening, closing, movements, entries, usage, first_seq, last_seq,
-head, previous_head, sealed_at}; amounts are decimal strings. opening plus the movements of each kind is closing, bucket by bucket.
-`entries` are those that are not usage; an expiry stands where its moment was, with seq null if its entry came after the period. In
-`usage`, per node, the cost of the meters plus `rounding` (events are rounded one by one) is `cost`. `head` is the chain''s hash at
-last_seq. Names are those of when it was sealed. 404 statement_not_found.';
+Answers {account_id, owner, owner_name, currency, period_start, period_end, opening, closing, movements, entries,
+usage, first_seq, last_seq, head, previous_head, sealed_at}; amounts are decimal strings. opening plus the movements
+of each kind is closing, bucket by bucket. `entries` are those that are not usage; an expiry stands where its moment
+was, with seq null if its entry came after the period. In `usage`, per node, the cost of the meters plus `rounding`
+(events are rounded one by one) is `cost`. `head` is the chain''s hash at last_seq. Names are as they were at
+`sealed_at`. 404 statement_not_found.';
 grant execute on function api.statement(uuid, timestamptz) to keyledger_operator, keyledger_member;
 
 reset role;

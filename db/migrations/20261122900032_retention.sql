@@ -1,9 +1,10 @@
 -- migrate:up
--- What is dropped and purged, and when.
+-- Retention: months of usage are dropped once statements cover them.
 
 set local role keyledger_owner;
 
--- Whoever has read the window is done when this returns; whoever reads it next finds it as committed. Keeps nothing.
+-- Waits until each reader of usage_window is done. The next reader finds the row as committed.
+-- Keeps no lock.
 create or replace function data.await_window_readers()
 returns void
 language plpgsql
@@ -41,7 +42,7 @@ begin
 end
 $$;
 
--- Refuses to end what parked events wait for: below a new floor they could never be charged.
+-- Refuses a new floor above parked events: below it they could never be charged.
 create or replace function data.refuse_parked_usage(
   since timestamptz,
   until timestamptz
@@ -84,7 +85,8 @@ declare
   v_events bigint := 0;
 begin
   if older_than is null or not isfinite(older_than) or older_than > now() then
-    perform data.refuse(422, 'invalid_older_than', 'older_than must be a moment that has passed', 'months that ended by then are dropped');
+    perform data.refuse(422, 'invalid_older_than', 'older_than must be a moment that has passed',
+      'months that ended by then are dropped');
   end if;
   -- one at a time, and nobody makes months again
   select * into v_window from data.usage_window w for update;
@@ -99,7 +101,8 @@ begin
   perform data.refuse_parked_usage(
     least(v_window.floor, to_date(right(v_months[1], 7), 'YYYY_MM')), v_floor);
 
-  -- A month is read, however long that takes, while nobody can write into it: below a floor that was committed before.
+  -- A month is read, however long that takes, while nobody can write into it: below a floor that
+  -- was committed before.
   if v_window.floor < v_floor or v_window.floor_xid = pg_current_xact_id_if_assigned() then
     foreach v_month in array v_months loop
       perform data.count_sealed_month(v_month);
@@ -113,7 +116,8 @@ begin
     end loop;
     update data.usage_window w set dropped_before = greatest(w.dropped_before, v_floor);
     perform set_config('lock_timeout', '500ms', true);
-    -- who has read the window is done, so nobody reads on without these months; who reads it next finds them dropped
+    -- each earlier reader of usage_window is done, so no reader loses these months; the next one
+    -- finds them dropped
     lock table only data.usage_window in access exclusive mode;
     lock table only data.usage_log in access exclusive mode;
     foreach v_month in array v_months loop
@@ -121,16 +125,18 @@ begin
     end loop;
     v_dropped := v_months;
   end if;
-  return jsonb_build_object('floor', (select w.floor from data.usage_window w), 'closed', v_closed, 'dropped', v_dropped, 'events', v_events);
+  return jsonb_build_object(
+    'floor', (select w.floor from data.usage_window w), 'closed', v_closed, 'dropped', v_dropped, 'events', v_events);
 end
 $$;
 comment on function api.drop_usage_partitions(timestamptz) is
 'Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage: call it twice.
-The first call closes the months: no event or hold of before can come in any more. The second drops them; nobody waits while it reads them.
-Ledger and statements stay whole, and prove as before; events of a dropped month can''t be explained, refunded one by one or summed up again
-(410 usage_dropped). Answers {floor, closed, dropped, events}: `closed` are the months for the next call. 409 usage_is_parked (replay or
-dismiss what is parked of before), usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for
-long: call again.';
+The first call closes the months: no event or hold of before can come in any more. The second drops them; nobody waits
+while it reads them. Ledger and statements stay whole, and prove as before; events of a dropped month can''t be
+explained, refunded one by one or summed up again (410 usage_dropped). Answers {floor, closed, dropped, events}:
+`closed` are the months for the next call. 409 usage_is_parked (replay or dismiss the parked events of before),
+usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for long: call
+again.';
 grant execute on function api.drop_usage_partitions(timestamptz) to keyledger_operator;
 
 reset role;

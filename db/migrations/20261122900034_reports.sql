@@ -60,14 +60,15 @@ declare
   v_steps numeric;
   v_refunds jsonb;
 begin
-  -- both through the views: a member is shown what they may see there, so maybe the event and not the whole entry
+  -- both through the views: a member may see the event but not the whole entry
   select * into v_usage from api.usage_logs l where l.account_id = explain_charge.account_id and l.id = usage_id;
   if not found then
     perform data.refuse_dropped_usage(usage_id);
     perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
       'send the id of an event charged to this account; one not charged yet is in parked_usage');
   end if;
-  select * into v_entry from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
+  select * into v_entry
+  from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
 
   select c.meters, c.steps into v_meters, v_steps from data.charge_meters(v_usage.meters, v_usage.price_ids) c;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
@@ -86,7 +87,8 @@ begin
       from data.virtual_key k where k.id = v_usage.virtual_key_id),
     'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
       from data.user_profile u where u.id = v_usage.user_id),
-    'config_node', (select jsonb_build_object('id', n.id, 'name', n.name) from data.config_node n where n.id = v_usage.config_node_id),
+    'config_node', (select jsonb_build_object('id', n.id, 'name', n.name)
+      from data.config_node n where n.id = v_usage.config_node_id),
     'meters', v_meters,
     'sum', data.exact_cost(v_steps),
     'rounded', data.to_cost(v_steps)::text,
@@ -101,7 +103,8 @@ begin
       'balance_delta', v_entry.balance_delta::text,
       'free_credit_delta', v_entry.free_credit_delta::text,
       'outstanding_delta', v_entry.outstanding_delta::text,
-      'grants', (select coalesce(jsonb_agg(jsonb_build_object('seq', d.grant_seq, 'amount', d.amount::text) order by d.grant_seq), '[]')
+      'grants', (select coalesce(jsonb_agg(
+          jsonb_build_object('seq', d.grant_seq, 'amount', d.amount::text) order by d.grant_seq), '[]')
         from data.grant_draw d where d.account_id = v_entry.account_id and d.seq = v_entry.seq),
       'hash', encode(v_entry.hash, 'hex')) end,
     'refunds', coalesce(v_refunds, '[]')
@@ -109,16 +112,18 @@ begin
 end
 $$;
 comment on function api.explain_charge(uuid, uuid) is
-'Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
-`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size, effective_from}, amount,
-is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum` of
-them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an
-amount never ends (it is cut off at 30 decimals; the rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count`
-events: what each bucket and which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
+'Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds.
+Answers {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
+`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size,
+effective_from}, amount, is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that
+were in force at the event''s time; `sum` of them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says
+that this is the `cost` charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the
+rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: what each bucket and
+which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
--- What was charged for each meter, in each currency. The view decides which usage the reader may see.
+-- The charges of each meter in each currency. The view decides which usage the reader may see.
 create or replace function data.spend_by_meter(
   first uuid,
   beyond uuid,
@@ -141,12 +146,15 @@ begin
   from api.usage_logs l
   join data.account_balance a on a.account_id = l.account_id
   cross join lateral (
-    -- each meter adds what it adds to the rounded sum so far, by name; the last one the rest: so an event's meters are its cost
+    -- In order of name, each meter costs its part of the rounded sum so far; the last one costs the
+    -- rest.
+    -- So the meters of an event add up to its cost.
     select s.meter, s.quantity,
       case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
         - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
     from (
-      select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
+      select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place,
+        count(*) over () as meters
       from (
         select e.key as meter, e.value::numeric as quantity,
           coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
@@ -156,7 +164,8 @@ begin
       window w as (order by p.meter)
     ) s
   ) m
-  where l.id >= first and l.id < beyond and (spend_by_meter.account_id is null or l.account_id = spend_by_meter.account_id)
+  where l.id >= first and l.id < beyond
+    and (spend_by_meter.account_id is null or l.account_id = spend_by_meter.account_id)
   group by m.meter, a.currency
   order by 6 desc, 1;
 end
@@ -189,14 +198,18 @@ declare
   v_beyond uuid;
 begin
   if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter') and spend."by" !~ '^metadata\..', true) then
-    perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>', 'choose one of them');
+    perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>',
+      'choose one of them');
   end if;
   if not coalesce(spend.since < spend.before and isfinite(spend.since) and isfinite(spend.before), false) then
-    perform data.refuse(422, 'invalid_period', 'since must be earlier than before', 'send two moments: since is part of the period, before is not');
+    perform data.refuse(422, 'invalid_period', 'since must be earlier than before',
+      'send two moments: since is part of the period, before is not');
   end if;
   -- ids carry whole milliseconds: the first one not before the moment
-  v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend.since, '1970-01-01Z') + interval '999 microseconds'));
-  v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend.before, '9999-01-01Z') + interval '999 microseconds'));
+  v_first := data.uuid_floor(
+    date_trunc('milliseconds', greatest(spend.since, '1970-01-01Z') + interval '999 microseconds'));
+  v_beyond := data.uuid_floor(
+    date_trunc('milliseconds', least(spend.before, '9999-01-01Z') + interval '999 microseconds'));
   perform data.refuse_dropped_usage(v_first);
 
   if spend."by" = 'meter' then
@@ -227,11 +240,13 @@ begin
 end
 $$;
 comment on function api.spend(text, timestamptz, timestamptz, uuid) is
-'Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
-Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
-tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways add up to the same sum:
-by meter, an event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity * price. `quantity` is the
-meter''s. 410 usage_dropped from before the months kept (statements have its sums); 422 invalid_by, invalid_period.';
+'Sums up the charges of a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
+Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that the reader may see.
+Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
+tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways
+add up to the same sum: by meter, an event''s rounding falls to its meters in order of name, so that each is within
+1e-10 of quantity * price. `quantity` is the meter''s. 410 usage_dropped from before the months kept (statements have
+its sums); 422 invalid_by, invalid_period.';
 grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
 
 reset role;

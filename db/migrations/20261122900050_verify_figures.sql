@@ -1,5 +1,6 @@
 -- migrate:up
--- Verification of accounts, entries, refunds, grants and budgets: every figure against the rows it comes from.
+-- Verification of accounts, entries, refunds, grants and budgets: every figure against the rows it
+-- comes from.
 
 set local role keyledger_owner;
 
@@ -28,9 +29,11 @@ begin
     where verify_figures.account_id is null or g.account_id = verify_figures.account_id
     group by g.account_id
   )
-  select coalesce(a.account_id, t.account_id, f.account_id, g.account_id), c.problem, null::bigint, null::uuid, c.expected, c.actual
+  select coalesce(a.account_id, t.account_id, f.account_id, g.account_id), c.problem,
+    null::bigint, null::uuid, c.expected, c.actual
   from (
-    select b.* from data.account_balance b where verify_figures.account_id is null or b.account_id = verify_figures.account_id
+    select b.* from data.account_balance b
+    where verify_figures.account_id is null or b.account_id = verify_figures.account_id
   ) a
   full join total t on t.account_id = a.account_id
   full join frozen f on f.account_id = coalesce(a.account_id, t.account_id)
@@ -48,7 +51,10 @@ begin
       ('seq_has_gaps', coalesce(t.last_seq, 0), coalesce(t.entries, 0), null),
       ('credit_limit_differs_from_last_entry', coalesce(l.credit_limit_after, 0), a.credit_limit, null)
   ) as v (problem, should_be, held, is_bad)
-  cross join lateral (select v.problem, v.should_be::text as expected, v.held::text as actual where coalesce(v.is_bad, v.should_be <> v.held)) c;
+  cross join lateral (
+    select v.problem, v.should_be::text as expected, v.held::text as actual
+    where coalesce(v.is_bad, v.should_be <> v.held)
+  ) c;
 end
 $$;
 
@@ -72,7 +78,8 @@ begin
     group by u.account_id
   ) t on t.account_id = a.account_id
   cross join lateral (
-    select 'head_differs_from_last_entry' as problem, encode(coalesce(l.hash, ''), 'hex') as expected, encode(a.head_hash, 'hex') as actual
+    select 'head_differs_from_last_entry' as problem, encode(coalesce(l.hash, ''), 'hex') as expected,
+      encode(a.head_hash, 'hex') as actual
     where a.head_hash <> coalesce(l.hash, '')
     union all
     select 'head_at_differs_from_last_entry', coalesce(l.created_at, '-infinity')::text, a.head_at::text
@@ -85,7 +92,8 @@ begin
     where a.head_at > v_now + interval '1 minute'
     union all
     select 'figures_not_in_normal_form', null, null
-    where a.balance < -a.credit_limit or (a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit))
+    where a.balance < -a.credit_limit
+      or (a.outstanding_amount > 0 and (a.free_credit <> 0 or a.balance <> -a.credit_limit))
   ) c
   where verify_heads.account_id is null or a.account_id = verify_heads.account_id;
 end
@@ -102,11 +110,13 @@ begin
   select e.account_id, c.problem, e.seq, null::uuid, c.expected, c.actual
   from (
     select t.*,
-      lag(t.hash) over w as previous_hash, lag(t.created_at) over w as previous_at, lag(t.balance_after) over w as previous_balance,
+      lag(t.hash) over w as previous_hash, lag(t.created_at) over w as previous_at,
+      lag(t.balance_after) over w as previous_balance,
       lag(t.free_credit_after) over w as previous_free_credit, lag(t.outstanding_after) over w as previous_outstanding
     from (
       select t.account_id, t.seq, t.prev_hash, t.hash, t.created_at, t.balance_after, t.balance_delta, t.free_credit_after,
-        t.free_credit_delta, t.outstanding_after, t.outstanding_delta, data.entry_hash(t) as content_hash,
+        t.free_credit_delta, t.outstanding_after, t.outstanding_delta,
+        data.entry_hash(row(t.*)::data.billing_transaction) as content_hash,
         data.broken_fact(t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.balance_after,
           t.free_credit_after, t.outstanding_after, t.credit_limit_after, t.usage_count, octet_length(t.usage_list),
           t.refund_of_seq, t.refund_of_usage_id, t.prev_hash = '') as broken_fact
@@ -171,7 +181,8 @@ begin
 end
 $$;
 
--- grants: each against its entry and its draws; the draws of each entry against the free credit it spent
+-- grants: each against its entry and its draws; the draws of each entry against the free credit it
+-- spent
 create or replace function data.verify_grants(account_id uuid)
 returns setof api.ledger_problem
 language plpgsql
@@ -207,7 +218,7 @@ begin
     and g.remaining <> g.amount - coalesce(d.amount, 0)
 
   union all
-  -- a refund gives back; all else that takes free credit draws it
+  -- a refund gives free credit back; each other kind draws it
   select coalesce(e.account_id, d.account_id), 'free_credit_spent_differs_from_draws', coalesce(e.seq, d.seq), null,
     e.amount::text, d.amount::text
   from (
@@ -243,7 +254,9 @@ begin
       and data.budget_applies(b.scope, b.scope_id, l.virtual_key_id, l.user_id)
       and case when isfinite(b.counted_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
       and l.id >= data.uuid_floor(b.counted_floor)
-    cross join lateral (select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
+    cross join lateral (
+      select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0
+    ) w
     where (verify_budgets.account_id is null or b.account_id = verify_budgets.account_id) and w.starts >= b.counted_from
     group by b.account_id, b.id, w.starts
   ), counted as (
@@ -252,14 +265,16 @@ begin
     where verify_budgets.account_id is null or s.account_id = verify_budgets.account_id
   )
   select b.account_id, 'budget_differs_from_usage', null::bigint, null::uuid,
-    concat_ws(' ', b.scope, b.scope_id, b.period, c.starts, coalesce(c.cost, 0)::data.amount), coalesce(c.spent, 0)::data.amount::text
+    concat_ws(' ', b.scope, b.scope_id, b.period, c.starts, coalesce(c.cost, 0)::data.amount),
+    coalesce(c.spent, 0)::data.amount::text
   from (
     select * from used u full join counted n using (account_id, id, starts)
   ) c
   join data.budget b on b.account_id = c.account_id and b.id = c.id
   where case
-      -- what retention has dropped was counted, and stays counted
-      when c.starts >= v_floor or (b.period = 'total' and b.counted_floor = v_floor) then coalesce(c.cost, 0) <> coalesce(c.spent, 0)
+      -- usage that retention dropped was counted, and stays counted
+      when c.starts >= v_floor or (b.period = 'total' and b.counted_floor = v_floor)
+        then coalesce(c.cost, 0) <> coalesce(c.spent, 0)
       else coalesce(c.cost, 0) > coalesce(c.spent, 0)
     end
 
@@ -267,7 +282,8 @@ begin
   select a.account_id, 'has_budgets_differs_from_budgets', null, null, (b.account_id is not null)::text, a.has_budgets::text
   from data.account_balance a
   left join (select distinct x.account_id from data.budget x) b on b.account_id = a.account_id
-  where (verify_budgets.account_id is null or a.account_id = verify_budgets.account_id) and a.has_budgets <> (b.account_id is not null);
+  where (verify_budgets.account_id is null or a.account_id = verify_budgets.account_id)
+    and a.has_budgets <> (b.account_id is not null);
 end
 $$;
 

@@ -1,5 +1,6 @@
 -- migrate:up
--- Verification of usage and statements: charges against their usage rows, statements against their entries.
+-- Verification of usage and statements: charges against their usage rows, statements against their
+-- entries.
 
 set local role keyledger_owner;
 
@@ -50,7 +51,7 @@ begin
   with used as (
     select s.account_id, s.seq, count(*) as events, sum(s.cost) as cost, string_agg(s.seal, '' order by s.id) as list
     from (
-      select l.account_id, l.transaction_seq as seq, l.id, l.cost, data.usage_seal(l) as seal
+      select l.account_id, l.transaction_seq as seq, l.id, l.cost, data.usage_seal(row(l.*)::data.usage_log) as seal
       from data.usage_log l
       where verify_usage.account_id is null or l.account_id = verify_usage.account_id
     ) s
@@ -67,7 +68,7 @@ begin
     select f.problem, f.usage_id, f.expected, f.actual
     from data.usage_faults(e.usage_list, u.list, v_first_kept) f
     where u.list is distinct from e.usage_list
-      -- all dropped by retention: its last row was
+      -- all rows were dropped by retention if the last one was
       and (u.list is not null or substr(e.usage_list, octet_length(e.usage_list) - 31, 16) >= uuid_send(v_first_kept))
     union all
     select 'charge_is_not_the_cost_of_usage', null, u.cost::text, (-e.amount)::text
@@ -77,7 +78,8 @@ begin
   union all
   select r.account_id, 'resolved_event_not_charged', null, r.usage_id, 'charged', null
   from data.parked_usage r
-  where r.resolution in ('charged', 'duplicate') and r.usage_id >= v_first_kept and (verify_usage.account_id is null or r.account_id = verify_usage.account_id)
+  where r.resolution in ('charged', 'duplicate') and r.usage_id >= v_first_kept
+    and (verify_usage.account_id is null or r.account_id = verify_usage.account_id)
     and not exists (select from data.usage_log l where l.account_id = r.account_id and l.id = r.usage_id)
 
   union all
@@ -91,7 +93,8 @@ begin
   select r.account_id, 'parked_event_without_hold', null, r.usage_id, 'parked', h.status
   from data.parked_usage r
   left join data.hold h on h.account_id = r.account_id and h.id = r.hold_id
-  where r.hold_id is not null and r.resolved_at is null and (verify_usage.account_id is null or r.account_id = verify_usage.account_id)
+  where r.hold_id is not null and r.resolved_at is null
+    and (verify_usage.account_id is null or r.account_id = verify_usage.account_id)
     and h.status is distinct from 'parked';
 end
 $$;
@@ -142,7 +145,8 @@ begin
           coalesce((s.previous).outstanding_closing, v_none)),
         concat_ws(', ', s.balance_opening, s.free_credit_opening, s.outstanding_opening)),
       ('statement_closing_differs_from_entry',
-        concat_ws(', ', coalesce(l.balance_after, v_none), coalesce(l.free_credit_after, v_none), coalesce(l.outstanding_after, v_none)),
+        concat_ws(', ', coalesce(l.balance_after, v_none), coalesce(l.free_credit_after, v_none),
+          coalesce(l.outstanding_after, v_none)),
         concat_ws(', ', s.balance_closing, s.free_credit_closing + s.expiry_due, s.outstanding_closing)),
       ('statement_head_differs_from_entry', encode(coalesce(l.hash, ''), 'hex'), encode(s.head_hash, 'hex')),
       ('statement_not_cut_at_its_end', 'true', (

@@ -1,10 +1,13 @@
 -- migrate:up
--- Verification of one account's chain of hashes: the first entry or usage row that is not as recorded.
+-- Verification of one account's chain of hashes: the first entry or usage row that is not as
+-- recorded.
 
 set local role keyledger_owner;
 
--- The entries of an account in the order of seq, each beside its neighbours. `place` is the seq it should have.
--- An entry is whole if its hash is that of its content: so it vouches for the hash of the one before.
+-- The entries of an account in the order of seq, each beside its neighbours. `place` is the seq it
+-- should have.
+-- An entry is whole if its hash is that of its content: so it vouches for the hash of the one
+-- before.
 create or replace function data.chain_links(account_id uuid)
 returns table (
   seq bigint,
@@ -26,7 +29,8 @@ begin
   select c.seq, row_number() over w, c.prev_hash, c.hash, c.content_hash, c.usage_list, lag(c.hash, 1, '') over w,
     lead(c.seq) over w, lead(c.prev_hash) over w, lead(c.content_hash = c.hash) over w
   from (
-    select t.seq, t.prev_hash, t.hash::bytea as hash, t.usage_list, data.entry_hash(t) as content_hash
+    select t.seq, t.prev_hash, t.hash::bytea as hash, t.usage_list,
+      data.entry_hash(row(t.*)::data.billing_transaction) as content_hash
     from data.billing_transaction t
     where t.account_id = chain_links.account_id
     offset 0 -- or each use would hash again
@@ -48,7 +52,7 @@ begin
   return query
   select s.seq, string_agg(s.seal, '' order by s.id)
   from (
-    select l.transaction_seq as seq, l.id, data.usage_seal(l) as seal
+    select l.transaction_seq as seq, l.id, data.usage_seal(row(l.*)::data.usage_log) as seal
     from data.usage_log l
     where l.account_id = usage_lists.account_id
   ) s
@@ -56,7 +60,8 @@ begin
 end
 $$;
 
--- whether an entry's list of usage rows is not that of the rows found, beyond those that retention dropped
+-- whether an entry's list of usage rows differs from the rows found, not counting rows that
+-- retention dropped
 create or replace function data.usage_differs(
   listed bytea,
   present bytea,
@@ -74,8 +79,10 @@ begin
 end
 $$;
 
--- The first place where an account's entries or their usage rows are not as recorded; `problem` is null if there is none.
--- `head_seq` is the seq of the entry whose hash is the account's head, 0 if none has it. `last_seq` is the seq of the last entry.
+-- The first place where an account's entries or their usage rows are not as recorded; `problem` is
+-- null if there is none.
+-- `head_seq` is the seq of the entry whose hash is the account's head, 0 if none has it. `last_seq`
+-- is the seq of the last entry.
 -- `expected` is the hash that the next entry or the account kept.
 create or replace function data.first_fault(
   account_id uuid,
@@ -96,7 +103,8 @@ stable
 as $$
 #variable_conflict use_column
 begin
-  -- one pass over the entries in their order, and over the usage rows by entry; sorts beyond work_mem go to disk
+  -- one pass over the entries in their order, and over the usage rows by entry; sorts beyond
+  -- work_mem go to disk
   select w.problem, w.seq, w.listed, w.present, w.expected, w.actual
   into problem, seq, listed, present, expected, actual
   from (
@@ -139,7 +147,8 @@ begin
 end
 $$;
 
--- Names an altered entry anew if it was moved: its hash is right at the seq after, or the next one's at the seq before.
+-- Names an altered entry anew if it was moved: its hash is right at the seq after, or the next
+-- one's at the seq before.
 create or replace function data.moved_or_altered(
   account_id uuid,
   seq bigint

@@ -3,8 +3,10 @@
 
 set local role keyledger_owner;
 
--- Purges what ended and can't come back, its id being below the window's floor: request holds, and parked events that were resolved.
--- Freezes stay: they are history. At most a portion of each per call, of so many accounts, going on where the last call ended.
+-- Purges ended request holds and resolved parked events whose id is below the floor: they can't
+-- come back.
+-- Freezes stay: they are history. A call purges at most a portion of each, from a page of accounts.
+-- The next call goes on where it ended.
 create or replace function data.purge_ended(
   portion bigint default 100000,
   accounts bigint default 1000000,
@@ -66,11 +68,16 @@ begin
   select count(*) into events from gone g;
   update data.usage_window w
   set purged_before = case when greatest(holds, events) < portion and v_page is null then v_window.floor else w.purged_before end,
-    purging_from = case when holds = portion then v_last when events = portion then coalesce(v_page, w.purging_from) else v_page end;
+    purging_from = case
+      when holds = portion then v_last
+      when events = portion then coalesce(v_page, w.purging_from)
+      else v_page
+    end;
 end
 $$;
 
--- Purges the outboxes of what every reader has had two days for: a portion of each, oldest first; a reader that may miss it starts anew.
+-- Purges rows of the outboxes after two days: a portion of each, oldest first. A reader that may
+-- have missed rows starts anew.
 create or replace function data.purge_outboxes(
   portion bigint default 100000,
   out invalidations bigint,
@@ -137,7 +144,7 @@ begin
     return jsonb_build_object('status', 'busy');
   end if;
   v_made := data.make_usage_partitions();
-  -- what can't be purged keeps no month from being made, nor one purge the other
+  -- a purge that fails stops neither the making of months nor the other purge
   begin
     select p.holds, p.events into v_holds, v_parked from data.purge_ended() p;
   exception when query_canceled or others then
@@ -161,12 +168,13 @@ end
 $$;
 comment on function api.maintain() is
 'Makes the coming months of usage_log, and purges rows that are no longer needed.
-It purges the outboxes of cache_changes and account_news after 48 hours. It purges ended holds and resolved parked_usage from before the
-floor that drop_usage_partitions raised. A call purges at most 100000 of each.
-Answers {status, …} with what it made and purged: `done`; `busy`, when another call is at it; `incomplete`, with the SQLSTATE as `code`: the
-months are made, and a purge or a replay failed. 503 lock_timeout when a month can''t be made for 4 s.
-It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer.
-Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
+It purges the outboxes of cache_changes and account_news after 48 hours. It purges ended holds and resolved
+parked_usage from before the floor that drop_usage_partitions raised. A call purges at most 100000 of each. Answers
+{status, …} with the months made and the rows purged: `done`; `busy`, when another call is at it; `incomplete`, with
+the SQLSTATE as `code`: the months are made, and a purge or a replay failed. 503 lock_timeout when a month can''t be
+made for 4 s. It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer. Call it
+daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as
+id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 
 create or replace function api.installation_warnings()
@@ -182,13 +190,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
-  select 'every_login_may_connect', 'logins of other databases of this cluster may hold keyledger''s roles, and connect to this one',
+  select 'every_login_may_connect',
+    'logins of other databases of this cluster may hold keyledger''s roles, and connect to this one',
     format('revoke connect on database %1$I from public; grant connect on database %1$I to <each login that needs it>', d.datname)
   from pg_database d
   cross join lateral aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) g
   where d.datname = current_database() and g.grantee = 0 and g.privilege_type = 'CONNECT'
   union all
-  select 'no_statement_timeout', format('what %s asks through PostgREST may take any time', r.name),
+  select 'no_statement_timeout', format('a request of %s through PostgREST may take any time', r.name),
     format('alter role %s set statement_timeout = %L', r.name, r.timeout)
   from (values ('keyledger_gateway', '10s'), ('keyledger_member', '5s')) as r (name, timeout)
   where not exists (
@@ -198,9 +207,10 @@ begin
 end
 $$;
 comment on function api.installation_warnings() is
-'What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided.
-Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that another database gave a keyledger role to
-has it here too. `no_statement_timeout`: a role''s requests may keep PostgREST''s connections for any time.';
+'Warns of settings that the migrations may not choose for a cluster: no row when all are chosen.
+Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that another database
+gave a keyledger role to has it here too. `no_statement_timeout`: a role''s requests may keep PostgREST''s connections
+for any time.';
 grant execute on function api.installation_warnings() to keyledger_operator;
 
 reset role;

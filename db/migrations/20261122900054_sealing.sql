@@ -3,8 +3,8 @@
 
 set local role keyledger_owner;
 
--- The last entry posted before a moment, 0 if there is none, null if there is no account: entries are gapless and never older than
--- the one before, so it is found by halving.
+-- The seq of the last entry before a moment: 0 if there is none, null if there is no account.
+-- It is found by halving: entries are gapless, and none is older than the one before.
 create or replace function data.seq_before(
   account_id uuid,
   at timestamptz
@@ -35,9 +35,12 @@ begin
 end
 $$;
 
--- What had expired by a moment and is not among the entries up to `seq`, the last one before it: not posted yet, or by the next
--- posting after the moment, which settles what is due before anything else. Counted from the last entry: the one that was being
--- posted as a grant expired, and at most one for each grant.
+-- The expiries that were due at a moment and are not among the entries up to `seq`, the last one
+-- before the moment.
+-- They are not posted yet, or the first posting after the moment wrote them: it settles due
+-- expiries first.
+-- Their entries come right after `seq`: at most one entry in between, and at most one for each
+-- grant.
 create or replace function data.expiries_due(
   account_id uuid,
   seq bigint,
@@ -74,7 +77,8 @@ begin
 end
 $$;
 
--- Waits until whoever holds the account's lock is done, and keeps nothing: what is posted from then on is of a later moment.
+-- Waits until the holder of the account's lock is done, and keeps no lock. Later entries are then
+-- of a later moment.
 create or replace function data.await_postings(account_id uuid)
 returns void
 language plpgsql
@@ -88,8 +92,9 @@ exception when sqlstate 'KL001' then
 end
 $$;
 
--- What each kind of entry did in a statement's range, by the clock: an expiry counts where its moment was, not where its entry is, and
--- once for each grant, since one entry may be of several.
+-- The sums of each kind of entry in a statement's range. An expiry counts at its moment, not at its
+-- entry.
+-- It counts once for each grant: one entry may be of several.
 create or replace function data.movements_of(
   statement data.accounting_snapshot,
   out movements jsonb,
@@ -171,11 +176,13 @@ begin
   v_sealed.period_end := statement_of.period_end;
   v_sealed.first_seq := coalesce(previous.last_seq, 0) + 1;
   v_sealed.last_seq := greatest(data.seq_before(account_id, statement_of.period_end), v_sealed.first_seq - 1);
-  select * into v_last from data.billing_transaction t where t.account_id = statement_of.account_id and t.seq = v_sealed.last_seq;
+  select * into v_last
+  from data.billing_transaction t where t.account_id = statement_of.account_id and t.seq = v_sealed.last_seq;
   v_sealed.head_hash := coalesce(v_last.hash, '');
 
   v_sealed.expiry_due := (
-    select coalesce(sum(d.amount), 0) from data.expiries_due(statement_of.account_id, v_sealed.last_seq, statement_of.period_end) d);
+    select coalesce(sum(d.amount), 0)
+    from data.expiries_due(statement_of.account_id, v_sealed.last_seq, statement_of.period_end) d);
   v_sealed.balance_opening := coalesce(previous.balance_closing, 0);
   v_sealed.free_credit_opening := coalesce(previous.free_credit_closing, 0);
   v_sealed.outstanding_opening := coalesce(previous.outstanding_closing, 0);
@@ -200,7 +207,8 @@ begin
 end
 $$;
 
--- Seals what one account did until a moment, from where its last statement ends; does nothing if that is where it ends.
+-- Seals one account's statement up to a moment, from the end of its last statement. Does nothing if
+-- that one ends there.
 create or replace function data.seal(
   account_id uuid,
   period_end timestamptz
@@ -232,8 +240,11 @@ begin
       return;
     end if;
     perform data.await_postings(account_id);
-    if (select a.head_at from data.account_balance a where a.account_id = seal.account_id) > clock_timestamp() + interval '1 minute' then
-      perform data.refuse(409, 'account_is_ahead', 'account ' || account_id || ' has entries of a time to come: the server''s clock was ahead',
+    if (select a.head_at from data.account_balance a where a.account_id = seal.account_id)
+      > clock_timestamp() + interval '1 minute'
+    then
+      perform data.refuse(409, 'account_is_ahead',
+        'account ' || account_id || ' has entries of a time to come: the server''s clock was ahead',
         'close the other accounts by `after`; close this one when that time has come');
     end if;
 

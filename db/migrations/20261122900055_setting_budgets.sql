@@ -1,5 +1,5 @@
 -- migrate:up
--- Setting budgets: who may have one, and the use that counts from before.
+-- Setting budgets: checks of the scope, and counts of earlier use.
 
 set local role keyledger_owner;
 
@@ -16,6 +16,9 @@ declare
   v_found boolean;
   v_belongs boolean;
 begin
+  if not exists (select from data.account_balance a where a.account_id = require_budget_scope.account_id) then
+    perform data.lock_account(account_id);
+  end if;
   select true, case
       when scope = 'tenant' then o.id = require_budget_scope.account_id
       else require_budget_scope.account_id in (u.account_id, u.id)
@@ -39,9 +42,11 @@ begin
 end
 $$;
 
--- What budgets, each from its `counted_from` on, count of an account's entries after `first_seq` up to `last_seq`, which is posted
--- already. From the first entry on it reads the usage log, however long that is: call it so before taking the account's lock. What
--- came since is few entries, whose rows are read by key.
+-- Counts an account's entries after `first_seq` up to `last_seq` for budgets, each from its
+-- `counted_from` on.
+-- The entry `last_seq` is posted already. From the first entry on it reads the usage log, however
+-- long that takes:
+-- call it so before the account is locked. Later entries are few, and their rows are read by key.
 create or replace function data.count_usage(
   budgets data.budget[],
   time_zone text,
@@ -77,7 +82,9 @@ begin
         where count_usage.first_seq > 0 and t.account_id = b.account_id and t.kind = 'usage'
           and t.seq > count_usage.first_seq and t.seq <= count_usage.last_seq
       ) l
-      cross join lateral (select data.window_start(b.period, count_usage.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
+      cross join lateral (
+        select data.window_start(b.period, count_usage.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0
+      ) w
       where data.budget_applies(b.scope, b.scope_id, l.virtual_key_id, l.user_id)
         and w.starts >= b.counted_from
       group by b.account_id, b.id, w.starts
@@ -86,8 +93,10 @@ begin
 end
 $$;
 
--- Counts budgets of one account anew, each for its window of now and those to come, and answers the account, locked. What is counted
--- before the lock stays true under it, since entries are never changed; only if months were dropped meanwhile is it counted again.
+-- Counts budgets of one account anew, each for its present window and later ones. Answers the
+-- account, locked.
+-- A count from before the lock stays true under it, since entries never change. It is repeated if
+-- months were dropped.
 -- KL002: one of them was removed meanwhile.
 create or replace function data.recount_budgets(
   budgets data.budget[],
@@ -112,7 +121,7 @@ begin
     budgets[i].counted_from := data.window_start(budgets[i].period, time_zone, clock_timestamp());
     budgets[i].counted_floor := v_floor;
   end loop;
-  -- all of it, then what came while that was read
+  -- all entries, then those that came meanwhile
   for i in 1 .. 2 loop
     v_next := (select a.balance_version from data.account_balance a where a.account_id = v_account_id);
     v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_next);

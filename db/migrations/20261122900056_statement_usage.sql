@@ -1,10 +1,11 @@
 -- migrate:up
--- Usage of a statement: what its entries charged, by node and meter.
+-- Usage of a statement: the charges of its entries, by node and meter.
 
 set local role keyledger_owner;
 
--- What was used in a range of entries, by node and meter. A meter's cost is exact but for its own rounding; `rounding` is what the
--- rounding of each event adds, so that `cost` is the sum of what the entries charged.
+-- The usage of a range of entries, by node and meter. A meter's cost is rounded once.
+-- `rounding` is the sum of the events' roundings: with it, `cost` is the sum of the entries'
+-- charges.
 create or replace function data.usage_of(
   account_id uuid,
   first_seq bigint,
@@ -24,7 +25,7 @@ begin
     select l.config_node_id, l.price_ids, l.meters, l.cost
     from data.billing_transaction t
     cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
-    -- by key, each: there is no other way to an entry's rows
+    -- one by one, by key: there is no other way to an entry's rows
     cross join lateral (
       select * from data.usage_log b
       where b.account_id = t.account_id and b.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
