@@ -104,7 +104,7 @@ test('an event says which entry crossed which line, and with what figures', asyn
   assert.type(events[0]!.id, 'number')
 })
 
-test('holds come and go without news; only what they are used for counts', async () => {
+test('holds come and go without news; only their use counts', async () => {
   const account = await payer(db, { funds: '10' })
   await threshold(account, '4')
   let id = ''
@@ -136,7 +136,7 @@ test('a grant that has expired counts when the next posting settles it, before t
   assert.equal(await told(account, () => account.topUp('10')), ['low_balance 5'])
 })
 
-test('what takes money back crosses as a charge does', async () => {
+test('money taken back crosses a line as a charge does', async () => {
   const account = await payer(db, { funds: '5' })
   const top = await account.topUp('5')
   await threshold(account, '5')
@@ -388,7 +388,7 @@ test('events that came with a dump, of transactions still to come here, are not 
   assert.equal(await seen(), ['back_in_funds'])
 })
 
-test('a threshold is set, shown, changed and taken away; what is no amount is refused', async () => {
+test('a threshold is set, shown, changed and taken away; a value that is no amount is refused', async () => {
   const account = await payer(db, { funds: '1' })
   assert.is((await threshold(account, '2.5')).low_balance_threshold, '2.5000000000')
   for (const amount of ['0', '-1', 'NaN', 'Infinity', '0.00000000001', '1000000000000'])
@@ -463,7 +463,7 @@ async function readAgain({ billing }: Client) {
 }
 
 for (const [name, make] of Object.entries(rpcs))
-  test(`${name}: whoever listens to a kind is told, with figures and an id that is the same everywhere`, async () => {
+  test(`${name}: each listener of a kind is told, with figures and an id that is the same everywhere`, async () => {
     const account = await payer(db, { funds: '10' })
     await threshold(account, '5')
     const one = await started({ rpc: make(), listen: db.loginUrl })
@@ -499,7 +499,7 @@ test('a notification leads to a read sooner than the poll would', async () => {
   assert.ok(performance.now() - startedAt < 2500, 'ten polls take 5 s')
 })
 
-test('what was missed while Postgres was away is told once it is back, each event once', async () => {
+test('events missed while Postgres was away are told when it is back, each once', async () => {
   const postgres = await startProxy(db.loginUrl)
   try {
     const one = await started({ rpc: rpcs.pg!(postgres.url), listen: postgres.url })
@@ -539,7 +539,7 @@ test('what was missed while Postgres was away is told once it is back, each even
   }
 })
 
-test('away for longer than events are kept: the app is told to look for itself, and then what is new', async () => {
+test('away for longer than events are kept: the app is told to look for itself, and then gets new events', async () => {
   const postgres = await startProxy(db.loginUrl)
   try {
     const one = await started({ rpc: rpcs.pg!(postgres.url) })
@@ -564,7 +564,7 @@ test('away for longer than events are kept: the app is told to look for itself, 
   }
 })
 
-test('nothing is read while nobody listens, and what happened then is not told', async () => {
+test('nothing is read while nobody listens, and events of that time are not told', async () => {
   const account = await payer(db)
   const one = await started({}, [])
   await until(() => (one.billing.health().listener.age ?? Infinity) < 400, 'the cache to be read')
@@ -590,7 +590,7 @@ test('nothing is read while nobody listens, and what happened then is not told',
   await until(() => seen.length === 1, 'the news')
 })
 
-test('what was read for one who has ended listening is told to nobody who came after', async () => {
+test('events read for a listener that has ended are not told to later ones', async () => {
   const account = await payer(db, { funds: '1' })
   const made = rpcs.pg!()
   let open = () => {}
@@ -655,7 +655,7 @@ test('a listener that throws, or rejects, stops no other, and is a warning', asy
   }
 })
 
-test('one who ends listening in the midst is told no more; the same function may listen twice', async () => {
+test('a listener that ends in the midst is told no more; the same function may listen twice', async () => {
   const [first, second] = [await payer(db), await payer(db)]
   const one = await started({}, [])
   const told: string[] = []

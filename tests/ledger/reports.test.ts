@@ -113,7 +113,7 @@ test('by meter: its quantity and its share, which add up to the cost to the last
   )
 })
 
-test('by tag: its value as text, and what has none', async () => {
+test('by tag: its value as text, and null for events without it', async () => {
   assert.equal(brief(await spend(db.operator, 'metadata.team')), [
     [null, 'EUR', 1, '6.0000000000'],
     ['{"x": 1}', 'USD', 1, '4.0000000000'],
@@ -282,7 +282,7 @@ for (const [name, { operator }] of Object.entries(through)) {
     )
   })
 
-  test(`what it can't sum up is refused, by ${name}`, async () => {
+  test(`an impossible sum is refused, by ${name}`, async () => {
     const ask = (args: Row) => code(operator.call('spend', { by: 'user', since: from, before: to, ...args }))
     for (const by of [
       '',

@@ -111,7 +111,7 @@ function addsUp(doc: Row) {
     if (kind !== 'usage') assert.is(listed[kind], units(movement.amount), `entries of kind ${kind}`)
 }
 
-test('a statement says what happened, by kind, by entry, by node and meter', async () => {
+test('a statement sums up its period by kind, by entry, by node and meter', async () => {
   const account = await payer(db)
   const [opened] = await operator(
     'select created_at::text as at from api.billing_accounts where account_id = $1',
@@ -272,7 +272,7 @@ test('a statement says what happened, by kind, by entry, by node and meter', asy
   await holdsTrue(db.sql)
 })
 
-test('the cost of meters is exact, and what the rounding of events adds has its line', async () => {
+test('the cost of meters is exact, and the rounding of events has its own line', async () => {
   const account = await payer(db)
   await operator(
     `insert into api.prices (config_node_id, meter, unit_price, unit_size, effective_from) values
@@ -421,7 +421,7 @@ test('credit that expired is gone from the period of its moment, whenever its en
   await holdsTrue(db.sql)
 })
 
-test('what an app keeps with a payment is its own business, whatever it is called', async () => {
+test('the metadata of a payment is the app’s own business, by any name', async () => {
   const account = await payer(db)
   const soon = await later(await now(), 1_000_000)
   await account.grant('4', { expires_at: soon })
@@ -615,7 +615,7 @@ test('closing during traffic: statements join, add up, and with the later entrie
   await holdsTrue(db.sql)
 })
 
-test('overdue is what an earlier statement left unpaid, the oldest debt paid first', async () => {
+test('overdue is the debt that an earlier statement left unpaid, the oldest debt paid first', async () => {
   const account = await payer(db, { funds: '1' })
   await account.use('11')
   assert.is(await overdue(account), '0')
@@ -646,7 +646,7 @@ test('overdue is what an earlier statement left unpaid, the oldest debt paid fir
   await holdsTrue(db.sql)
 })
 
-test('balance_at is what the entries before the moment say, with snapshots or without', async () => {
+test('balance_at follows from the entries before the moment, with snapshots or without', async () => {
   const account = await payer(db)
   const moments: string[] = [await later(await now(), -60_000_000)]
   const step = async (work: Promise<unknown>) => {
@@ -823,7 +823,7 @@ for (const [set, problem] of tampering)
     }
   })
 
-test('each transport takes the arguments, and says what is wrong with them', async () => {
+test('each transport takes the arguments, and refuses wrong ones with a code', async () => {
   const account = await payer(db, { funds: '1' })
   const through = await transports(db)
   const tomorrow = new Date(Date.now() + 86_400_000).toISOString()

@@ -252,11 +252,7 @@ const tampering: [sql: string, problems: string[]][] = [
   [
     `update data.billing_transaction set amount = amount - 1, outstanding_delta = outstanding_delta + 1 where ${own} and seq = 6;
     update data.billing_transaction t set hash = data.entry_hash(t) where ${own} and seq = 6`,
-    [
-      'charge_is_not_the_cost_of_usage',
-      'chain_broken',
-      'outstanding_does_not_follow',
-    ],
+    ['charge_is_not_the_cost_of_usage', 'chain_broken', 'outstanding_does_not_follow'],
   ],
   // an event called charged, and gone with its entry
   [

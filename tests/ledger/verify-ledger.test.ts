@@ -68,7 +68,7 @@ test('an account without entries is proved, and contains no head', async () => {
 })
 
 for (const [name, { operator }] of Object.entries(through)) {
-  test(`who asks wrongly is told so, by ${name}`, async () => {
+  test(`a wrong call is refused with a code, by ${name}`, async () => {
     const ask = (args: Row) => code(operator.call<unknown>('verify_ledger', args))
     assert.is(await ask({ account_id: randomUUID() }), '404 account_not_found')
     for (const expected_head of ['', 'x', '0', `${heads[8]}0`, `0x${heads[8]}`])
@@ -267,7 +267,7 @@ for (const [n, [sql, problem, seq, usageId]] of tampering.entries())
       assert.is(rows.length, sql.includes(bystander.accountId) ? 1 : 0, 'others are proved as before')
     }))
 
-test('what differs is told by its hashes', async () => {
+test('a difference is shown by its hashes', async () => {
   const rows = async (sql: string, expected?: string): Promise<Row[]> => {
     let found: Row[] = []
     await tampered(sql, async (session) => {
@@ -322,7 +322,7 @@ for (const [what, sql, from] of rewritten)
           )
     }))
 
-test('usage that retention dropped is not missing; what is left of an entry is proved as before', async () => {
+test('usage that retention dropped is not missing; the rest of an entry is proved as before', async () => {
   // as if the month ended between two rows of the entry, and before it
   const floor = (id: string) => `
     create or replace function pg_temp.cut() returns timestamptz language sql as $$ select data.uuid_time('${id}') + interval '1 ms' $$;
@@ -563,7 +563,7 @@ test('amounts that end are exact to the last digit, and rounding is half up on t
   ])
 })
 
-test('who may have a charge explained: those who see the event, and the entry only with the whole account', async () => {
+test('a charge is explained to each reader of the event; its entry only to readers of the whole account', async () => {
   const [{ id: tenantId }] = (await db.operator('insert into api.tenants (name) values ($1) returning id', [
     't',
   ])) as [Row]
