@@ -36,7 +36,7 @@ export async function prove(databaseUrl: string, replayed: Replayed, funds: bigi
          (select count(*)::integer from api.parked_usage) as parked`,
     )
     const findings = await rows(
-      'select account_id, problem, seq, expected, actual from api.verify_balances()',
+      'select account_id, problem, seq, usage_id, expected, actual from api.verify_balances()',
     )
 
     const { expected } = replayed
@@ -64,9 +64,9 @@ export async function prove(databaseUrl: string, replayed: Replayed, funds: bigi
     )
     must(replayed.parked + totals.parked === 0, `${totals.parked} events are parked`)
     must(totals.open_holds === 0, `${totals.open_holds} holds are still open`)
-    for (const { account_id, problem, seq, expected, actual } of findings)
+    for (const { account_id, problem, seq, usage_id, expected, actual } of findings)
       problems.push(
-        `account ${account_id}: ${problem}, entry ${seq ?? '-'}: expected ${expected}, is ${actual}`,
+        `account ${account_id}: ${problem}, entry ${seq ?? '-'}, usage ${usage_id ?? '-'}: expected ${expected}, is ${actual}`,
       )
 
     return {

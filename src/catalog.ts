@@ -111,7 +111,7 @@ export interface Views {
     created_at: string | null
     counter_account: string | null
   }
-  /** What keys, users and tenants may spend of an account, and what they have left in the window they are in now. */
+  /** Budgets of keys, users and tenants on an account, each with the amount left in its present window. */
   budgets: {
     id: string | null
     account_id: string | null
@@ -259,7 +259,7 @@ export interface Views {
  * columns are selected.
  */
 export interface Functions {
-  /** What has happened to accounts since a cursor, and the next cursor. */
+  /** Answers the news of accounts since a cursor, and the next cursor. */
   account_news: {
     args: {
       cursor?: unknown
@@ -317,7 +317,7 @@ export interface Functions {
       remaining: number | null
     }
   }
-  /** Seals a statement for each account: what it did until period_end, from where its last statement ended, or from its opening. */
+  /** Seals a statement for each account: its entries until period_end, from the end of its last statement or from its opening. */
   close_period: {
     args: {
       period_end: string
@@ -356,7 +356,7 @@ export interface Functions {
     }
     result: unknown
   }
-  /** Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}. */
+  /** Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds. */
   explain_charge: {
     args: {
       account_id: string
@@ -407,7 +407,7 @@ export interface Functions {
     }
     result: KeyImportAnswer[]
   }
-  /** What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided. */
+  /** Warns of settings that the migrations may not choose for a cluster: no row when all are chosen. */
   installation_warnings: {
     args: Record<string, never>
     result: {
@@ -416,7 +416,7 @@ export interface Functions {
       hint: string | null
     }[]
   }
-  /** Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that */
+  /** Makes the coming months of usage_log, and purges rows that are no longer needed. */
   maintain: {
     args: Record<string, never>
     result: unknown
@@ -466,7 +466,7 @@ export interface Functions {
     }
     result: (ReleaseAnswer | BusyAnswer)[]
   }
-  /** Removes a budget; nothing it counted is kept. */
+  /** Removes a budget and its counts. */
   remove_budget: {
     args: {
       id: string
@@ -574,7 +574,7 @@ export interface Functions {
       previous_valid_until: string | null
     }
   }
-  /** Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount. */
+  /** Sets the budget of a key, a user or a tenant on an account: the most to spend in each day, week, month, or in total. */
   set_budget: {
     args: {
       account_id: string
@@ -620,12 +620,12 @@ export interface Functions {
     }
     result: Views['billing_accounts']
   }
-  /** Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
+  /** Sums up the charges of a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first. */
   spend: {
     args: {
       by: string
-      from: string
-      to: string
+      since: string
+      before: string
       account_id?: string | null
     }
     result: {
@@ -665,15 +665,16 @@ export interface Functions {
     }
     result: Views['holds']
   }
-  /** Proves the ledger: answers one row per problem, none when every figure is proved. */
+  /** Verifies every figure: answers a row for each problem, none when all are right. */
   verify_balances: {
     args: {
-      for_account_id?: string | null
+      account_id?: string | null
     }
     result: {
       account_id: string | null
       problem: string | null
       seq: number | null
+      usage_id: string | null
       expected: string | null
       actual: string | null
     }[]

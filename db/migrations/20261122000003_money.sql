@@ -173,10 +173,10 @@ create table data.accounting_snapshot (
   constraint overdue_is_part_of_outstanding check (overdue_amount <= outstanding_closing)
 );
 
--- the rows that verify_ledger answers: a type, since an argument and a column share a name
+-- the answer of verify_balances and verify_ledger: a type, since an argument and a column share a name
 create type api.ledger_problem as (
   account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
-comment on type api.ledger_problem is 'A difference between the tables and the chain of hashes.';
+comment on type api.ledger_problem is 'A row that is not as it should be: `problem` is a code.';
 
 alter table data.account_balance enable row level security;
 alter table data.billing_transaction enable row level security;

@@ -3,8 +3,11 @@
 
 set local role keyledger_owner;
 
--- The snapshot a reader of an outbox has seen up to, null when its cursor is missing, of another database, ahead of this one, or may
--- have missed what was purged; and the cursor for what its caller is about to read. Both read one snapshot, that of the caller's statement.
+-- Reads a cursor: answers the snapshot that the reader has seen, and the cursor for the rows it is
+-- about to read.
+-- The snapshot is null if the cursor is missing, of another database or ahead of this one, or if
+-- purged rows may be missing.
+-- Both come from one snapshot, that of the caller's statement.
 create or replace function data.read_cursor(
   outbox text,
   cursor jsonb,
@@ -18,7 +21,8 @@ as $$
 declare
   v_cluster text;
 begin
-  -- the timeline changes when a standby takes over, the oids when a dump is restored in the same cluster
+  -- the timeline changes when a standby takes over, the oids when a dump is restored in the same
+  -- cluster
   select concat_ws(':', s.system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), d.oid, 'data.outbox_horizon'::regclass::oid)
   into v_cluster
   from pg_control_system() s, pg_database d

@@ -1,9 +1,23 @@
 -- migrate:up
--- What meters cost: the price in force at the time of an id, and its rounding.
+-- Costs of meters: the price in force at the time of an id, and the rounding.
 
 set local role keyledger_owner;
 
--- A sum of quantity * price * (3600000000 / size) as money: one rounding, half up, at 10 decimals.
+-- quantity * price / size, in steps: a step is 1e-20 / 3600000000. A size divides 3600000000, so
+-- the steps are whole.
+create or replace function data.cost_steps(
+  quantity numeric,
+  unit_price numeric,
+  unit_size integer
+)
+returns numeric
+language sql
+immutable parallel safe
+as $$
+  select quantity * unit_price * (3600000000 / unit_size)
+$$;
+
+-- A sum of steps (data.cost_steps) as money: rounded once, half up, at 10 decimals.
 create or replace function data.to_cost(steps numeric)
 returns numeric
 language sql
@@ -12,9 +26,10 @@ as $$
   select div(20000000000 * steps + 3600000000, 7200000000) * 0.0000000001
 $$;
 
--- Prices meters at a node, in a currency, at a moment. `code` is null, or why there is no cost.
--- Sizes divide 3600000000, so the sum is a whole number of 1e-20 / 3600000000 steps and is rounded once, half up, at 10 decimals.
--- A quantity of 0 needs no price. At most 64 meters, which are counted by their size first; a cost of a trillion or more is no cost.
+-- Prices meters at a node, in a currency, at a moment. `code` is null, or says why there is no
+-- cost.
+-- A quantity of 0 needs no price. At most 64 meters, which are counted by their size first; a cost
+-- of a trillion or more is no cost.
 create or replace function data.price_meters(
   config_node_id uuid,
   meters jsonb,
@@ -61,8 +76,9 @@ as $$
         coalesce(bool_or(q.quantity is null or (p.id is null and m.key !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
-        data.to_cost(coalesce(sum(q.quantity * p.unit_price * (3600000000 / p.unit_size)), 0)) as cost
-      from jsonb_each(case when jsonb_typeof(meters) = 'object' and pg_column_size(meters) <= 16384 then meters else '{}' end) as m
+        data.to_cost(coalesce(sum(data.cost_steps(q.quantity, p.unit_price, p.unit_size)), 0)) as cost
+      from jsonb_each(
+        case when jsonb_typeof(meters) = 'object' and pg_column_size(meters) <= 16384 then meters else '{}' end) as m
       cross join lateral (select data.to_quantity(m.value) as quantity offset 0) q
       left join lateral (
         select p.id, p.unit_price, p.unit_size

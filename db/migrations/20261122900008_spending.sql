@@ -1,9 +1,10 @@
 -- migrate:up
--- What budgets have left: windows in an account's time zone, and counters of what was used in each.
+-- Spending: the windows of budgets in an account's time zone, and a counter of use for each.
 
 set local role keyledger_owner;
 
--- The moment a local time begins: of one that the clock goes back to, the first; of one it skips, the moment it skips.
+-- The moment a local time begins. A time that the clock repeats begins at the first; a skipped time
+-- begins at the skip.
 create or replace function data.local_moment(
   local timestamp,
   time_zone text
@@ -22,7 +23,8 @@ begin
 end
 $$;
 
--- When the window began that a moment is in; api.budgets says the same of now. Weeks begin on Monday.
+-- The start of the window that a moment is in; api.budgets says the same of now. Weeks begin on
+-- Monday.
 create or replace function data.window_start(
   period text,
   time_zone text,
@@ -49,8 +51,23 @@ as $$
   select case scope when 'virtual_key' then 'key' else scope end || '_budget_exceeded'
 $$;
 
--- What these keys' and users' budgets on an account, and its tenant's, have left. The caller holds the account's lock, or wants advice.
--- Narrow scopes first: in the order in which they refuse.
+-- whether a budget of that scope counts the use of this key of this user
+create or replace function data.budget_applies(
+  scope text,
+  scope_id uuid,
+  virtual_key_id uuid,
+  user_id uuid
+)
+returns boolean
+language sql
+immutable parallel safe
+as $$
+  select scope_id = case scope when 'virtual_key' then virtual_key_id when 'user' then user_id else scope_id end
+$$;
+
+-- The money left in an account's budgets for these keys, these users and its tenant. Narrow scopes
+-- come first: they refuse first.
+-- The caller holds the account's lock, or wants advice only.
 create or replace function data.budgets_left(
   account_id uuid,
   virtual_key_ids uuid[],
@@ -88,24 +105,29 @@ begin
   select b.scope, b.scope_id, b.amount - coalesce(s.spent, 0) - coalesce((
     select sum(h.unspent)
     from open_hold h
-    where case b.scope when 'virtual_key' then h.virtual_key_id = b.scope_id when 'user' then h.user_id = b.scope_id else true end
+    where data.budget_applies(b.scope, b.scope_id, h.virtual_key_id, h.user_id)
   ), 0)
   from data.budget b
   cross join lateral (select x.time_zone from data.account_balance x where x.account_id = b.account_id offset 0) a
   left join lateral (
     select c.spent
     from data.budget_spend c
-    where c.account_id = b.account_id and c.budget_id = b.id and c.window_start = data.window_start(b.period, a.time_zone, at)
+    where c.account_id = b.account_id and c.budget_id = b.id
+      and c.window_start = data.window_start(b.period, a.time_zone, at)
     offset 0
   ) s on true
   where b.account_id = budgets_left.account_id
-    and case b.scope when 'virtual_key' then b.scope_id = any (virtual_key_ids) when 'user' then b.scope_id = any (user_ids) else true end
+    and case b.scope
+      when 'virtual_key' then b.scope_id = any (virtual_key_ids)
+      when 'user' then b.scope_id = any (user_ids)
+      else true
+    end
   order by array_position(array['virtual_key', 'user', 'tenant'], b.scope), b.id;
 end
 $$;
 
--- When an event counts against budgets: at its own time or its hold's, whichever is later. A clock that is behind, or an id made long
--- ago, would else put today's use into a window that is over.
+-- The time at which an event counts against budgets: its own or its hold's, the later one.
+-- A slow clock or an old id would else put today's use into a window that is over.
 create or replace function data.spend_time(
   id uuid,
   hold_id uuid
@@ -117,8 +139,10 @@ as $$
   select greatest(data.uuid_time(id), data.uuid_time(hold_id))
 $$;
 
--- Counts usage that data.post has just logged for these accounts, each event in the window of its data.spend_time. A retry's rows have an
--- older entry's seq, and don't count again. A budget that is used up by this is news.
+-- Counts usage that data.post has just logged for these accounts, each event in the window of its
+-- data.spend_time.
+-- The rows of a retry have an older entry's seq: they don't count again. A budget that is used up
+-- by this is news.
 create or replace function data.count_spend(
   accounts data.account_balance[],
   usage data.usage_log[]
@@ -141,10 +165,12 @@ begin
     cross join lateral (
       select * from data.budget x
       where x.account_id = l.account_id
-        and x.scope_id = case x.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else x.scope_id end
+        and data.budget_applies(x.scope, x.scope_id, l.virtual_key_id, l.user_id)
       offset 0
     ) b
-    cross join lateral (select data.window_start(b.period, e.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
+    cross join lateral (
+      select data.window_start(b.period, e.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0
+    ) w
     where l.transaction_seq = e.balance_version and w.starts >= b.counted_from
     group by b.account_id, b.id, b.amount, w.starts
   ), counted as (

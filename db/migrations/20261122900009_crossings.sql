@@ -3,8 +3,10 @@
 
 set local role keyledger_owner;
 
--- Writes what these accounts have crossed since they had `before`, and wakes the readers. The caller holds the accounts' locks, so that
--- each crossing is met once. Notifying takes a lock of the whole database until the commit: never do it for what is no crossing.
+-- Writes the lines these accounts have crossed since their funds were `before`, and wakes the
+-- readers.
+-- The caller holds the accounts' locks, so that each crossing is met once.
+-- A notification locks the whole database until the commit: send none without a crossing.
 create or replace function data.tell_crossings(
   account_ids uuid[],
   before numeric[]
@@ -17,7 +19,8 @@ begin
   select a.account_id, a.balance_version, k.kind, a.funds, a.low_balance_threshold, a.head_at
   from unnest(account_ids, before) as c (account_id, funds)
   cross join lateral (
-    select b.*, b.available + b.frozen_balance as funds from data.account_balance b where b.account_id = c.account_id offset 0
+    select b.account_id, b.balance_version, b.head_at, b.low_balance_threshold, b.available + b.frozen_balance as funds
+    from data.account_balance b where b.account_id = c.account_id offset 0
   ) a
   cross join lateral (values
     (1, 'low_balance', c.funds > a.low_balance_threshold and a.funds <= a.low_balance_threshold),
@@ -30,7 +33,7 @@ begin
 end
 $$;
 
--- Writes which budgets have just been used up, of those whose window is the present one, and wakes the readers.
+-- Writes the budgets that were just used up in their present window, and wakes the readers.
 create or replace function data.tell_exhausted_budgets(spends data.budget_spend[])
 returns void
 language plpgsql

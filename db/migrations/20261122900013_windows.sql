@@ -3,8 +3,9 @@
 
 set local role keyledger_owner;
 
--- The window as it is now, whatever snapshot the caller reads: months are gone for every snapshot, and until the caller's
--- transaction ends no more of them go.
+-- The accepted ids as they are now, in any snapshot of the caller: a dropped month is gone for
+-- every snapshot.
+-- No further month is dropped until the caller's transaction ends.
 create or replace function data.usage_window_now()
 returns data.usage_window
 language plpgsql
@@ -33,7 +34,8 @@ begin
 end
 $$;
 
--- makes the months from the window's floor to two months ahead, then lets the window reach them; one call at a time, by the window's row
+-- Makes the months from the floor to two months ahead, then accepts their ids. The row's lock lets
+-- one call in at a time.
 create or replace function data.make_usage_partitions()
 returns text[]
 language plpgsql

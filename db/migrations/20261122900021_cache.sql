@@ -1,5 +1,5 @@
 -- migrate:up
--- What caches of keys ask.
+-- Cache changes: the keys that a cache must drop.
 
 set local role keyledger_owner;
 
@@ -41,9 +41,9 @@ end
 $$;
 comment on function api.cache_changes(jsonb) is
 'The cache keys changed since a cursor, and the next cursor.
-`keys` were changed by transactions the cursor had not seen. `reset` true: drop everything. The cursor is missing, of another cluster or
-database, ahead of this one or too old, or more than 10000 keys have changed, or one change was of more than 5000. Keep the cursor only after
-evicting. `now` is the server''s clock, in ms since 1970.';
+`keys` were changed by transactions the cursor had not seen. `reset` true: drop everything. The cursor is missing, of
+another cluster or database, ahead of this one or too old, or more than 10000 keys have changed, or one change was of
+more than 5000. Keep the cursor only after evicting. `now` is the server''s clock, in ms since 1970.';
 grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
 
 reset role;

@@ -1,5 +1,5 @@
 -- migrate:up
--- Budgets: setting one, counting what was used before, advice.
+-- Budgets: shown, set, removed, checked.
 
 set local role keyledger_owner;
 
@@ -9,7 +9,7 @@ select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, w.window_sta
   (b.amount - coalesce(s.spent, 0) - h.held)::numeric(28, 10) as remaining, b.created_at
 from data.budget b
 cross join lateral (select a.time_zone from data.account_balance a where a.account_id = b.account_id) a
--- as data.window_start has it; a total has neither beginning nor end
+-- as data.window_start and data.budget_applies say, which a reader may not call; a total has neither beginning nor end
 cross join lateral (
   select date_trunc(nullif(b.period, 'total'), statement_timestamp() at time zone a.time_zone) as starts
 ) l
@@ -39,128 +39,23 @@ cross join lateral (
 comment on view data.budget_shown is 'Budgets as api.budgets shows them, of every account.';
 
 create or replace view api.budgets with (security_barrier) as
-select b.* from data.budget_shown b where (select v.sees_all from data.viewer v)
+select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, b.window_start, b.window_end, b.spent, b.held,
+  b.remaining, b.created_at
+from data.budget_shown b
+where (select v.sees_all from data.viewer v)
 union all
-select b.* from data.budget_shown b
+select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, b.window_start, b.window_end, b.spent, b.held,
+  b.remaining, b.created_at
+from data.budget_shown b
 where b.account_id = any (array(select v.account_id from data.visible_account v))
   and (b.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
     or (b.scope = 'user' and b.scope_id = (select v.user_id from data.viewer v))
     or (b.scope = 'virtual_key' and b.scope_id = any (array(
       select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v)))));
 comment on view api.budgets is
-'What keys, users and tenants may spend of an account, and what they have left in the window they are in now.
+'Budgets of keys, users and tenants on an account, each with the amount left in its present window.
 remaining = amount - spent - held; it is negative where more was used than held. A total has no window.';
 grant select on api.budgets to keyledger_gateway, keyledger_operator, keyledger_member;
-
--- What budgets, each from its `counted_from` on, count of an account's entries after `first_seq` up to `last_seq`, which is posted
--- already. From the first entry on it reads the usage log, however long that is: call it so before taking the account's lock. What
--- came since is few entries, whose rows are read by key.
-create or replace function data.count_usage(
-  budgets data.budget[],
-  time_zone text,
-  first_seq bigint,
-  last_seq bigint
-)
-returns data.budget_spend[]
-language plpgsql
-set plan_cache_mode = force_custom_plan
-set enable_seqscan = off
-as $$
-begin
-  return (
-    select array_agg(row(c.account_id, c.id, c.starts, c.spent)::data.budget_spend)
-    from (
-      select b.account_id, b.id, w.starts, sum(l.cost) as spent
-      from unnest(budgets) b
-      cross join lateral (
-        select u.*
-        from data.usage_log u
-        where count_usage.first_seq = 0 and u.account_id = b.account_id and u.transaction_seq <= count_usage.last_seq
-          -- a month that is closed may be dropped any time
-          and u.id >= data.uuid_floor(b.counted_floor)
-          and case when isfinite(b.counted_from) then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
-        union all
-        select u.*
-        from data.billing_transaction t
-        cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
-        cross join lateral (
-          select * from data.usage_log x
-          where x.account_id = t.account_id and x.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
-        ) u
-        where count_usage.first_seq > 0 and t.account_id = b.account_id and t.kind = 'usage'
-          and t.seq > count_usage.first_seq and t.seq <= count_usage.last_seq
-      ) l
-      cross join lateral (select data.window_start(b.period, count_usage.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0) w
-      where b.scope_id = case b.scope when 'virtual_key' then l.virtual_key_id when 'user' then l.user_id else b.scope_id end
-        and w.starts >= b.counted_from
-      group by b.account_id, b.id, w.starts
-    ) c
-  );
-end
-$$;
-
--- Counts budgets of one account anew, each for its window of now and those to come, and answers the account, locked. What is counted
--- before the lock stays true under it, since entries are never changed; only if months were dropped meanwhile is it counted again.
--- KL002: one of them was removed meanwhile.
-create or replace function data.recount_budgets(
-  budgets data.budget[],
-  time_zone text,
-  are_new boolean
-)
-returns data.account_balance
-language plpgsql
-set enable_seqscan = off
-as $$
-declare
-  v_account_id uuid := budgets[1].account_id;
-  v_account data.account_balance;
-  v_budget data.budget;
-  v_floor timestamptz;
-  v_seq bigint := 0;
-  v_next bigint;
-  v_spent data.budget_spend[];
-begin
-  select w.floor into v_floor from data.usage_window w;
-  for i in 1 .. cardinality(budgets) loop
-    budgets[i].counted_from := data.window_start(budgets[i].period, time_zone, clock_timestamp());
-    budgets[i].counted_floor := v_floor;
-  end loop;
-  -- all of it, then what came while that was read
-  for i in 1 .. 2 loop
-    v_next := (select a.balance_version from data.account_balance a where a.account_id = v_account_id);
-    v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_next);
-    v_seq := v_next;
-  end loop;
-
-  v_account := data.lock_account(v_account_id);
-  if v_floor is distinct from (select w.floor from data.usage_window w) then
-    select w.floor into v_floor from data.usage_window w;
-    for i in 1 .. cardinality(budgets) loop
-      budgets[i].counted_floor := v_floor;
-    end loop;
-    v_seq := 0;
-    v_spent := null;
-  end if;
-  v_spent := v_spent || data.count_usage(budgets, time_zone, v_seq, v_account.balance_version);
-  foreach v_budget in array budgets loop
-    update data.budget b
-    set counted_from = v_budget.counted_from, counted_floor = v_floor
-    where b.account_id = v_budget.account_id and b.id = v_budget.id;
-    if not found and are_new then
-      v_budget.counted_floor := v_floor;
-      insert into data.budget select v_budget.*;
-    elsif not found then
-      raise sqlstate 'KL002';
-    end if;
-    delete from data.budget_spend s where s.account_id = v_budget.account_id and s.budget_id = v_budget.id;
-  end loop;
-  insert into data.budget_spend (account_id, budget_id, window_start, spent)
-  select s.account_id, s.budget_id, s.window_start, sum(s.spent)
-  from unnest(v_spent) s
-  group by s.account_id, s.budget_id, s.window_start;
-  return v_account;
-end
-$$;
 
 create or replace function api.set_budget(
   account_id uuid,
@@ -180,8 +75,6 @@ set enable_seqscan = off
 as $$
 declare
   v_account data.account_balance;
-  v_found boolean;
-  v_belongs boolean;
   v_time_zone text;
   v_budget data.budget;
   v_shown api.budgets;
@@ -194,27 +87,7 @@ begin
     perform data.refuse(422, 'invalid_amount', 'amount must be 0 or more, below 1e12, with at most 10 decimals',
       'send a plain decimal as a string, for example "100"');
   end if;
-  if not exists (select from data.account_balance a where a.account_id = set_budget.account_id) then
-    perform data.lock_account(account_id);
-  end if;
-  select true, case scope when 'tenant' then o.id = set_budget.account_id else set_budget.account_id in (u.account_id, u.id) end
-  into v_found, v_belongs
-  from (
-    select k.user_id as id from data.virtual_key k where scope = 'virtual_key' and k.id = scope_id
-    union all
-    select p.id from data.user_profile p where scope = 'user' and p.id = scope_id
-    union all
-    select t.id from data.tenant t where scope = 'tenant' and t.id = scope_id
-  ) o
-  left join data.user_profile u on scope <> 'tenant' and u.id = o.id;
-  if v_found is null then
-    perform data.refuse(404, case scope when 'virtual_key' then 'virtual_key_unknown' else scope || '_not_found' end,
-      scope || ' ' || coalesce(scope_id::text, 'null'), 'scope_id is the id of the key, user or tenant');
-  elsif not v_belongs then
-    perform data.refuse(422, 'invalid_account', 'account ' || account_id || ' does not pay for this ' || scope,
-      'account_id is the id of the tenant or user that pays');
-  end if;
-
+  perform data.require_budget_scope(account_id, scope, scope_id);
   -- another call may set the same one, or another time zone, while this one counts
   loop
     select * into v_budget from data.budget b
@@ -237,7 +110,7 @@ begin
       update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
       exit;
     exception when unique_violation or sqlstate 'KL002' then
-      -- the lock is let go with it; a frozen snapshot would never see what another call has set
+      -- this lets the lock go, too; a frozen snapshot would never see the other call's budget
       if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
         raise serialization_failure using message = 'another call has set this budget';
       end if;
@@ -248,13 +121,14 @@ begin
 end
 $$;
 comment on function api.set_budget(uuid, text, uuid, numeric, text) is
-'Sets what a key, a user or a tenant may spend of an account in each day, week, month, or in total; set again it changes the amount.
-`period` is day, week, month or total. `scope` is virtual_key, user or tenant, `scope_id` its id, `account_id` who pays for it. Windows
-follow the account''s time zone; weeks begin on Monday. What was used in the current window counts already, in total all usage that is kept.
-A hold over it is refused (key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded); what was used counts past it too, in the
-window of the event''s own time or of its hold''s, whichever is later, on the account it was charged to. A refund gives back money, not budget. Answers the budget. 404
-account_not_found, virtual_key_unknown, user_not_found, tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount,
-invalid_account.';
+'Sets the budget of a key, a user or a tenant on an account: the most to spend in each day, week, month, or in total.
+Set again it changes the amount. `period` is day, week, month or total. `scope` is virtual_key, user or tenant;
+`scope_id` is its id; `account_id` is its payer. Windows follow the account''s time zone; weeks begin on Monday. Usage
+of the current window counts already; for a total, all usage that is kept. A hold over the budget is refused:
+key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded. An event counts even past the budget, on the
+account it was charged to. It counts in the window of its own time or of its hold''s time, the later one. A refund
+gives back money, not budget. Answers the budget. 404 account_not_found, virtual_key_unknown, user_not_found,
+tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount, invalid_account.';
 grant execute on function api.set_budget(uuid, text, uuid, numeric, text) to keyledger_operator;
 
 create or replace function api.remove_budget(id uuid)
@@ -266,13 +140,18 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '4s'
 as $$
 declare
+  v_account_id uuid;
   v_shown api.budgets;
 begin
-  perform data.lock_account(b.account_id) from data.budget b where b.id = remove_budget.id;
+  select b.account_id into v_account_id from data.budget b where b.id = remove_budget.id;
+  if found then
+    perform data.lock_account(v_account_id);
+  end if;
   -- under the lock: another call may have removed it meanwhile
   select * into v_shown from data.budget_shown b where b.id = remove_budget.id;
   if not found then
-    perform data.refuse(404, 'budget_not_found', 'budget ' || coalesce(id::text, 'null'), 'send the id that set_budget answered');
+    perform data.refuse(404, 'budget_not_found', 'budget ' || coalesce(id::text, 'null'),
+      'send the id that set_budget answered');
   end if;
   delete from data.budget b where b.account_id = v_shown.account_id and b.id = v_shown.id;
   update data.account_balance a set has_budgets = false
@@ -281,7 +160,7 @@ begin
 end
 $$;
 comment on function api.remove_budget(uuid) is
-'Removes a budget; nothing it counted is kept.
+'Removes a budget and its counts.
 `id` is the budget''s. Answers the budget as it was. 404 budget_not_found.';
 grant execute on function api.remove_budget(uuid) to keyledger_operator;
 
@@ -301,7 +180,8 @@ declare
   v_shown api.billing_accounts;
 begin
   if not exists (select from pg_timezone_names z where z.name = set_time_zone.time_zone) then
-    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names', 'for example "Europe/Berlin" or "UTC"');
+    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names',
+      'for example "Europe/Berlin" or "UTC"');
   end if;
   -- budgets may be set or removed while they are counted
   loop
@@ -323,7 +203,6 @@ begin
       if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
         raise serialization_failure using message = 'another call has changed the budgets of this account';
       end if;
-      null; -- and the lock is let go with it
     end;
   end loop;
   update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
@@ -333,8 +212,8 @@ end
 $$;
 comment on function api.set_time_zone(uuid, text) is
 'Sets the time zone in which an account''s days, weeks and months begin (UTC at first).
-`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current windows are counted anew
-from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
+`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current
+windows are counted anew from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
 grant execute on function api.set_time_zone(uuid, text) to keyledger_operator;
 
 create or replace function api.check_budget(
@@ -404,10 +283,11 @@ end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not: insufficient_funds,
-key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended, tenant_suspended, virtual_key_disabled,
-virtual_key_expired. `available` counts free credit that may expire before a hold would. `remaining` is what the tightest of the budgets of
-key, user and tenant has left, null without any. 404 user_not_found, virtual_key_unknown; 422 invalid_amount.';
+Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not:
+insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended,
+tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free credit that may expire before a
+hold would. `remaining` is what the tightest of the budgets of key, user and tenant has left, null without any. 404
+user_not_found, virtual_key_unknown; 422 invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 reset role;

@@ -1,9 +1,10 @@
 -- migrate:up
--- What is dropped and purged, and when.
+-- Retention: months of usage are dropped once statements cover them.
 
 set local role keyledger_owner;
 
--- Whoever has read the window is done when this returns; whoever reads it next finds it as committed. Keeps nothing.
+-- Waits until each reader of usage_window is done. The next reader finds the row as committed.
+-- Keeps no lock.
 create or replace function data.await_window_readers()
 returns void
 language plpgsql
@@ -41,7 +42,7 @@ begin
 end
 $$;
 
--- Refuses to end what parked events wait for: below a new floor they could never be charged.
+-- Refuses a new floor above parked events: below it they could never be charged.
 create or replace function data.refuse_parked_usage(
   since timestamptz,
   until timestamptz
@@ -84,7 +85,8 @@ declare
   v_events bigint := 0;
 begin
   if older_than is null or not isfinite(older_than) or older_than > now() then
-    perform data.refuse(422, 'invalid_older_than', 'older_than must be a moment that has passed', 'months that ended by then are dropped');
+    perform data.refuse(422, 'invalid_older_than', 'older_than must be a moment that has passed',
+      'months that ended by then are dropped');
   end if;
   -- one at a time, and nobody makes months again
   select * into v_window from data.usage_window w for update;
@@ -99,7 +101,8 @@ begin
   perform data.refuse_parked_usage(
     least(v_window.floor, to_date(right(v_months[1], 7), 'YYYY_MM')), v_floor);
 
-  -- A month is read, however long that takes, while nobody can write into it: below a floor that was committed before.
+  -- A month is read, however long that takes, while nobody can write into it: below a floor that
+  -- was committed before.
   if v_window.floor < v_floor or v_window.floor_xid = pg_current_xact_id_if_assigned() then
     foreach v_month in array v_months loop
       perform data.count_sealed_month(v_month);
@@ -113,7 +116,8 @@ begin
     end loop;
     update data.usage_window w set dropped_before = greatest(w.dropped_before, v_floor);
     perform set_config('lock_timeout', '500ms', true);
-    -- who has read the window is done, so nobody reads on without these months; who reads it next finds them dropped
+    -- each earlier reader of usage_window is done, so no reader loses these months; the next one
+    -- finds them dropped
     lock table only data.usage_window in access exclusive mode;
     lock table only data.usage_log in access exclusive mode;
     foreach v_month in array v_months loop
@@ -121,216 +125,19 @@ begin
     end loop;
     v_dropped := v_months;
   end if;
-  return jsonb_build_object('floor', (select w.floor from data.usage_window w), 'closed', v_closed, 'dropped', v_dropped, 'events', v_events);
+  return jsonb_build_object(
+    'floor', (select w.floor from data.usage_window w), 'closed', v_closed, 'dropped', v_dropped, 'events', v_events);
 end
 $$;
 comment on function api.drop_usage_partitions(timestamptz) is
 'Drops the months of usage_log that ended by older_than (UTC), once statements cover all their usage: call it twice.
-The first call closes the months: no event or hold of before can come in any more. The second drops them; nobody waits while it reads them.
-Ledger and statements stay whole, and prove as before; events of a dropped month can''t be explained, refunded one by one or summed up again
-(410 usage_dropped). Answers {floor, closed, dropped, events}: `closed` are the months for the next call. 409 usage_is_parked (replay or
-dismiss what is parked of before), usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for
-long: call again.';
+The first call closes the months: no event or hold of before can come in any more. The second drops them; nobody waits
+while it reads them. Ledger and statements stay whole, and prove as before; events of a dropped month can''t be
+explained, refunded one by one or summed up again (410 usage_dropped). Answers {floor, closed, dropped, events}:
+`closed` are the months for the next call. 409 usage_is_parked (replay or dismiss the parked events of before),
+usage_not_sealed; 422 invalid_older_than; 503 lock_timeout (SQLSTATE 55P03) if usage_log is in use for long: call
+again.';
 grant execute on function api.drop_usage_partitions(timestamptz) to keyledger_operator;
-
--- Purges what ended and can't come back, its id being below the window's floor: request holds, and parked events that were resolved.
--- Freezes stay: they are history. At most a portion of each per call, of so many accounts, going on where the last call ended.
-create or replace function data.purge_ended(
-  portion bigint default 100000,
-  accounts bigint default 1000000,
-  out holds bigint,
-  out events bigint
-)
-returns record
-language plpgsql
-set enable_seqscan = off
-as $$
-declare
-  v_window data.usage_window;
-  v_first_kept uuid;
-  v_last uuid;
-  v_page uuid;
-begin
-  select * into v_window from data.usage_window for update;
-  v_first_kept := data.uuid_floor(v_window.floor);
-  holds := 0;
-  events := 0;
-  if v_window.purged_before >= v_window.floor then
-    return;
-  end if;
-  -- where the page of accounts ends, null if it is the last one
-  select a.account_id into v_page
-  from data.account_balance a
-  where a.account_id >= coalesce(v_window.purging_from, '00000000-0000-0000-0000-000000000000')
-  order by a.account_id
-  offset purge_ended.accounts
-  limit 1;
-  with ended as (
-    select e.account_id, e.id
-    from data.account_balance a
-    cross join lateral (
-      select h.account_id, h.id
-      from data.hold h
-      where h.account_id = a.account_id and h.id < v_first_kept and h.ended_at is not null and h.expires_at is not null
-      order by h.id
-      limit portion
-      offset 0
-    ) e
-    where a.account_id >= coalesce(v_window.purging_from, '00000000-0000-0000-0000-000000000000')
-      and (a.account_id < v_page or v_page is null)
-    order by a.account_id
-    limit portion
-  ), gone as (
-    delete from data.hold h using ended e where h.account_id = e.account_id and h.id = e.id returning h.account_id
-  )
-  select count(*), (array_agg(g.account_id order by g.account_id desc))[1] into holds, v_last from gone g;
-  with gone as (
-    delete from data.parked_usage r
-    where r.id = any (array(
-      select u.id from data.parked_usage u where u.resolved_at is not null and coalesce(
-        -- an id that is none has no time of its own
-        case when u.code not in ('invalid_id', 'invalid_event') then u.usage_id end, data.uuid_floor(u.created_at)) < v_first_kept
-      limit portion))
-    returning r.id
-  )
-  select count(*) into events from gone g;
-  update data.usage_window w
-  set purged_before = case when greatest(holds, events) < portion and v_page is null then v_window.floor else w.purged_before end,
-    purging_from = case when holds = portion then v_last when events = portion then coalesce(v_page, w.purging_from) else v_page end;
-end
-$$;
-
--- Purges the outboxes of what every reader has had two days for: a portion of each, oldest first; a reader that may miss it starts anew.
-create or replace function data.purge_outboxes(
-  portion bigint default 100000,
-  out invalidations bigint,
-  out events bigint
-)
-returns record
-language plpgsql
-as $$
-begin
-  with invalidation as (
-    delete from data.cache_invalidation c
-    where c.id = any (array(
-      select i.id from data.cache_invalidation i
-      where i.created_at < now() - interval '48 hours' or data.is_foreign(i.xid)
-      order by i.created_at
-      limit portion))
-    returning c.xid
-  ), event as (
-    delete from data.account_news e
-    where e.id = any (array(
-      select n.id from data.account_news n
-      where n.created_at < now() - interval '48 hours' or data.is_foreign(n.xid)
-      order by n.created_at
-      limit portion))
-    returning e.xid
-  ), gone as (
-    select 'cache' as outbox, i.xid from invalidation i
-    union all
-    select 'account', e.xid from event e
-  ), horizon as (
-    update data.outbox_horizon h
-    set purged_xid = greatest(case when not data.is_foreign(h.purged_xid) then h.purged_xid end, m.xid, '0')
-    from (
-      select o.outbox, (select max(g.xid) from gone g where g.outbox = o.outbox and not data.is_foreign(g.xid)) as xid
-      from data.outbox_horizon o
-    ) m
-    where h.outbox = m.outbox and (m.xid is not null or data.is_foreign(h.purged_xid))
-  )
-  select count(*) filter (where g.outbox = 'cache'), count(*) filter (where g.outbox = 'account')
-  into invalidations, events
-  from gone g;
-end
-$$;
-
-create or replace function api.maintain()
-returns jsonb
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '4s'
-as $$
-declare
-  v_made text[] := '{}';
-  v_holds bigint := 0;
-  v_parked bigint := 0;
-  v_invalidations bigint := 0;
-  v_events bigint := 0;
-  v_failed text;
-begin
-  -- One at a time, and nobody waits: by a row that only these functions can lock.
-  perform from data.usage_window w for update skip locked;
-  if not found then
-    return jsonb_build_object('status', 'busy');
-  end if;
-  v_made := data.make_usage_partitions();
-  -- what can't be purged keeps no month from being made, nor one purge the other
-  begin
-    select p.holds, p.events into v_holds, v_parked from data.purge_ended() p;
-  exception when query_canceled or others then
-    v_failed := sqlstate;
-  end;
-  begin
-    select p.invalidations, p.events into v_invalidations, v_events from data.purge_outboxes() p;
-  exception when query_canceled or others then
-    v_failed := coalesce(v_failed, sqlstate);
-  end;
-  begin
-    perform data.replay_ahead();
-  exception when query_canceled or others then
-    v_failed := coalesce(v_failed, sqlstate);
-  end;
-  return jsonb_strip_nulls(jsonb_build_object(
-    'status', case when v_failed is null then 'done' else 'incomplete' end, 'code', v_failed,
-    'usage_partitions_made', v_made, 'cache_invalidations_purged', v_invalidations, 'account_news_purged', v_events,
-    'holds_purged', v_holds, 'parked_usage_purged', v_parked));
-end
-$$;
-comment on function api.maintain() is
-'Makes the coming months of usage_log; purges the outboxes of cache_changes and account_news (48 hours) and, of before the floor that
-drop_usage_partitions raised, ended holds and resolved parked_usage: up to 100000 of each a call.
-Answers {status, …} with what it made and purged: `done`; `busy`, when another call is at it; `incomplete`, with the SQLSTATE as `code`: the
-months are made, and a purge or a replay failed. 503 lock_timeout when a month can''t be made for 4 s.
-It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer.
-Call it daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as id_outside_window.';
-grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
-
-create or replace function api.installation_warnings()
-returns table (
-  code text,
-  detail text,
-  hint text
-)
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return query
-  select 'every_login_may_connect', 'logins of other databases of this cluster may hold keyledger''s roles, and connect to this one',
-    format('revoke connect on database %1$I from public; grant connect on database %1$I to <each login that needs it>', d.datname)
-  from pg_database d
-  cross join lateral aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) g
-  where d.datname = current_database() and g.grantee = 0 and g.privilege_type = 'CONNECT'
-  union all
-  select 'no_statement_timeout', format('what %s asks through PostgREST may take any time', r.name),
-    format('alter role %s set statement_timeout = %L', r.name, r.timeout)
-  from (values ('keyledger_gateway', '10s'), ('keyledger_member', '5s')) as r (name, timeout)
-  where not exists (
-    select from pg_db_role_setting s cross join unnest(s.setconfig) as c (setting)
-    where s.setrole = r.name::regrole and s.setdatabase = 0
-      and c.setting ~ '^statement_timeout=' and c.setting !~ '=0$');
-end
-$$;
-comment on function api.installation_warnings() is
-'What the migrations may not decide for a cluster, and somebody should: no row when all of it is decided.
-Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that another database gave a keyledger role to
-has it here too. `no_statement_timeout`: a role''s requests may keep PostgREST''s connections for any time.';
-grant execute on function api.installation_warnings() to keyledger_operator;
 
 reset role;
 

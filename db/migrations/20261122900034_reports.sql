@@ -1,5 +1,5 @@
 -- migrate:up
--- Why a charge is what it is, and what was spent on what.
+-- Reports: the reasons of one charge, and sums of what was spent.
 
 set local role keyledger_owner;
 
@@ -12,6 +12,34 @@ as $$
   select jsonb_build_object(
     'amount', trim_scale(div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
     'is_exact', mod(steps * 1000000000000000000000000000000, 3600000000) = 0)
+$$;
+
+-- the meters of an event with the prices it was charged at, and the sum of their steps
+create or replace function data.charge_meters(
+  inout meters jsonb,
+  price_ids bigint[],
+  out steps numeric
+)
+returns record
+language plpgsql
+stable
+as $$
+#variable_conflict use_column
+begin
+  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
+    || data.exact_cost(m.steps) order by m.meter)
+  into steps, meters
+  from (
+    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
+      coalesce(data.cost_steps(e.value::numeric, p.unit_price::numeric, p.unit_size), 0) as steps
+    from jsonb_each(charge_meters.meters) e
+    left join lateral (
+      select r.id, r.unit_price::text, r.unit_size, r.effective_from
+      from data.price r
+      where r.id = any (charge_meters.price_ids) and r.meter = e.key
+    ) p on true
+  ) m;
+end
 $$;
 
 create or replace function api.explain_charge(
@@ -32,29 +60,17 @@ declare
   v_steps numeric;
   v_refunds jsonb;
 begin
-  -- both through the views: a member is shown what they may see there, so maybe the event and not the whole entry
+  -- both through the views: a member may see the event but not the whole entry
   select * into v_usage from api.usage_logs l where l.account_id = explain_charge.account_id and l.id = usage_id;
   if not found then
     perform data.refuse_dropped_usage(usage_id);
     perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
       'send the id of an event charged to this account; one not charged yet is in parked_usage');
   end if;
-  select * into v_entry from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
+  select * into v_entry
+  from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
 
-  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
-    || data.exact_cost(m.steps) order by m.meter)
-  into v_steps, v_meters
-  from (
-    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
-      coalesce(e.value::numeric * p.unit_price::numeric * (3600000000 / p.unit_size), 0) as steps
-    from jsonb_each(v_usage.meters) e
-    left join lateral (
-      select r.id, r.unit_price::text, r.unit_size, r.effective_from
-      from data.price r
-      where r.id = any (v_usage.price_ids) and r.meter = e.key
-    ) p on true
-  ) m;
-
+  select c.meters, c.steps into v_meters, v_steps from data.charge_meters(v_usage.meters, v_usage.price_ids) c;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
     'reference', t.reference, 'reason', t.reason, 'created_at', t.created_at) order by t.seq)
   into v_refunds
@@ -71,7 +87,8 @@ begin
       from data.virtual_key k where k.id = v_usage.virtual_key_id),
     'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
       from data.user_profile u where u.id = v_usage.user_id),
-    'config_node', (select jsonb_build_object('id', n.id, 'name', n.name) from data.config_node n where n.id = v_usage.config_node_id),
+    'config_node', (select jsonb_build_object('id', n.id, 'name', n.name)
+      from data.config_node n where n.id = v_usage.config_node_id),
     'meters', v_meters,
     'sum', data.exact_cost(v_steps),
     'rounded', data.to_cost(v_steps)::text,
@@ -86,7 +103,8 @@ begin
       'balance_delta', v_entry.balance_delta::text,
       'free_credit_delta', v_entry.free_credit_delta::text,
       'outstanding_delta', v_entry.outstanding_delta::text,
-      'grants', (select coalesce(jsonb_agg(jsonb_build_object('seq', d.grant_seq, 'amount', d.amount::text) order by d.grant_seq), '[]')
+      'grants', (select coalesce(jsonb_agg(
+          jsonb_build_object('seq', d.grant_seq, 'amount', d.amount::text) order by d.grant_seq), '[]')
         from data.grant_draw d where d.account_id = v_entry.account_id and d.seq = v_entry.seq),
       'hash', encode(v_entry.hash, 'hex')) end,
     'refunds', coalesce(v_refunds, '[]')
@@ -94,19 +112,69 @@ begin
 end
 $$;
 comment on function api.explain_charge(uuid, uuid) is
-'Explains why an event cost what it did: {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
-`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size, effective_from}, amount,
-is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum` of
-them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost` charged. `is_exact` is false where an
-amount never ends (it is cut off at 30 decimals; the rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count`
-events: what each bucket and which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
+'Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds.
+Answers {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
+`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size,
+effective_from}, amount, is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that
+were in force at the event''s time; `sum` of them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says
+that this is the `cost` charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the
+rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: what each bucket and
+which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
+-- The charges of each meter in each currency. The view decides which usage the reader may see.
+create or replace function data.spend_by_meter(
+  first uuid,
+  beyond uuid,
+  account_id uuid
+)
+returns table (
+  key text,
+  name text,
+  currency text,
+  events bigint,
+  quantity numeric,
+  cost numeric
+)
+language plpgsql
+stable
+as $$
+begin
+  return query
+  select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
+  from api.usage_logs l
+  join data.account_balance a on a.account_id = l.account_id
+  cross join lateral (
+    -- In order of name, each meter costs its part of the rounded sum so far; the last one costs the
+    -- rest.
+    -- So the meters of an event add up to its cost.
+    select s.meter, s.quantity,
+      case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
+        - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
+    from (
+      select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place,
+        count(*) over () as meters
+      from (
+        select e.key as meter, e.value::numeric as quantity,
+          coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
+        from jsonb_each(l.meters) e
+        left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
+      ) p
+      window w as (order by p.meter)
+    ) s
+  ) m
+  where l.id >= first and l.id < beyond
+    and (spend_by_meter.account_id is null or l.account_id = spend_by_meter.account_id)
+  group by m.meter, a.currency
+  order by 6 desc, 1;
+end
+$$;
+
 create or replace function api.spend(
   "by" text,
-  "from" timestamptz,
-  "to" timestamptz,
+  since timestamptz,
+  before timestamptz,
   account_id uuid default null
 )
 returns table (
@@ -130,40 +198,22 @@ declare
   v_beyond uuid;
 begin
   if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter') and spend."by" !~ '^metadata\..', true) then
-    perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>', 'choose one of them');
+    perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>',
+      'choose one of them');
   end if;
-  if not coalesce(spend."from" < spend."to" and isfinite(spend."from") and isfinite(spend."to"), false) then
-    perform data.refuse(422, 'invalid_period', 'from must be before to', 'send two moments: from is part of the period, to is not');
+  if not coalesce(spend.since < spend.before and isfinite(spend.since) and isfinite(spend.before), false) then
+    perform data.refuse(422, 'invalid_period', 'since must be earlier than before',
+      'send two moments: since is part of the period, before is not');
   end if;
   -- ids carry whole milliseconds: the first one not before the moment
-  v_first := data.uuid_floor(date_trunc('milliseconds', greatest(spend."from", '1970-01-01Z') + interval '999 microseconds'));
-  v_beyond := data.uuid_floor(date_trunc('milliseconds', least(spend."to", '9999-01-01Z') + interval '999 microseconds'));
+  v_first := data.uuid_floor(
+    date_trunc('milliseconds', greatest(spend.since, '1970-01-01Z') + interval '999 microseconds'));
+  v_beyond := data.uuid_floor(
+    date_trunc('milliseconds', least(spend.before, '9999-01-01Z') + interval '999 microseconds'));
   perform data.refuse_dropped_usage(v_first);
 
   if spend."by" = 'meter' then
-    return query
-    select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
-    from api.usage_logs l
-    join data.account_balance a on a.account_id = l.account_id
-    cross join lateral (
-      -- each meter adds what it adds to the rounded sum so far, by name; the last one the rest: so an event's meters are its cost
-      select s.meter, s.quantity,
-        case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
-          - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
-      from (
-        select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place, count(*) over () as meters
-        from (
-          select e.key as meter, e.value::numeric as quantity,
-            coalesce(e.value::numeric * r.unit_price * (3600000000 / r.unit_size), 0) as own_steps
-          from jsonb_each(l.meters) e
-          left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
-        ) p
-        window w as (order by p.meter)
-      ) s
-    ) m
-    where l.id >= v_first and l.id < v_beyond and (spend.account_id is null or l.account_id = spend.account_id)
-    group by m.meter, a.currency
-    order by 6 desc, 1;
+    return query select m.* from data.spend_by_meter(v_first, v_beyond, account_id) m;
     return;
   end if;
 
@@ -190,12 +240,13 @@ begin
 end
 $$;
 comment on function api.spend(text, timestamptz, timestamptz, uuid) is
-'Sums up what was charged in a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
-`account_id` picks one account, null takes all the reader may see. Of events used from `from` on and before `to`, of one account or of all
-the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
-tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways add up to the same sum:
-by meter, an event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity * price. `quantity` is the
-meter''s. 410 usage_dropped from before the months kept (statements have its sums); 422 invalid_by, invalid_period.';
+'Sums up the charges of a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
+Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that the reader may see.
+Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
+tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways
+add up to the same sum: by meter, an event''s rounding falls to its meters in order of name, so that each is within
+1e-10 of quantity * price. `quantity` is the meter''s. 410 usage_dropped from before the months kept (statements have
+its sums); 422 invalid_by, invalid_period.';
 grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
 
 reset role;

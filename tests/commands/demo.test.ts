@@ -113,7 +113,7 @@ test('a run that does not verify says why', async () => {
   await db.sql(`update data.account_balance set balance = balance + 1 where account_id = $1`, [
     account.accountId,
   ])
-  assert.match(await problems(), `account ${account.accountId}: balance is not the sum of its deltas`)
+  assert.match(await problems(), `account ${account.accountId}: balance_is_not_the_sum_of_deltas`)
 })
 
 test('refuses what an account could not pay, and still proves the rest', async () => {

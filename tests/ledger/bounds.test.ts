@@ -236,7 +236,7 @@ test('an account whose last entry lies ahead goes on from that time, and is repo
   await move(-3600)
   await one.use('1')
   const problems = await db.operator('select problem from api.verify_balances($1)', [one.accountId])
-  assert.equal(problems, [{ problem: 'head_at is in the future' }])
+  assert.equal(problems, [{ problem: 'head_at_is_in_the_future' }])
   const close = db
     .operator('select * from api.close_period(clock.now())')
     .catch(({ code, message }) => [code, message])

@@ -70,7 +70,7 @@ test('a budget is set, shown, changed and removed', async () => {
   assert.equal([total.window_start, total.window_end], [null, null])
 })
 
-test('what cannot be a budget is refused, with a code', async () => {
+test('an impossible budget is refused, with a code', async () => {
   const { first } = await team()
   const other = await payer(db)
   const valid = { scope: 'user', scope_id: first.userId, amount: '1', period: 'day' }
@@ -178,7 +178,7 @@ test('holds of one call share the budget, in order; a repeated one takes nothing
   ])
 })
 
-test('a call for many accounts keeps each to its own budgets, in whatever order they come', async () => {
+test('a call for many accounts keeps each to its own budgets, in any order', async () => {
   const teams = await Promise.all([1, 2, 3].map(() => team()))
   for (const { first, second } of teams) {
     await setBudget(first, 'virtual_key', '4')
@@ -197,7 +197,7 @@ test('a call for many accounts keeps each to its own budgets, in whatever order 
   )
 })
 
-test('what is used moves from held to spent, and counts past the budget too', async () => {
+test('used money moves from held to spent, and counts past the budget too', async () => {
   const account = await payer(db, { funds: '100' })
   const { id } = await setBudget(account, 'virtual_key', '10')
   const part = await account.hold('6')
@@ -294,7 +294,7 @@ for (const [period, days] of [
     assert.is(windows, 2)
   })
 
-test('a budget set late counts what was used in its window; a total all that is kept', async () => {
+test('a budget set late counts what was used in its window; a total counts all usage that is kept', async () => {
   const { first, second, otherKey } = await team()
   const day = await setBudget(first, 'user', '1', { period: 'day', id: first.userId })
   const midnight = day.window_start.getTime()
@@ -323,7 +323,7 @@ test('a budget set late counts what was used in its window; a total all that is 
   assert.is(await set(first, 'tenant', 'total'), '14 + 0 of 100, 86')
 })
 
-test('after a user moved each account counts its own: holds and late events stay with who paid then', async () => {
+test('after a user moved each account counts its own: holds and late events stay with the payer of that time', async () => {
   const [from, to] = [await team(), await team()]
   const user = from.first
   const old = await setBudget(user, 'user', '10')
@@ -382,7 +382,7 @@ test('advice knows the budgets', async () => {
   assert.is(await says('2000', null), 'insufficient_funds 7')
 })
 
-test('the client says which budget refused, and what it has left', async () => {
+test('the client says which budget refused, and the amount it has left', async () => {
   const account = await payer(db, { funds: '100' })
   await setBudget(account, 'user', '3')
   const rpc = pgRpc({ connectionString: db.loginUrl, role: 'keyledger_gateway' })
@@ -493,7 +493,7 @@ test('another time zone counts the window anew; one that is none is refused', as
   assert.is(unknown.message, 'account_not_found')
 })
 
-test('a budget being set makes holds wait, and counts what they held before', async () => {
+test('a budget being set makes holds wait, and counts earlier holds', async () => {
   const account = await payer(db, { funds: '100' })
   const setting = await db.session('keyledger_operator')
   const holding = await db.session('keyledger_gateway')
@@ -516,23 +516,19 @@ const tampers: [name: string, sql: string, problem: string | null][] = [
   [
     'a counter',
     'update data.budget_spend set spent = spent + 1 where account_id = $1',
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
-  [
-    'a lost counter',
-    'delete from data.budget_spend where account_id = $1',
-    'budget has not counted the usage of its window',
-  ],
+  ['a lost counter', 'delete from data.budget_spend where account_id = $1', 'budget_differs_from_usage'],
   [
     'a counter of a window without usage',
     `insert into data.budget_spend select account_id, id, counted_from + interval '40 days', 1 from data.budget
       where account_id = $1 and period = 'month'`,
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
   [
     'a flag',
     'update data.account_balance set has_budgets = false where account_id = $1',
-    'has_budgets is not whether there are budgets',
+    'has_budgets_differs_from_budgets',
   ],
   [
     'a total that remembers what retention dropped',
@@ -544,7 +540,7 @@ const tampers: [name: string, sql: string, problem: string | null][] = [
     'a total below what is kept, after retention',
     `with floor as (update data.usage_window set floor = floor + interval '1 day')
       update data.budget_spend set spent = spent - 1 where account_id = $1 and window_start = '-infinity'`,
-    'budget has not counted the usage of its window',
+    'budget_differs_from_usage',
   ],
 ]
 for (const [name, sql, problem] of tampers)

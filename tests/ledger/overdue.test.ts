@@ -27,7 +27,7 @@ const shown =
 
 const close = () => db.operator('select account_id from api.close_period(clock_timestamp(), null, 10000)')
 
-test('on any history it is what the entries say, after each step', async () => {
+test('on any history it follows from the entries, after each step', async () => {
   const accounts = await Promise.all(['0', '5', '50'].map((limit) => payer(db, { funds: '1', limit })))
   const amount = () => String(1 + Math.floor(Math.random() * 8))
   const steps: ((account: Payer) => Promise<unknown>)[] = [

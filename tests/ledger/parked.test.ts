@@ -228,10 +228,10 @@ test('verify_balances reports money set aside behind the ledger’s back', async
       `update data.parked_usage set resolution = 'dismissed', resolved_at = now(), reason = 'x', actor = 'x'
       where account_id = $1`,
     ),
-    ['parked hold waits for no event'],
+    ['parked_hold_without_event'],
   )
   assert.equal(await problems(`update data.hold set status = 'open' where account_id = $1`), [
-    'money of a parked event is not set aside',
+    'parked_event_without_hold',
   ])
 })
 

@@ -57,7 +57,7 @@ assert.equal(
 )
 
 const spend = async (run: Sql, by: string, args: Row = {}): Promise<Row[]> => {
-  const given: Row = { by, from, to, ...args }
+  const given: Row = { by, since: from, before: to, ...args }
   const names = Object.keys(given)
   return run(
     `select key, name, currency, events::int, trim_scale(quantity)::text as quantity, cost::text
@@ -114,7 +114,7 @@ test('by meter: its quantity and its share, which add up to the cost to the last
   )
 })
 
-test('by tag: its value as text, and what has none', async () => {
+test('by tag: its value as text, and null for events without it', async () => {
   assert.equal(brief(await spend(db.operator, 'metadata.team')), [
     [null, 'EUR', 1, '6.0000000000'],
     ['{"x": 1}', 'USD', 1, '4.0000000000'],
@@ -185,7 +185,7 @@ test('in each way the sum is that of the costs, and by meter each share is withi
 
 test('of the first moment, not of the last', async () => {
   const count = async (first: Date | string, last: Date | string) =>
-    (await spend(db.operator, 'user', { from: first, to: last, account_id: tenantId })).reduce(
+    (await spend(db.operator, 'user', { since: first, before: last, account_id: tenantId })).reduce(
       (sum, { events }) => sum + events,
       0,
     )
@@ -205,7 +205,7 @@ test('of the first moment, not of the last', async () => {
   const hex = at(60).getTime().toString(16).padStart(12, '0')
   await one.use('1', { id: `${hex.slice(0, 8)}-${hex.slice(8)}-7000-8000-000000000000` })
   const events = async (first: Date, last: Date) =>
-    (await spend(db.operator, 'user', { from: first, to: last, account_id: one.accountId })).length
+    (await spend(db.operator, 'user', { since: first, before: last, account_id: one.accountId })).length
   assert.equal([await events(at(59), at(60)), await events(at(60), at(61))], [0, 1])
   assert.is(await count('1900-01-01T00:00:00Z', '294000-01-01T00:00:00Z'), 5)
 })
@@ -240,7 +240,7 @@ test('only the months of the period are read', async () => {
     await session.query(`begin; lock table data.usage_log_${before} in access exclusive mode`)
     for (const by of ['user', 'meter'])
       for (const run of [db.operator, db.member(mary.userId)])
-        assert.ok((await spend(run, by, { from: at(0), to: at(1000) })).length, by)
+        assert.ok((await spend(run, by, { since: at(0), before: at(1000) })).length, by)
     // it waits for the month it needs
     const waiting = await db.session('keyledger_operator')
     const answer = waiting.query(`select from api.spend('user', $1, $2)`, [at(-1), at(1000)])
@@ -258,8 +258,8 @@ for (const [name, { operator }] of Object.entries(through)) {
     assert.equal(
       await operator.call<unknown>('spend', {
         by: 'config_node',
-        from: at(40),
-        to: at(41),
+        since: at(40),
+        before: at(41),
         account_id: tenantId,
       }),
       [{ key: mary.nodeId, name: 'big', currency: 'USD', events: 1, quantity: null, cost: 4 }],
@@ -267,19 +267,24 @@ for (const [name, { operator }] of Object.entries(through)) {
     assert.equal(
       await operator.call(
         'spend',
-        { by: 'meter', from, to, account_id: euro },
+        { by: 'meter', since: from, before: to, account_id: euro },
         { select: ['key', 'quantity::text', 'cost::text'] },
       ),
       [{ key: 'usd', quantity: '3', cost: '6.0000000000' }],
     )
     assert.equal(
-      await operator.call<unknown>('spend', { by: 'user', from: at(1), to: at(2), account_id: tenantId }),
+      await operator.call<unknown>('spend', {
+        by: 'user',
+        since: at(1),
+        before: at(2),
+        account_id: tenantId,
+      }),
       [],
     )
   })
 
-  test(`what it can't sum up is refused, by ${name}`, async () => {
-    const ask = (args: Row) => code(operator.call('spend', { by: 'user', from, to, ...args }))
+  test(`an impossible sum is refused, by ${name}`, async () => {
+    const ask = (args: Row) => code(operator.call('spend', { by: 'user', since: from, before: to, ...args }))
     for (const by of [
       '',
       null,
@@ -293,12 +298,12 @@ for (const [name, { operator }] of Object.entries(through)) {
     ])
       assert.is(await ask({ by }), '422 invalid_by', `${by}`)
     for (const period of [
-      { from: to, to: from },
-      { from: to, to },
-      { from: null },
-      { to: null },
-      { to: 'infinity' },
-      { from: '-infinity' },
+      { since: to, before: from },
+      { since: to, before: to },
+      { since: null },
+      { before: null },
+      { before: 'infinity' },
+      { since: '-infinity' },
     ])
       assert.is(await ask(period), '422 invalid_period', JSON.stringify(period))
   })

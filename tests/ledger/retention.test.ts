@@ -57,7 +57,7 @@ const holdOf = async (account: Payer, n: number): Promise<string> => {
 /** An event of the middle of that month. */
 const of = (account: Payer, n: number, usd = '1') => account.event(usd, { id: idAt(month(n)) })
 
-test('what no statement covers is not dropped, and the window stays as it was', async () => {
+test('usage that no statement covers is not dropped, and the floor stays as it was', async () => {
   const n = next++
   const [covered, not] = await Promise.all([payer(db, { funds: '10' }), payer(db, { funds: '10' })])
   await covered.record(of(covered, n))
@@ -158,7 +158,7 @@ test('whole months only; the ledger and the statements prove as before', async (
   await proved(account)
 })
 
-test('who is writing into the month is waited for, and seen', async () => {
+test('a writer into the month is waited for, and its events are seen', async () => {
   const n = next++
   const account = await payer(db, { funds: '10' })
   const other = await payer(db, { funds: '10' })
@@ -242,7 +242,7 @@ test('an event that was let in before the drop is charged, with its neighbours; 
   await proved(account)
 })
 
-test('who comes while a month is dropped finds it gone: events are parked, proofs hold, sums are refused', async () => {
+test('a call during the drop of a month finds it gone: events are parked, proofs hold, sums are refused', async () => {
   const n = next++
   const account = await payer(db, { funds: '10' })
   const event = of(account, n)
@@ -483,7 +483,7 @@ test('a page of accounts at a time is looked at', async () => {
   assert.is(new Set(seen).size, seen.length)
 })
 
-test('each transport says what is wrong with older_than', async () => {
+test('each transport refuses a wrong older_than', async () => {
   const tomorrow = new Date(Date.now() + 86_400_000).toISOString()
   for (const { operator: rpc } of Object.values(await transports(db))) {
     for (const older_than of [null, 'infinity', '-infinity', tomorrow])

@@ -69,7 +69,7 @@ test('an account without entries is proved, and contains no head', async () => {
 })
 
 for (const [name, { operator }] of Object.entries(through)) {
-  test(`who asks wrongly is told so, by ${name}`, async () => {
+  test(`a wrong call is refused with a code, by ${name}`, async () => {
     const ask = (args: Row) => code(operator.call<unknown>('verify_ledger', args))
     assert.is(await ask({ account_id: randomUUID() }), '404 account_not_found')
     for (const expected_head of ['', 'x', '0', `${heads[8]}0`, `0x${heads[8]}`])
@@ -149,21 +149,17 @@ const tampering: [sql: string, problem: string, seq: number | null, usageId?: st
     'usage_list = usage_list || usage_list',
     'usage_count = usage_count + 1',
     'usage_list = null',
-  ].map((set): [string, string, number] => [change(set, 4), 'entry was altered', 4]),
+  ].map((set): [string, string, number] => [change(set, 4), 'entry_altered', 4]),
   // …and its hash made to fit: the next entry vouches for the old one
-  [`${change('amount = amount + 1', 4)}; ${refit(4)}`, 'entry was altered', 4],
-  [`${change("actor = 'x'", 1)}; ${refit(1)}`, 'entry was altered', 1],
-  [`${change("actor = 'x'", 8)}; ${refit(8)}`, 'entry was altered', 8],
+  [`${change('amount = amount + 1', 4)}; ${refit(4)}`, 'entry_altered', 4],
+  [`${change("actor = 'x'", 1)}; ${refit(1)}`, 'entry_altered', 1],
+  [`${change("actor = 'x'", 8)}; ${refit(8)}`, 'entry_altered', 8],
   // nothing vouches for the third any more: it may be what was altered
-  [`${change("prev_hash = sha256('x')", 4)}; ${refit(4)}`, 'entry was altered', 3],
-  [
-    `${change("actor = 'x'", 3)}; ${refit(3)}; ${change("actor = 'x'", 4)}; ${refit(4)}`,
-    'entry was altered',
-    3,
-  ],
+  [`${change("prev_hash = sha256('x')", 4)}; ${refit(4)}`, 'entry_altered', 3],
+  [`${change("actor = 'x'", 3)}; ${refit(3)}; ${change("actor = 'x'", 4)}; ${refit(4)}`, 'entry_altered', 3],
   // the first of several
-  [`${change("actor = 'x'", 7)}; ${change("actor = 'x'", 5)}`, 'entry was altered', 5],
-  [`${change("actor = 'x'", 7)}; ${changeUsage('cost = 0', 1)}`, 'usage row was altered', 4, ids[1]],
+  [`${change("actor = 'x'", 7)}; ${change("actor = 'x'", 5)}`, 'entry_altered', 5],
+  [`${change("actor = 'x'", 7)}; ${changeUsage('cost = 0', 1)}`, 'usage_altered', 4, ids[1]],
   // usage rows, of which the entry has three
   ...[
     'cost = cost + 1',
@@ -178,68 +174,68 @@ const tampering: [sql: string, problem: string, seq: number | null, usageId?: st
     "recorded_at = recorded_at + interval '1 us'",
     'final = not final',
   ].flatMap((set, n): [string, string, number, string][] => [
-    [changeUsage(set, n % 3), 'usage row was altered', 4, ids[n % 3]!],
+    [changeUsage(set, n % 3), 'usage_altered', 4, ids[n % 3]!],
   ]),
   ...[0, 1, 2].map((at): [string, string, number, string] => [
     `delete from data.usage_log where ${own} and id = '${ids[at]}'`,
-    'usage row is missing',
+    'usage_missing',
     4,
     ids[at]!,
   ]),
-  [`delete from data.usage_log where ${own} and transaction_seq = 5`, 'usage row is missing', 5],
-  [`delete from data.usage_log where ${own}`, 'usage row is missing', 4, ids[0]],
-  [insertUsage(stranger, 4), 'usage row was inserted', 4, stranger],
-  [insertUsage(stranger, 2), 'usage row was inserted', 2, stranger],
-  [insertUsage(stranger, 99), 'usage row was inserted', 99, stranger],
-  [insertUsage(stranger, -1), 'usage row was inserted', -1, stranger],
+  [`delete from data.usage_log where ${own} and transaction_seq = 5`, 'usage_missing', 5],
+  [`delete from data.usage_log where ${own}`, 'usage_missing', 4, ids[0]],
+  [insertUsage(stranger, 4), 'usage_inserted', 4, stranger],
+  [insertUsage(stranger, 2), 'usage_inserted', 2, stranger],
+  [insertUsage(stranger, 99), 'usage_inserted', 99, stranger],
+  [insertUsage(stranger, -1), 'usage_inserted', -1, stranger],
   // costs exchanged: count and sum are right
   [
     `update data.usage_log set cost = 0.75 - cost where ${own} and id in ('${three[1]!.id}', '${three[2]!.id}')`,
-    'usage row was altered',
+    'usage_altered',
     4,
   ],
   [
     `update data.usage_log set account_id = '${bystander.accountId}' where ${own} and id = '${ids[2]}'`,
-    'usage row is missing',
+    'usage_missing',
     4,
     ids[2],
   ],
   // entries gone
   ...[1, 2, 4, 5, 7, 8].map((seq): [string, string, number] => [
     `delete from data.billing_transaction where ${own} and seq = ${seq}`,
-    'entry is missing',
+    'entry_missing',
     seq,
   ]),
   [
     `delete from data.billing_transaction where ${own} and seq = 7; delete from data.usage_log where ${own} and transaction_seq = 7`,
-    'entry is missing',
+    'entry_missing',
     7,
   ],
-  [`delete from data.billing_transaction where ${own} and seq >= 6`, 'entry is missing', 6],
-  [`delete from data.billing_transaction where ${own} and seq in (3, 4)`, 'entry is missing', 3],
-  [`delete from data.billing_transaction where ${own}`, 'entry is missing', 1],
+  [`delete from data.billing_transaction where ${own} and seq >= 6`, 'entry_missing', 6],
+  [`delete from data.billing_transaction where ${own} and seq in (3, 4)`, 'entry_missing', 3],
+  [`delete from data.billing_transaction where ${own}`, 'entry_missing', 1],
   // …and the hashes closed over it: the seq alone tells
   [
     `delete from data.billing_transaction where ${own} and seq = 7; delete from data.usage_log where ${own} and transaction_seq = 7;
     ${change(`prev_hash = decode('${heads[6]}', 'hex')`, 8)}; ${refit(8)};
     update data.account_balance set head_hash = (select hash from data.billing_transaction where ${own} and seq = 8) where ${own}`,
-    'entry is missing',
+    'entry_missing',
     7,
   ],
   // …and the gap closed
-  [`delete from data.billing_transaction where ${own} and seq = 3; ${shift(4, -1)}`, 'entry is missing', 3],
+  [`delete from data.billing_transaction where ${own} and seq = 3; ${shift(4, -1)}`, 'entry_missing', 3],
   // two exchanged
-  [`${change('seq = 1000', 5)}; ${change('seq = 5', 6)}; ${change('seq = 6', 1000)}`, 'entry was altered', 5],
+  [`${change('seq = 1000', 5)}; ${change('seq = 5', 6)}; ${change('seq = 6', 1000)}`, 'entry_altered', 5],
   // entries that were never posted: after the last, before the first, in between with the others moved on
-  [forge(9), 'entry was inserted', 9],
-  [`${forge(9)}; ${refit(9)}`, 'entry was inserted', 9],
-  [`${forge(9)}; ${refit(9)}; drop table forged; ${forge(10)}; ${refit(10)}`, 'entry was inserted', 9],
-  [forge(0), 'entry was inserted', 0],
-  [`${shift(3, 1)}; ${forge(3)}`, 'entry was inserted', 3],
-  [`${shift(3, 1)}; ${forge(3)}; ${refit(3)}`, 'entry was inserted', 3],
+  [forge(9), 'entry_inserted', 9],
+  [`${forge(9)}; ${refit(9)}`, 'entry_inserted', 9],
+  [`${forge(9)}; ${refit(9)}; drop table forged; ${forge(10)}; ${refit(10)}`, 'entry_inserted', 9],
+  [forge(0), 'entry_inserted', 0],
+  [`${shift(3, 1)}; ${forge(3)}`, 'entry_inserted', 3],
+  [`${shift(3, 1)}; ${forge(3)}; ${refit(3)}`, 'entry_inserted', 3],
   // the account
-  [`update data.account_balance set head_hash = sha256('x') where ${own}`, 'entry was altered', 8],
-  [`delete from data.account_balance where ${own}`, 'account is missing', null],
+  [`update data.account_balance set head_hash = sha256('x') where ${own}`, 'entry_altered', 8],
+  [`delete from data.account_balance where ${own}`, 'account_missing', null],
 ]
 
 const tampered = async (sql: string, run: (session: pg.Client) => Promise<void>) => {
@@ -272,7 +268,7 @@ for (const [n, [sql, problem, seq, usageId]] of tampering.entries())
       assert.is(rows.length, sql.includes(bystander.accountId) ? 1 : 0, 'others are proved as before')
     }))
 
-test('what differs is told by its hashes', async () => {
+test('a difference is shown by its hashes', async () => {
   const rows = async (sql: string, expected?: string): Promise<Row[]> => {
     let found: Row[] = []
     await tampered(sql, async (session) => {
@@ -327,7 +323,7 @@ for (const [what, sql, from] of rewritten)
           )
     }))
 
-test('usage that retention dropped is not missing; what is left of an entry is proved as before', async () => {
+test('usage that retention dropped is not missing; the rest of an entry is proved as before', async () => {
   // as if the month ended between two rows of the entry, and before it
   const floor = (id: string) => `
     create or replace function pg_temp.cut() returns timestamptz language sql as $$ select data.uuid_time('${id}') + interval '1 ms' $$;
@@ -343,26 +339,26 @@ test('usage that retention dropped is not missing; what is left of an entry is p
       // nor does it hide what comes after
       await session.query(`savepoint whole; ${change("actor = 'x'", 8)}`)
       const [[later]] = (await both(session)) as [Row[]]
-      assert.equal([later!.problem, later!.seq], ['entry was altered', '8'])
+      assert.equal([later!.problem, later!.seq], ['entry_altered', '8'])
       await session.query('rollback to whole')
       await session.query(`insert into data.usage_log (account_id, id, transaction_seq, virtual_key_id, user_id, config_node_id, final, meters, price_ids, cost, recorded_at)
         values ('${account.accountId}', '${stranger}', 4, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), true, '{}', '{}', 0, now())`)
       const [[first], [problem]] = (await both(session)) as [Row[], Row[]]
-      assert.equal([first!.problem, first!.usage_id], ['usage row was inserted', stranger])
-      assert.equal(problem, { problem: 'usage row was inserted', seq: '4' })
+      assert.equal([first!.problem, first!.usage_id], ['usage_inserted', stranger])
+      assert.equal(problem, { problem: 'usage_inserted', seq: '4' })
     },
   )
   // not dropped: still in the log, and proved
   await tampered(`${floor(two[0]!.id)}; ${changeUsage('cost = cost + 1', 1)}`, async (session) => {
     const [[first]] = (await both(session)) as [Row[]]
-    assert.equal([first!.problem, first!.usage_id], ['usage row was altered', ids[1]])
+    assert.equal([first!.problem, first!.usage_id], ['usage_altered', ids[1]])
   })
   // a row above the floor is missing whatever was dropped below it
   await tampered(
     `${floor(ids[2]!)}; delete from data.usage_log where ${own} and transaction_seq in (4, 7)`,
     async (session) => {
       const [[first]] = (await both(session)) as [Row[]]
-      assert.equal([first!.problem, first!.seq], ['usage row is missing', '7'])
+      assert.equal([first!.problem, first!.seq], ['usage_missing', '7'])
     },
   )
 })
@@ -568,7 +564,7 @@ test('amounts that end are exact to the last digit, and rounding is half up on t
   ])
 })
 
-test('who may have a charge explained: those who see the event, and the entry only with the whole account', async () => {
+test('a charge is explained to each reader of the event; its entry only to readers of the whole account', async () => {
   const [{ id: tenantId }] = (await db.operator('insert into api.tenants (name) values ($1) returning id', [
     't',
   ])) as [Row]

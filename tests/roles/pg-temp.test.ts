@@ -211,7 +211,7 @@ const calls: Record<string, (w: World) => string> = {
   set_status: (w) => `entity => 'user_profile', id => '${w.userId}', status => 'active', reason => 'test'`,
   set_time_zone: (w) => `account_id => '${w.accountId}', time_zone => 'Europe/Berlin'`,
   spend: (w) =>
-    `by => 'meter', "from" => '${w.now}'::pg_catalog.timestamptz operator(pg_catalog.-) '1 day'::pg_catalog.interval, "to" => '2099-01-01Z', account_id => '${w.accountId}'`,
+    `by => 'meter', since => '${w.now}'::pg_catalog.timestamptz operator(pg_catalog.-) '1 day'::pg_catalog.interval, before => '2099-01-01Z', account_id => '${w.accountId}'`,
   statement: (w) => `account_id => '${w.accountId}', period_start => '${w.periodStart}'`,
   top_up: (w) => `account_id => '${w.accountId}', amount => 1, reference => 'topped up'`,
   unfreeze_funds: (w) => `account_id => '${w.accountId}', id => '${w.freezeId}'`,
