@@ -278,7 +278,7 @@ export interface Functions {
     }
     result: Views['billing_transactions']
   }
-  /** An account's figures as of a moment: after every entry posted before it, less the free credit that had expired by then. */
+  /** An account's figures as of a moment: all entries before it, less the free credit that had expired. */
   balance_at: {
     args: {
       account_id: string
@@ -317,7 +317,7 @@ export interface Functions {
       remaining: number | null
     }
   }
-  /** Seals a statement for each account: its entries until period_end, from the end of its last statement or from its opening. */
+  /** Seals a statement for each account: its entries since its last statement, until period_end. */
   close_period: {
     args: {
       period_end: string

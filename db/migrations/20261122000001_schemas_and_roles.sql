@@ -17,28 +17,29 @@ begin
   ) o
   join pg_namespace n on n.oid = o.namespace
   where n.nspname = 'data' and (o.name like 'usage\_log\_%' or o.name = any (array[
-      'account_balance', 'account_news', 'account_now', 'accounting_snapshot', 'actor', 'add_grant', 'admit', 'after',
-      'amount', 'answer_duplicates', 'answer_first_try', 'answer_hold', 'answer_key_imports', 'answer_request',
-      'answer_unfit', 'await_postings', 'await_window_readers', 'backed', 'backing', 'backing_after',
-      'backing_between', 'backing_extended', 'backing_of_requests', 'backing_past_grants', 'billing_transaction',
-      'broken_fact', 'budget', 'budget_applies', 'budget_code', 'budget_exceeded', 'budget_left', 'budget_shown',
-      'budget_spend', 'budgets_after', 'budgets_left', 'budgets_of_requests', 'cache_invalidation', 'caller',
-      'chain_links', 'charge', 'charge_meters', 'charge_to_refund', 'charged_before', 'check_entry', 'check_written',
-      'config_node', 'cost_steps', 'count_sealed_month', 'count_spend', 'count_usage', 'credit_grant', 'crosses',
-      'currency', 'draw_grants', 'draw_holds', 'end_due_grants', 'end_due_holds', 'end_parked_holds', 'entry_hash',
-      'entry_kind', 'entry_shown', 'epoch_time', 'event_code', 'event_facts', 'exact_cost', 'expiries_due',
-      'extend_for_account', 'first_fault', 'first_places', 'first_tries', 'first_try', 'forbid_change',
-      'forbid_truncate', 'freeze_reference_is_used_once', 'funds_of', 'grant_draw', 'has_absurd_numbers',
-      'hash_context', 'hold', 'hold_code', 'hold_id', 'hold_open', 'hold_parked', 'hold_request', 'hold_shown',
-      'insert_account', 'insert_key_imports', 'invalidate', 'is_amount', 'is_foreign', 'is_metadata', 'is_one',
-      'is_request_id', 'keep_account', 'keep_key_identity', 'keep_node_identity', 'keep_owner_identity', 'kept_event',
-      'key_context', 'key_hash', 'key_shown', 'left_out_note', 'local_moment', 'lock_account', 'lock_key_parents',
-      'lock_mount_parents', 'lock_user_parent', 'log_usage', 'make_usage_partitions', 'mark_used', 'moment', 'money',
-      'mount_deleted', 'mount_inserted', 'mount_updated', 'moved_or_altered', 'movements_of', 'new_virtual_key',
-      'note_status', 'open_account', 'open_balance', 'open_virtual_key_use', 'outbox_horizon', 'park', 'parked_usage',
-      'parked_usage_sets_aside', 'parked_usage_unresolved', 'place_for_account', 'post', 'post_one',
-      'previous_key_hash', 'price', 'price_inserted', 'price_meters', 'purge_ended', 'purge_outboxes', 'read_cursor',
-      'read_event_ids', 'read_hold_ids', 'read_hold_requests', 'read_key_imports', 'read_keys_again', 'read_openings',
+      'accepted_ids', 'accepted_ids_now', 'account_balance', 'account_news', 'account_now', 'accounting_snapshot',
+      'actor', 'add_grant', 'admit', 'after', 'amount', 'answer_duplicates', 'answer_first_try', 'answer_hold',
+      'answer_key_imports', 'answer_request', 'answer_unfit', 'await_postings', 'await_window_readers', 'backed',
+      'backing', 'backing_after', 'backing_between', 'backing_extended', 'backing_of_requests', 'backing_past_grants',
+      'billing_transaction', 'broken_fact', 'budget', 'budget_applies', 'budget_code', 'budget_exceeded',
+      'budget_left', 'budget_shown', 'budget_spend', 'budgets_after', 'budgets_left', 'budgets_of_requests',
+      'cache_invalidation', 'caller', 'chain_links', 'charge', 'charge_meters', 'charge_to_refund', 'charged_before',
+      'check_entry', 'check_written', 'config_node', 'cost_steps', 'count_sealed_month', 'count_spend', 'count_usage',
+      'credit_grant', 'crosses', 'currency', 'draw_grants', 'draw_holds', 'end_due_grants', 'end_due_holds',
+      'end_parked_holds', 'entry_hash', 'entry_kind', 'entry_shown', 'epoch_time', 'event_code', 'event_facts',
+      'exact_cost', 'expiries_due', 'extend_for_account', 'first_fault', 'first_places', 'first_tries', 'first_try',
+      'forbid_change', 'forbid_truncate', 'freeze_reference_is_used_once', 'funds_of', 'grant_draw',
+      'has_absurd_numbers', 'hash_context', 'hold', 'hold_code', 'hold_id', 'hold_open', 'hold_parked',
+      'hold_request', 'hold_shown', 'insert_account', 'insert_key_imports', 'invalidate', 'is_amount', 'is_foreign',
+      'is_metadata', 'is_one', 'is_request_id', 'keep_account', 'keep_key_identity', 'keep_node_identity',
+      'keep_owner_identity', 'kept_event', 'key_context', 'key_hash', 'key_shown', 'left_out_note', 'local_moment',
+      'lock_account', 'lock_key_parents', 'lock_mount_parents', 'lock_user_parent', 'log_usage',
+      'make_usage_partitions', 'mark_used', 'moment', 'money', 'mount_deleted', 'mount_inserted', 'mount_updated',
+      'moved_or_altered', 'movements_of', 'new_virtual_key', 'note_status', 'open_account', 'open_balance',
+      'open_virtual_key_use', 'outbox_horizon', 'park', 'parked_usage', 'parked_usage_sets_aside',
+      'parked_usage_unresolved', 'place_for_account', 'post', 'post_one', 'previous_key_hash', 'price',
+      'price_inserted', 'price_meters', 'purge_ended', 'purge_outboxes', 'read_cursor', 'read_event_ids',
+      'read_hold_ids', 'read_hold_requests', 'read_key_imports', 'read_keys_again', 'read_openings',
       'read_usage_events', 'record_for_account', 'recount_budgets', 'reference_is_used_once', 'refusal_of', 'refuse',
       'refuse_dropped_usage', 'refuse_parked_usage', 'refuse_previous_hash', 'release_for_account', 'replay_ahead',
       'replay_parked', 'require_array', 'require_budget_scope', 'require_positive_amount', 'require_reason',
@@ -48,11 +49,11 @@ begin
       'tenant_role_kept', 'tenant_role_named', 'tenant_updated', 'text_of', 'to_amount', 'to_cost', 'to_expires_in',
       'to_moment', 'to_quantity', 'to_uuid', 'to_uuidv7', 'try_parked', 'try_parked_apart', 'usage_differs',
       'usage_event', 'usage_faults', 'usage_line', 'usage_lists', 'usage_log', 'usage_of', 'usage_seal',
-      'usage_window', 'usage_window_now', 'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7',
-      'verify_budgets', 'verify_chain', 'verify_entries', 'verify_figures', 'verify_grants', 'verify_heads',
-      'verify_refunds', 'verify_statements', 'verify_usage', 'viewer', 'virtual_key', 'virtual_key_config_node',
-      'virtual_key_deleted', 'virtual_key_inserted', 'virtual_key_updated', 'virtual_key_use', 'visible_account',
-      'visible_user', 'wake_for_news', 'window_start', 'without_keys'
+      'user_profile', 'user_profile_updated', 'uuid_floor', 'uuid_time', 'uuidv7', 'verify_budgets', 'verify_chain',
+      'verify_entries', 'verify_figures', 'verify_grants', 'verify_heads', 'verify_refunds', 'verify_statements',
+      'verify_usage', 'viewer', 'virtual_key', 'virtual_key_config_node', 'virtual_key_deleted',
+      'virtual_key_inserted', 'virtual_key_updated', 'virtual_key_use', 'visible_account', 'visible_user',
+      'wake_for_news', 'window_start', 'without_keys'
     ]))
     or n.nspname = 'api' and o.name = any (array[
       'account_balances', 'account_news', 'accounting_snapshots', 'adjust_balance', 'balance_at', 'billing_accounts',
@@ -189,8 +190,7 @@ create domain data.entry_kind as text constraint kind_is_known check (value in (
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

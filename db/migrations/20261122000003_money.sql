@@ -173,7 +173,8 @@ create table data.accounting_snapshot (
   constraint overdue_is_part_of_outstanding check (overdue_amount <= outstanding_closing)
 );
 
--- the answer of verify_balances and verify_ledger: a type, since an argument and a column share a name
+-- the answer of verify_balances and verify_ledger: a type, since an argument and a column share a
+-- name
 create type api.ledger_problem as (
   account_id uuid, problem text, seq bigint, usage_id uuid, expected text, actual text);
 comment on type api.ledger_problem is 'A row that is not as it should be: `problem` is a code.';
@@ -197,8 +198,7 @@ comment on table data.accounting_snapshot is 'Sealed statements, one per account
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -1,5 +1,6 @@
 -- migrate:up
--- What was used: the usage log by month, the window of ids it accepts, and the events that could not be charged.
+-- Usage: the usage log by month, the range of ids it accepts, and the events that could not be
+-- charged.
 
 set local role keyledger_owner;
 
@@ -21,11 +22,13 @@ create table data.usage_log (
   primary key (account_id, id)
 ) partition by range (id);
 
--- an event that was read and priced: its place in the call, why it can't be charged, and the parts that are left out
+-- an event that was read and priced: its place in the call, why it can't be charged, and the parts
+-- that are left out
 create type data.usage_event as (ord bigint, usage data.usage_log, code text, note jsonb, key_is_idle boolean);
 
--- the ids accepted: [floor, ceiling). Stored, never computed from the clock: a dropped month can't be charged again
-create table data.usage_window (
+-- the ids accepted: [floor, ceiling). Stored, never computed from the clock: a dropped month can't
+-- be charged again
+create table data.accepted_ids (
   is_the_only_row boolean primary key default true,
   floor timestamptz not null,
   ceiling timestamptz not null,
@@ -33,17 +36,18 @@ create table data.usage_window (
   floor_xid xid8,
   -- months before it were dropped
   dropped_before timestamptz,
-  -- what ended before it is purged; the account where purging up to the floor goes on
+  -- holds and parked events that ended before it are purged; the account where purging up to the floor goes on
   purged_before timestamptz not null,
   purging_from uuid,
   constraint one_row check (is_the_only_row),
   constraint window_is_forward check (ceiling >= floor)
 );
-insert into data.usage_window (floor, ceiling, purged_before)
+insert into data.accepted_ids (floor, ceiling, purged_before)
 select m.first, m.first, m.first
 from (select date_trunc('month', now(), 'UTC') - interval '1 month' as first) m;
 
--- events kept until they can be charged; id is a digest of the event, so that a retry meets its first try
+-- events kept until they can be charged; id is a digest of the event, so that a retry meets its
+-- first try
 create table data.parked_usage (
   id uuid primary key,
   event jsonb not null,
@@ -67,18 +71,17 @@ create index parked_usage_unresolved on data.parked_usage (usage_id) where resol
 create index parked_usage_sets_aside on data.parked_usage (account_id, hold_id) where hold_id is not null;
 
 alter table data.usage_log enable row level security;
-alter table data.usage_window enable row level security;
+alter table data.accepted_ids enable row level security;
 alter table data.parked_usage enable row level security;
 
 comment on table data.usage_log is 'Each charged event, by month of its id; append-only.';
-comment on table data.usage_window is 'The range of event and hold times accepted, and how far retention has come.';
+comment on table data.accepted_ids is 'The range of event and hold times accepted, and how far retention has come.';
 comment on table data.parked_usage is 'Events that could not be charged yet, kept whole.';
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

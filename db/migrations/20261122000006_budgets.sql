@@ -1,5 +1,6 @@
 -- migrate:up
--- Budgets: what a key, a user or a tenant may spend of one account in a period. Guarded by that account's lock.
+-- Budgets: how much a key, a user or a tenant may spend of one account in a period. Guarded by that
+-- account's lock.
 
 set local role keyledger_owner;
 
@@ -21,7 +22,8 @@ create table data.budget (
 );
 create index on data.budget (id);
 
--- what was used in each window; a total has the one window from -infinity. The clock picks the row: nothing is ever reset
+-- the use in each window; a total has the one window from -infinity. The clock picks the row:
+-- nothing is ever reset
 create table data.budget_spend (
   account_id uuid not null,
   budget_id uuid not null,
@@ -36,14 +38,13 @@ create type data.budget_left as (scope text, scope_id uuid, remaining numeric);
 alter table data.budget enable row level security;
 alter table data.budget_spend enable row level security;
 
-comment on table data.budget is 'What a key, user or tenant may spend of an account in each period.';
-comment on table data.budget_spend is 'What counts against each budget, by window.';
+comment on table data.budget is 'How much a key, user or tenant may spend of an account in each period.';
+comment on table data.budget_spend is 'The use that counts against each budget, by window.';
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

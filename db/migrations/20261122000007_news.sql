@@ -1,5 +1,5 @@
 -- migrate:up
--- The outbox of account news: what crossed a line that people care about.
+-- The outbox of account news: an account's funds or a budget crossed a line.
 
 set local role keyledger_owner;
 
@@ -24,13 +24,13 @@ insert into data.outbox_horizon (outbox, purged_xid) values ('account', '0');
 
 alter table data.account_news enable row level security;
 
-comment on table data.account_news is 'Crossings of each account''s funds and budgets, by the entry that caused them; the truth behind the wake-up.';
+comment on table data.account_news is
+'Crossings of each account''s funds and budgets, by the entry that caused them; the truth behind the wake-up.';
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -23,7 +23,8 @@ declare
 begin
   -- the timeline changes when a standby takes over, the oids when a dump is restored in the same
   -- cluster
-  select concat_ws(':', s.system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), d.oid, 'data.outbox_horizon'::regclass::oid)
+  select concat_ws(':', s.system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), d.oid,
+    'data.outbox_horizon'::regclass::oid)
   into v_cluster
   from pg_control_system() s, pg_database d
   where d.datname = current_database();
@@ -34,10 +35,12 @@ begin
   exception when others then
     since := null;
   end;
-  if cursor ->> 'cluster' is distinct from v_cluster or pg_snapshot_xmax(since) > pg_snapshot_xmax(pg_current_snapshot())
+  if cursor ->> 'cluster' is distinct from v_cluster or pg_snapshot_xmax(since) >
+    pg_snapshot_xmax(pg_current_snapshot())
     or exists (
       select from data.outbox_horizon h
-      where h.outbox = read_cursor.outbox and h.purged_xid >= pg_snapshot_xmin(since) and not data.is_foreign(h.purged_xid))
+      where h.outbox = read_cursor.outbox and h.purged_xid >= pg_snapshot_xmin(since)
+        and not data.is_foreign(h.purged_xid))
   then
     since := null;
   end if;
@@ -59,8 +62,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

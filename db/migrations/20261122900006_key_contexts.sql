@@ -1,5 +1,5 @@
 -- migrate:up
--- What a key's hash resolves to: key, user, payer, status, nodes.
+-- Key contexts: a key's hash resolves to its user, payer, status and nodes.
 
 set local role keyledger_owner;
 
@@ -88,13 +88,12 @@ cross join lateral (
   select least(c.valid_until, case when h.valid_until > statement_timestamp() then h.valid_until end) as valid_until
 ) v;
 comment on view data.hash_context is
-'The context of each hash of a key, with all its nodes: this is what a cache may keep.';
+'The context of each hash of a key, with all its nodes: a cache may keep this.';
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -73,7 +73,8 @@ as $$
         count(*) as meter_count,
         coalesce(bool_or(jsonb_typeof(m.value) = 'string'), false) as has_text,
         -- a priced meter has a name already
-        coalesce(bool_or(q.quantity is null or (p.id is null and m.key !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
+        coalesce(bool_or(q.quantity is null or (p.id is null
+          and m.key !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
         array_agg(m.key) filter (where q.quantity > 0 and p.id is null) as unpriced,
         coalesce(array_agg(p.id) filter (where p.id is not null), '{}') as price_ids,
         data.to_cost(coalesce(sum(data.cost_steps(q.quantity, p.unit_price, p.unit_size)), 0)) as cost
@@ -98,8 +99,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

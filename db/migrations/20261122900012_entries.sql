@@ -33,8 +33,8 @@ create or replace trigger append_only before update or delete on data.usage_log
 create or replace trigger append_only_truncate before truncate on data.usage_log
   for each statement execute function data.forbid_change();
 
--- The facts of an entry that span columns: the name of the first one it breaks, null when it keeps them all.
--- Plain columns, not the row: so it is inlined where it is called.
+-- The facts of an entry that span columns: the name of the first one it breaks, null when it keeps
+-- them all. Plain columns, not the row: so it is inlined where it is called.
 create or replace function data.broken_fact(
   seq bigint,
   kind text,
@@ -69,7 +69,8 @@ as $$
     when balance_after < -credit_limit_after
       or (outstanding_after <> 0 and (free_credit_after <> 0 or balance_after <> -credit_limit_after))
       then 'buckets_after_are_in_normal_form'
-    when (kind = 'usage') <> (usage_count > 0) or coalesce(usage_bytes, 0) <> 32 * usage_count then 'only_usage_counts_usage'
+    when (kind = 'usage') <> (usage_count > 0) or coalesce(usage_bytes, 0) <> 32 * usage_count
+      then 'only_usage_counts_usage'
     when (kind in ('refund', 'top_up_reversal')) <> (coalesce(refund_of_seq, seq) < seq)
       or (refund_of_usage_id is not null and kind <> 'refund')
       then 'only_a_refund_refunds_what_came_before'
@@ -98,7 +99,8 @@ $$;
 create or replace trigger check_entry before insert on data.billing_transaction
   for each row execute function data.check_entry();
 
--- The canonical text of a usage row and of an entry, as json_build_array writes it: what the hash chain covers.
+-- The canonical text of a usage row and of an entry, as json_build_array writes it. The hash
+-- chain covers it.
 create or replace function data.usage_line(usage data.usage_log)
 returns text
 language sql
@@ -128,15 +130,15 @@ as $$
     entry.account_id, entry.seq, entry.kind, entry.amount, entry.balance_delta, entry.free_credit_delta,
     entry.outstanding_delta, entry.balance_after, entry.free_credit_after, entry.outstanding_after,
     entry.credit_limit_after, entry.reference, entry.actor, entry.reason, entry.usage_count,
-    entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata, (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
+    entry.refund_of_seq, entry.refund_of_usage_id, entry.metadata,
+      (extract(epoch from entry.created_at) * 1000000)::bigint)::text, 'UTF8')
     || coalesce(sha256(entry.usage_list), ''))
 $$;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

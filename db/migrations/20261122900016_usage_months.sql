@@ -6,15 +6,15 @@ set local role keyledger_owner;
 -- The accepted ids as they are now, in any snapshot of the caller: a dropped month is gone for
 -- every snapshot.
 -- No further month is dropped until the caller's transaction ends.
-create or replace function data.usage_window_now()
-returns data.usage_window
+create or replace function data.accepted_ids_now()
+returns data.accepted_ids
 language plpgsql
 volatile
 as $$
 declare
-  v_window data.usage_window;
+  v_window data.accepted_ids;
 begin
-  select * into v_window from data.usage_window;
+  select * into v_window from data.accepted_ids;
   return v_window;
 end
 $$;
@@ -25,7 +25,7 @@ returns void
 language plpgsql
 as $$
 declare
-  v_dropped_before timestamptz := (data.usage_window_now()).dropped_before;
+  v_dropped_before timestamptz := (data.accepted_ids_now()).dropped_before;
 begin
   if refuse_dropped_usage.id < data.uuid_floor(v_dropped_before) then
     perform data.refuse(410, 'usage_dropped', 'usage of before ' || v_dropped_before || ' is no longer kept',
@@ -47,7 +47,7 @@ declare
   v_name text;
   v_made text[] := '{}';
 begin
-  select w.floor into v_month from data.usage_window w for update;
+  select w.floor into v_month from data.accepted_ids w for update;
   v_month := date_trunc('month', v_month);
   v_end := date_trunc('month', now()) + interval '3 months';
   while v_month < v_end loop
@@ -60,13 +60,14 @@ begin
         'alter table data.usage_log attach partition data.%I for values from (%L) to (%L)',
         v_name, data.uuid_floor(v_month), data.uuid_floor(v_month + interval '1 month'));
       execute format(
-        'create trigger append_only_truncate before truncate on data.%I for each statement execute function data.forbid_change()',
+        'create trigger append_only_truncate before truncate on data.%I '
+          'for each statement execute function data.forbid_change()',
         v_name);
       v_made := v_made || v_name;
     end if;
     v_month := v_month + interval '1 month';
   end loop;
-  update data.usage_window w set ceiling = v_end where w.ceiling < v_end;
+  update data.accepted_ids w set ceiling = v_end where w.ceiling < v_end;
   return v_made;
 end
 $$;
@@ -76,8 +77,7 @@ select data.make_usage_partitions();
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -180,7 +180,7 @@ $$;
 -- it takes its snapshot, not after.
 create or replace function data.read_usage_events(
   events jsonb,
-  taken data.usage_window,
+  taken data.accepted_ids,
   strict boolean default true
 )
 returns data.usage_event[]
@@ -233,9 +233,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

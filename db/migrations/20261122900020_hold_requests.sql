@@ -60,7 +60,7 @@ begin
     offset 0 -- or each use would parse again
   ) r
   cross join (
-    select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.usage_window u offset 0
+    select data.uuid_floor(u.floor) as first, data.uuid_floor(u.ceiling) as beyond from data.accepted_ids u offset 0
   ) w
   left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
   -- once, not with each price that is looked at
@@ -130,9 +130,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -152,9 +152,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -70,7 +70,8 @@ begin
         where count_usage.first_seq = 0 and u.account_id = b.account_id and u.transaction_seq <= count_usage.last_seq
           -- a month that is closed may be dropped any time
           and u.id >= data.uuid_floor(b.counted_floor)
-          and case when isfinite(b.counted_from) then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
+          and case when isfinite(b.counted_from)
+            then greatest(u.id, u.hold_id) >= data.uuid_floor(b.counted_from) else true end
         union all
         select u.*
         from data.billing_transaction t
@@ -116,7 +117,7 @@ declare
   v_next bigint;
   v_spent data.budget_spend[];
 begin
-  select w.floor into v_floor from data.usage_window w;
+  select w.floor into v_floor from data.accepted_ids w;
   for i in 1 .. cardinality(budgets) loop
     budgets[i].counted_from := data.window_start(budgets[i].period, time_zone, clock_timestamp());
     budgets[i].counted_floor := v_floor;
@@ -129,8 +130,8 @@ begin
   end loop;
 
   v_account := data.lock_account(v_account_id);
-  if v_floor is distinct from (select w.floor from data.usage_window w) then
-    select w.floor into v_floor from data.usage_window w;
+  if v_floor is distinct from (select w.floor from data.accepted_ids w) then
+    select w.floor into v_floor from data.accepted_ids w;
     for i in 1 .. cardinality(budgets) loop
       budgets[i].counted_floor := v_floor;
     end loop;
@@ -161,8 +162,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

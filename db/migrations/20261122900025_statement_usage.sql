@@ -62,7 +62,8 @@ begin
   from node n
   join (
     select m.config_node_id, sum(m.cost) as cost,
-      jsonb_object_agg(m.meter, jsonb_build_object('quantity', m.quantity::text, 'cost', m.cost::data.money::text)) as meters
+      jsonb_object_agg(m.meter, jsonb_build_object('quantity', m.quantity::text, 'cost',
+        m.cost::data.money::text)) as meters
     from metered m
     group by 1
   ) m using (config_node_id)
@@ -73,8 +74,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -115,7 +115,8 @@ declare
 begin
   v_before := array(
     select d.amount from data.expiries_due(statement.account_id, statement.first_seq - 1, statement.period_start) d);
-  v_due := array(select d.amount from data.expiries_due(statement.account_id, statement.last_seq, statement.period_end) d);
+  v_due := array(select d.amount from data.expiries_due(statement.account_id, statement.last_seq,
+    statement.period_end) d);
   select
     coalesce(jsonb_object_agg(m.kind, jsonb_build_object(
       'entries', m.entries,
@@ -132,7 +133,8 @@ begin
       sum(e.free_credit) as free_credit, sum(e.outstanding) as outstanding,
       -sum(least(e.outstanding, 0)) as paid, sum(e.events) as events
     from (
-      select t.kind::text, case when t.kind = 'credit_expiry' then jsonb_array_length(t.metadata -> 'grant_seq') else 1 end,
+      select t.kind::text, case when t.kind = 'credit_expiry'
+        then jsonb_array_length(t.metadata -> 'grant_seq') else 1 end,
         t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.usage_count
       from data.billing_transaction t
       where t.account_id = statement.account_id and t.seq between statement.first_seq and statement.last_seq
@@ -198,7 +200,8 @@ begin
   from data.usage_of(account_id, v_sealed.first_seq, v_sealed.last_seq) u
   where v_events > 0;
   if v_events > 0 and v_found is distinct from v_events then
-    perform data.refuse(409, 'usage_is_incomplete', 'account ' || account_id || ': ' || v_events || ' events were charged, '
+    perform data.refuse(409, 'usage_is_incomplete',
+      'account ' || account_id || ': ' || v_events || ' events were charged, '
       || coalesce(v_found, 0) || ' are logged', 'verify_balances says which; close the other accounts by `after`');
   end if;
   v_sealed.usage := coalesce(v_sealed.usage, '[]');
@@ -234,7 +237,8 @@ begin
       if not exists (
         select from data.accounting_snapshot s where s.account_id = seal.account_id and s.period_end = seal.period_end)
       then
-        perform data.refuse(409, 'period_is_sealed', 'account ' || account_id || ' is sealed until ' || v_previous.period_end,
+        perform data.refuse(409, 'period_is_sealed',
+          'account ' || account_id || ' is sealed until ' || v_previous.period_end,
           'close a later period, or one that was closed before');
       end if;
       return;
@@ -259,8 +263,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -1,6 +1,5 @@
 -- migrate:up
--- Verification of accounts, entries, refunds, grants and budgets: every figure against the rows it
--- comes from.
+-- Verification of accounts, entries, refunds and grants: figures against rows.
 
 set local role keyledger_owner;
 
@@ -21,7 +20,8 @@ begin
   ), frozen as (
     select h.account_id, sum(h.amount - h.captured) as amount
     from data.hold h
-    where h.status in ('open', 'parked') and (verify_figures.account_id is null or h.account_id = verify_figures.account_id)
+    where h.status in ('open', 'parked')
+      and (verify_figures.account_id is null or h.account_id = verify_figures.account_id)
     group by h.account_id
   ), granted as (
     select g.account_id, sum(g.remaining) as amount
@@ -114,10 +114,12 @@ begin
       lag(t.balance_after) over w as previous_balance,
       lag(t.free_credit_after) over w as previous_free_credit, lag(t.outstanding_after) over w as previous_outstanding
     from (
-      select t.account_id, t.seq, t.prev_hash, t.hash, t.created_at, t.balance_after, t.balance_delta, t.free_credit_after,
+      select t.account_id, t.seq, t.prev_hash, t.hash, t.created_at, t.balance_after, t.balance_delta,
+        t.free_credit_after,
         t.free_credit_delta, t.outstanding_after, t.outstanding_delta,
         data.entry_hash(row(t.*)::data.billing_transaction) as content_hash,
-        data.broken_fact(t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta, t.balance_after,
+        data.broken_fact(t.seq, t.kind, t.amount, t.balance_delta, t.free_credit_delta, t.outstanding_delta,
+          t.balance_after,
           t.free_credit_after, t.outstanding_after, t.credit_limit_after, t.usage_count, octet_length(t.usage_list),
           t.refund_of_seq, t.refund_of_usage_id, t.prev_hash = '') as broken_fact
       from data.billing_transaction t
@@ -162,7 +164,8 @@ begin
   from (
     select t.account_id, t.refund_of_seq, sum(abs(t.amount)) as amount
     from data.billing_transaction t
-    where t.refund_of_seq is not null and (verify_refunds.account_id is null or t.account_id = verify_refunds.account_id)
+    where t.refund_of_seq is not null
+      and (verify_refunds.account_id is null or t.account_id = verify_refunds.account_id)
     group by t.account_id, t.refund_of_seq
   ) r
   left join data.billing_transaction o on o.account_id = r.account_id and o.seq = r.refund_of_seq
@@ -173,7 +176,8 @@ begin
   from (
     select t.account_id, t.refund_of_usage_id as usage_id, sum(t.amount) as amount
     from data.billing_transaction t
-    where t.refund_of_usage_id is not null and (verify_refunds.account_id is null or t.account_id = verify_refunds.account_id)
+    where t.refund_of_usage_id is not null
+      and (verify_refunds.account_id is null or t.account_id = verify_refunds.account_id)
     group by t.account_id, t.refund_of_usage_id
   ) r
   join data.usage_log l on l.account_id = r.account_id and l.id = r.usage_id
@@ -222,7 +226,8 @@ begin
   select coalesce(e.account_id, d.account_id), 'free_credit_spent_differs_from_draws', coalesce(e.seq, d.seq), null,
     e.amount::text, d.amount::text
   from (
-    select t.account_id, t.seq, case when t.kind = 'credit_grant' then t.amount else 0 end - t.free_credit_delta as amount
+    select t.account_id, t.seq, case when t.kind = 'credit_grant'
+      then t.amount else 0 end - t.free_credit_delta as amount
     from data.billing_transaction t
     where t.kind <> 'refund' and (verify_grants.account_id is null or t.account_id = verify_grants.account_id)
   ) e
@@ -236,62 +241,10 @@ begin
 end
 $$;
 
--- budgets: each counter against the usage of its window; has_budgets against the budgets
-create or replace function data.verify_budgets(account_id uuid)
-returns setof api.ledger_problem
-language plpgsql
-stable
-as $$
-declare
-  v_floor timestamptz := (data.usage_window_now()).floor;
-begin
-  return query
-  with used as (
-    select b.account_id, b.id, w.starts, sum(l.cost) as cost
-    from data.budget b
-    join data.account_balance a on a.account_id = b.account_id
-    join data.usage_log l on l.account_id = b.account_id
-      and data.budget_applies(b.scope, b.scope_id, l.virtual_key_id, l.user_id)
-      and case when isfinite(b.counted_from) then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
-      and l.id >= data.uuid_floor(b.counted_floor)
-    cross join lateral (
-      select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0
-    ) w
-    where (verify_budgets.account_id is null or b.account_id = verify_budgets.account_id) and w.starts >= b.counted_from
-    group by b.account_id, b.id, w.starts
-  ), counted as (
-    select s.account_id, s.budget_id as id, s.window_start as starts, s.spent
-    from data.budget_spend s
-    where verify_budgets.account_id is null or s.account_id = verify_budgets.account_id
-  )
-  select b.account_id, 'budget_differs_from_usage', null::bigint, null::uuid,
-    concat_ws(' ', b.scope, b.scope_id, b.period, c.starts, coalesce(c.cost, 0)::data.amount),
-    coalesce(c.spent, 0)::data.amount::text
-  from (
-    select * from used u full join counted n using (account_id, id, starts)
-  ) c
-  join data.budget b on b.account_id = c.account_id and b.id = c.id
-  where case
-      -- usage that retention dropped was counted, and stays counted
-      when c.starts >= v_floor or (b.period = 'total' and b.counted_floor = v_floor)
-        then coalesce(c.cost, 0) <> coalesce(c.spent, 0)
-      else coalesce(c.cost, 0) > coalesce(c.spent, 0)
-    end
-
-  union all
-  select a.account_id, 'has_budgets_differs_from_budgets', null, null, (b.account_id is not null)::text, a.has_budgets::text
-  from data.account_balance a
-  left join (select distinct x.account_id from data.budget x) b on b.account_id = a.account_id
-  where (verify_budgets.account_id is null or a.account_id = verify_budgets.account_id)
-    and a.has_budgets <> (b.account_id is not null);
-end
-$$;
-
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

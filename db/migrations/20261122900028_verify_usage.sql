@@ -45,7 +45,7 @@ language plpgsql
 stable
 as $$
 declare
-  v_first_kept uuid := data.uuid_floor((data.usage_window_now()).floor);
+  v_first_kept uuid := data.uuid_floor((data.accepted_ids_now()).floor);
 begin
   return query
   with used as (
@@ -141,7 +141,8 @@ begin
         coalesce((s.previous).period_end, a.created_at)::text, s.period_start::text),
       ('statement_seq_does_not_follow', (coalesce((s.previous).last_seq, 0) + 1)::text, s.first_seq::text),
       ('statement_figures_do_not_follow',
-        concat_ws(', ', coalesce((s.previous).balance_closing, v_none), coalesce((s.previous).free_credit_closing, v_none),
+        concat_ws(', ', coalesce((s.previous).balance_closing, v_none), coalesce((s.previous).free_credit_closing,
+          v_none),
           coalesce((s.previous).outstanding_closing, v_none)),
         concat_ws(', ', s.balance_opening, s.free_credit_opening, s.outstanding_opening)),
       ('statement_closing_differs_from_entry',
@@ -150,7 +151,8 @@ begin
         concat_ws(', ', s.balance_closing, s.free_credit_closing + s.expiry_due, s.outstanding_closing)),
       ('statement_head_differs_from_entry', encode(coalesce(l.hash, ''), 'hex'), encode(s.head_hash, 'hex')),
       ('statement_not_cut_at_its_end', 'true', (
-        (s.last_seq = 0 or coalesce(l.created_at < s.period_end, false)) and coalesce(n.created_at >= s.period_end, true))::text),
+        (s.last_seq = 0 or coalesce(l.created_at < s.period_end, false))
+          and coalesce(n.created_at >= s.period_end, true))::text),
       ('statement_expiries_differ_from_grants', e.due::data.money::text, s.expiry_due::text),
       ('statement_movements_differ_from_entries', m.movements::text, s.movements::text),
       ('statement_movements_do_not_lead_to_closing',
@@ -158,7 +160,8 @@ begin
           s.outstanding_closing - s.outstanding_opening),
         concat_ws(', ', coalesce(v.balance, v_none), coalesce(v.free_credit, v_none), coalesce(v.outstanding, v_none))),
       ('statement_usage_differs_from_charges',
-        concat_ws(', ', m.events, coalesce(-(m.movements #>> '{usage,amount}')::numeric, v_none), coalesce(u.cost, v_none)),
+        concat_ws(', ', m.events, coalesce(-(m.movements #>> '{usage,amount}')::numeric, v_none), coalesce(u.cost,
+          v_none)),
         concat_ws(', ', coalesce(u.events, 0), coalesce(u.cost, v_none), coalesce(u.metered, v_none))),
       ('statement_overdue_differs_from_unpaid',
         greatest(s.outstanding_opening - m.paid, 0)::data.money::text, s.overdue_amount::text)
@@ -167,11 +170,63 @@ begin
 end
 $$;
 
+-- budgets: each counter against the usage of its window; has_budgets against the budgets
+create or replace function data.verify_budgets(account_id uuid)
+returns setof api.ledger_problem
+language plpgsql
+stable
+as $$
+declare
+  v_floor timestamptz := (data.accepted_ids_now()).floor;
+begin
+  return query
+  with used as (
+    select b.account_id, b.id, w.starts, sum(l.cost) as cost
+    from data.budget b
+    join data.account_balance a on a.account_id = b.account_id
+    join data.usage_log l on l.account_id = b.account_id
+      and data.budget_applies(b.scope, b.scope_id, l.virtual_key_id, l.user_id)
+      and case when isfinite(b.counted_from)
+        then greatest(l.id, l.hold_id) >= data.uuid_floor(b.counted_from) else true end
+      and l.id >= data.uuid_floor(b.counted_floor)
+    cross join lateral (
+      select data.window_start(b.period, a.time_zone, data.spend_time(l.id, l.hold_id)) as starts offset 0
+    ) w
+    where (verify_budgets.account_id is null or b.account_id = verify_budgets.account_id) and w.starts >= b.counted_from
+    group by b.account_id, b.id, w.starts
+  ), counted as (
+    select s.account_id, s.budget_id as id, s.window_start as starts, s.spent
+    from data.budget_spend s
+    where verify_budgets.account_id is null or s.account_id = verify_budgets.account_id
+  )
+  select b.account_id, 'budget_differs_from_usage', null::bigint, null::uuid,
+    concat_ws(' ', b.scope, b.scope_id, b.period, c.starts, coalesce(c.cost, 0)::data.amount),
+    coalesce(c.spent, 0)::data.amount::text
+  from (
+    select * from used u full join counted n using (account_id, id, starts)
+  ) c
+  join data.budget b on b.account_id = c.account_id and b.id = c.id
+  where case
+      -- usage that retention dropped was counted, and stays counted
+      when c.starts >= v_floor or (b.period = 'total' and b.counted_floor = v_floor)
+        then coalesce(c.cost, 0) <> coalesce(c.spent, 0)
+      else coalesce(c.cost, 0) > coalesce(c.spent, 0)
+    end
+
+  union all
+  select a.account_id, 'has_budgets_differs_from_budgets', null, null, (b.account_id is not null)::text,
+    a.has_budgets::text
+  from data.account_balance a
+  left join (select distinct x.account_id from data.budget x) b on b.account_id = a.account_id
+  where (verify_budgets.account_id is null or a.account_id = verify_budgets.account_id)
+    and a.has_budgets <> (b.account_id is not null);
+end
+$$;
+
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

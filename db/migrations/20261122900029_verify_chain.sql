@@ -192,7 +192,7 @@ language plpgsql
 stable
 as $$
 declare
-  v_first_kept uuid := data.uuid_floor((data.usage_window_now()).floor);
+  v_first_kept uuid := data.uuid_floor((data.accepted_ids_now()).floor);
   v_head_seq bigint;
   v_found record;
   v_is_short boolean := account.balance_version > coalesce(last.seq, 0);
@@ -238,8 +238,7 @@ $$;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

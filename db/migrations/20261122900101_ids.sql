@@ -40,15 +40,14 @@ end
 $$;
 comment on function api.id_at(timestamptz) is
 'The lowest id of a `moment`: usage and holds of then and later have that id or a higher one.
-Ask the views of usage and holds for a range of ids (id=gte.…&id=lt.…): an index serves it. No index serves a filter
-on a time. 422 invalid_moment.';
+Ask the views of usage and holds for a range of ids (id=gte.…&id=lt.…): an index serves it. No index
+serves a filter on a time. 422 invalid_moment.';
 grant execute on function api.id_at(timestamptz) to keyledger_gateway, keyledger_operator, keyledger_member;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

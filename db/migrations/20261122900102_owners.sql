@@ -30,9 +30,10 @@ where (select v.sees_all from data.viewer v)
   or u.tenant_id = (select v.managed_tenant_id from data.viewer v);
 comment on view api.user_profiles is
 'Users. A tenant pays for its users; a user without a tenant pays alone. `account_id` is the payer.
-Inserting a user opens the user''s own account, which stays unused while the user has a tenant. Suspend by status;
-`closed` is final. A changed `tenant_id` makes `tenant_role` member, unless the same update names `tenant_role`.
-A user who is not active still reads their own rows, but neither the tenant''s figures nor rows as its admin.';
+Inserting a user opens the user''s own account, which stays unused while the user has a tenant.
+Suspend by status; `closed` is final. A changed `tenant_id` makes `tenant_role` member, unless the
+same update names `tenant_role`. A user who is not active still reads their own rows, but neither
+the tenant''s figures nor rows as its admin.';
 grant select on api.user_profiles to keyledger_operator, keyledger_member;
 grant insert (id, tenant_id, tenant_role, external_id, display_name, currency, status),
   update (id, tenant_id, tenant_role, external_id, display_name, currency, status)
@@ -45,8 +46,7 @@ alter view api.user_profiles alter column status set default 'active';
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -42,8 +42,8 @@ from (
 ) k;
 comment on view api.virtual_keys is
 'Virtual keys by their display prefix; neither the key nor its hash is shown.
-`last_used_at` is the last recorded use, to the minute. `previous_valid_until` is the end of grace for texts from before
-a rotation: the latest of them.';
+`last_used_at` is the last recorded use, to the minute. `previous_valid_until` is the end of grace
+for texts from before a rotation: the latest of them.';
 grant select on api.virtual_keys to keyledger_operator, keyledger_member;
 
 -- resolve one hash, as a gateway does before each request
@@ -90,11 +90,11 @@ end
 $$;
 comment on function api.resolve_virtual_key(text) is
 'Resolves the sha-256 of a virtual key to its user and payer.
-`key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever its status: `code`
-is null when the key may be used now, else the reason. At `valid_until` the clock alone changes the answer: the key
-expires, or the grace of a rotated text ends. `valid_for_ms` is the time until then, a day at most. `config_node_ids`
-are the nodes mounted on the key, disabled nodes too. The answer has no money in it, so a cache may keep it.
-404 virtual_key_unknown.';
+`key_hash` is the sha-256 of the key, as 64 lower-case hex digits. Answers every known key, whatever
+its status: `code` is null when the key may be used now, else the reason. At `valid_until` the clock
+alone changes the answer: the key expires, or the grace of a rotated text ends. `valid_for_ms` is
+the time until then, a day at most. `config_node_ids` are the nodes mounted on the key, disabled
+nodes too. The answer has no money in it, so a cache may keep it. 404 virtual_key_unknown.';
 grant execute on function api.resolve_virtual_key(text) to keyledger_gateway;
 
 -- resolve many hashes at once
@@ -127,8 +127,9 @@ end
 $$;
 comment on function api.resolve_virtual_keys(text[]) is
 'Resolves many virtual keys at once, by their sha-256.
-Takes `key_hashes`, 10000 at most, and answers an array in the same order. Each element is the answer of
-resolve_virtual_key, or {code: virtual_key_unknown, virtual_key_id: null}. 422 too_many_elements.';
+Takes `key_hashes`, 10000 at most, and answers an array in the same order. Each element is the
+answer of resolve_virtual_key, or {code: virtual_key_unknown, virtual_key_id: null}. 422
+too_many_elements.';
 grant execute on function api.resolve_virtual_keys(text[]) to keyledger_gateway;
 
 -- the text of a new key: 256 bits, out of two random uuids of 122 bits each
@@ -191,8 +192,9 @@ end
 $$;
 comment on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) is
 'Creates a virtual key and shows it, once: only its sha-256 is kept.
-The key belongs to `user_id`, is called `name`, and ends at `expires_at` (null: never). `config_node_ids` are mounted
-on it. 404 user_not_found, config_node_not_found; 422 invalid_expires_at.';
+The key belongs to `user_id`, is called `name`, and ends at `expires_at` (null: never).
+`config_node_ids` are mounted on it. 404 user_not_found, config_node_not_found; 422
+invalid_expires_at.';
 grant execute on function api.create_virtual_key(uuid, text, timestamptz, uuid[]) to keyledger_operator;
 
 -- give a key a new text, and keep the old one valid for its grace
@@ -252,10 +254,10 @@ end
 $$;
 comment on function api.rotate_virtual_key(uuid, interval) is
 'Gives a virtual key a new text, and shows it, once; its id, mounts, budgets, spend and history stay.
-`id` is the key''s. The old text stays valid until `previous_valid_until`, which is `grace` from now (1 day; at most
-90), or until the key itself expires or is revoked. A later rotation doesn''t shorten that, except with `grace` 0: it
-ends every older text of the key at once. 404 virtual_key_unknown; 409 virtual_key_disabled, virtual_key_expired;
-422 invalid_grace.';
+`id` is the key''s. The old text stays valid until `previous_valid_until`, which is `grace` from now
+(1 day; at most 90), or until the key itself expires or is revoked. A later rotation doesn''t
+shorten that, except with `grace` 0: it ends every older text of the key at once. 404
+virtual_key_unknown; 409 virtual_key_disabled, virtual_key_expired; 422 invalid_grace.';
 grant execute on function api.rotate_virtual_key(uuid, interval) to keyledger_operator;
 
 -- end a key
@@ -291,8 +293,7 @@ grant execute on function api.revoke_virtual_key(uuid) to keyledger_operator;
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

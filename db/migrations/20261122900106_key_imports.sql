@@ -187,20 +187,20 @@ end
 $$;
 comment on function api.import_virtual_keys(jsonb) is
 'Takes over keys that are in use elsewhere; their callers notice nothing.
-Takes `keys`, [{user_id | user_external_id, key_hash | virtual_key, name?, key_prefix?, expires_at?, config_node_ids?}],
-and answers in the same order [{status: imported | duplicate | refused, code?, id, key_prefix}]. `key_hash` is the
-sha-256 of the exact text that callers present, as 64 hex digits. A `virtual_key` (16 to 512 visible ASCII characters)
-is hashed on the way in, and never stored. A key that was imported before is a duplicate and stays as it is;
-`mismatch` says that it differs. key_taken: the key is, or was, another key''s. virtual_key_disabled: it was revoked
-here. virtual_key_expired: it was rotated here, and its grace is over. Others: user_not_found, config_node_not_found,
-invalid_….';
+Takes `keys`, [{user_id | user_external_id, key_hash | virtual_key, name?, key_prefix?, expires_at?,
+config_node_ids?}], and answers in the same order [{status: imported | duplicate | refused, code?,
+id, key_prefix}]. `key_hash` is the sha-256 of the exact text that callers present, as 64 hex
+digits. A `virtual_key` (16 to 512 visible ASCII characters) is hashed on the way in, and never
+stored. A key that was imported before is a duplicate and stays as it is; `mismatch` says that it
+differs. key_taken: the key is, or was, another key''s. virtual_key_disabled: it was revoked here.
+virtual_key_expired: it was rotated here, and its grace is over. Others: user_not_found,
+config_node_not_found, invalid_….';
 grant execute on function api.import_virtual_keys(jsonb) to keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

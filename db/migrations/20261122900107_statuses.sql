@@ -55,9 +55,10 @@ where c.entity_id = any (array(
   select v.managed_tenant_id from data.viewer v));
 comment on view api.status_changes is
 'Changes of the status of tenants, users, virtual keys and config nodes: actor, time and reason.
-`entity` is tenant, user_profile, virtual_key or config_node. `old_status` is null for a row that was inserted with this
-status. An entity without a row here has been active from its beginning. `actor` is the claim `user_id`, else `sub`, of
-the token that PostgREST checked, else the role: a login that may run SQL as the operator can set the claims.';
+`entity` is tenant, user_profile, virtual_key or config_node. `old_status` is null for a row that
+was inserted with this status. An entity without a row here has been active from its beginning.
+`actor` is the claim `user_id`, else `sub`, of the token that PostgREST checked, else the role: a
+login that may run SQL as the operator can set the claims.';
 grant select on api.status_changes to keyledger_operator, keyledger_member;
 
 -- set a status, and keep the reason for the trigger that notes the change
@@ -114,18 +115,18 @@ end
 $$;
 comment on function api.set_status(text, uuid, text, text) is
 'Sets the status of a tenant, user, config node or virtual key, and keeps the reason.
-`entity` is tenant, user_profile, config_node or virtual_key; `id` is its row''s; `status` is the new status: active,
-suspended or closed; active or disabled for a config_node; revoked for a virtual_key. `reason` says why. A change
-through the views is kept too, without a reason. Answers the last of the entity''s status_changes; setting the status
-that is already set changes nothing. 404 tenant_not_found, user_not_found, config_node_not_found, virtual_key_unknown;
-409 closed_is_final; 422 invalid_entity, invalid_status.';
+`entity` is tenant, user_profile, config_node or virtual_key; `id` is its row''s; `status` is the
+new status: active, suspended or closed; active or disabled for a config_node; revoked for a
+virtual_key. `reason` says why. A change through the views is kept too, without a reason. Answers
+the last of the entity''s status_changes; setting the status that is already set changes nothing.
+404 tenant_not_found, user_not_found, config_node_not_found, virtual_key_unknown; 409
+closed_is_final; 422 invalid_entity, invalid_status.';
 grant execute on function api.set_status(text, uuid, text, text) to keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

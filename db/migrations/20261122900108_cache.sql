@@ -41,16 +41,16 @@ end
 $$;
 comment on function api.cache_changes(jsonb) is
 'The cache keys changed since a cursor, and the next cursor.
-`keys` were changed by transactions the cursor had not seen. `reset` true: drop everything. The cursor is missing, of
-another cluster or database, ahead of this one or too old, or more than 10000 keys have changed, or one change was of
-more than 5000. Keep the cursor only after evicting. `now` is the server''s clock, in ms since 1970.';
+`keys` were changed by transactions the cursor had not seen. `reset` true: drop everything. The
+cursor is missing, of another cluster or database, ahead of this one or too old, or more than 10000
+keys have changed, or one change was of more than 5000. Keep the cursor only after evicting. `now`
+is the server''s clock, in ms since 1970.';
 grant execute on function api.cache_changes(jsonb) to keyledger_gateway;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -38,8 +38,8 @@ from (
 cross join lateral (select * from data.account_now n where n.account_id = u.account_id) a;
 comment on view api.account_balances is
 'Each user''s payer and the payer''s figures: one row per user.
-Filter by `user_id`, or by `external_id`, the user''s id in your own system. A tenant''s figures repeat for each of its
-users: never sum this view. Select amounts as text: ?select=available::text.';
+Filter by `user_id`, or by `external_id`, the user''s id in your own system. A tenant''s figures
+repeat for each of its users: never sum this view. Select amounts as text: ?select=available::text.';
 grant select on api.account_balances to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_accounts with (security_barrier) as
@@ -58,8 +58,9 @@ from data.account_now a
 where a.account_id = any (array(select v.account_id from data.visible_account v where v.figures));
 comment on view api.billing_accounts is
 'An account''s figures: one row per payer.
-available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is the last entry''s
-hash, in hex. Keep it elsewhere: with it verify_ledger proves that nobody changed an entry up to it since.';
+available = free_credit + balance + credit_limit - frozen_balance - outstanding_amount. `head` is
+the last entry''s hash, in hex. Keep it elsewhere: with it verify_ledger proves that nobody changed
+an entry up to it since.';
 grant select on api.billing_accounts to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace view api.billing_transactions with (security_barrier) as
@@ -93,7 +94,8 @@ from (
 ) t;
 comment on view api.billing_transactions is
 'The ledger: every entry of an account, in order of seq, chained by hash.
-`amount` is the entry''s effect on the account: balance_delta + free_credit_delta - outstanding_delta.';
+`amount` is the entry''s effect on the account: balance_delta + free_credit_delta -
+outstanding_delta.';
 grant select on api.billing_transactions to keyledger_operator, keyledger_member;
 
 -- one entry, as the view shows it
@@ -177,8 +179,9 @@ end
 $$;
 comment on function api.resolve_billing_account(text, text) is
 'Resolves a virtual key to its payer, with the payer''s figures.
-`vk` is the key itself; `key_hash` is its sha-256, which no log of the server can betray. Answers every known key,
-whatever its status: `code` says why the key may not be used. 404 virtual_key_unknown, account_not_found.';
+`vk` is the key itself; `key_hash` is its sha-256, which no log of the server can betray. Answers
+every known key, whatever its status: `code` says why the key may not be used. 404
+virtual_key_unknown, account_not_found.';
 grant execute on function api.resolve_billing_account(text, text) to keyledger_gateway;
 
 -- change the limit of credit, as an entry of the ledger
@@ -213,16 +216,70 @@ end
 $$;
 comment on function api.set_credit_limit(uuid, numeric, text) is
 'Sets how far below zero the balance may go.
-`credit_limit` is the new limit of `account_id`, 0 or more; the entry keeps `reason`. A raised limit pays debt first.
-A lowered limit turns the part of the balance beyond it into debt. Posts a limit_change entry, unless the
-limit stays the same. Answers the account. 404 account_not_found; 422 invalid_amount.';
+`credit_limit` is the new limit of `account_id`, 0 or more; the entry keeps `reason`. A raised limit
+pays debt first. A lowered limit turns the part of the balance beyond it into debt. Posts a
+limit_change entry, unless the limit stays the same. Answers the account. 404 account_not_found; 422
+invalid_amount.';
 grant execute on function api.set_credit_limit(uuid, numeric, text) to keyledger_operator;
+
+create or replace function api.set_time_zone(
+  account_id uuid,
+  time_zone text
+)
+returns api.billing_accounts
+language plpgsql
+volatile
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '4s'
+as $$
+declare
+  v_budgets data.budget[];
+  v_shown api.billing_accounts;
+begin
+  if not exists (select from pg_timezone_names z where z.name = set_time_zone.time_zone) then
+    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names',
+      'for example "Europe/Berlin" or "UTC"');
+  end if;
+  -- budgets may be set or removed while they are counted
+  loop
+    v_budgets := array(
+      select b from data.budget b where b.account_id = set_time_zone.account_id and b.period <> 'total' order by b.id);
+    begin
+      if v_budgets = '{}' then
+        perform data.lock_account(account_id);
+      else
+        perform data.recount_budgets(v_budgets, time_zone, are_new => false);
+      end if;
+      if array(select b.id from data.budget b where b.account_id = set_time_zone.account_id
+        and b.period <> 'total' order by b.id)
+        is distinct from array(select b.id from unnest(v_budgets) b order by b.id)
+      then
+        raise sqlstate 'KL002';
+      end if;
+      exit;
+    exception when sqlstate 'KL002' then
+      if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+        raise serialization_failure using message = 'another call has changed the budgets of this account';
+      end if;
+    end;
+  end loop;
+  update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
+  select * into v_shown from data.account_now b where b.account_id = set_time_zone.account_id;
+  return v_shown;
+end
+$$;
+comment on function api.set_time_zone(uuid, text) is
+'Sets the time zone in which an account''s days, weeks and months begin (UTC at first).
+`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its
+budgets'' current windows are counted anew from the usage log. Answers the account. 404
+account_not_found; 422 invalid_time_zone.';
+grant execute on function api.set_time_zone(uuid, text) to keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

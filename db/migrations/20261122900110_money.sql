@@ -181,9 +181,7 @@ grant execute on function api.grant_credit(uuid, numeric, timestamptz, integer, 
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

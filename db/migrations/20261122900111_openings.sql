@@ -150,9 +150,7 @@ grant execute on function api.record_openings(jsonb) to keyledger_operator;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -214,9 +214,7 @@ grant execute on function api.reverse_top_up(uuid, bigint, numeric, text, text, 
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -233,9 +233,7 @@ grant execute on function api.extend_holds(jsonb) to keyledger_gateway;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -105,9 +105,7 @@ grant execute on function api.unfreeze_funds(uuid, uuid, text) to keyledger_oper
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

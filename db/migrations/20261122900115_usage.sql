@@ -174,7 +174,7 @@ declare
 begin
   perform data.require_array('events', events);
   v_answers := array_fill(null::jsonb, array[jsonb_array_length(events)]);
-  select data.read_usage_events(events, w) into v_events from data.usage_window w;
+  select data.read_usage_events(events, w) into v_events from data.accepted_ids w;
   v_account_ids := array(select (e.usage).account_id from unnest(v_events) e);
   v_wait := data.is_one(v_account_ids);
   while v_first <= cardinality(v_events) loop
@@ -204,9 +204,7 @@ grant execute on function api.record_usage(jsonb) to keyledger_gateway;
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

@@ -33,7 +33,7 @@ begin
   into v_sent
   from unnest(parked) with ordinality p;
   -- an event that still can't be charged stays the row it is: record_usage might keep it as another
-  select data.read_usage_events(v_sent, w) into v_events from data.usage_window w;
+  select data.read_usage_events(v_sent, w) into v_events from data.accepted_ids w;
   v_events := array(select e from unnest(v_events) e order by e.ord);
   v_recorded := api.record_usage((
     select coalesce(jsonb_agg(v_sent -> (e.ord - 1)::integer order by e.ord), '[]')
@@ -254,9 +254,7 @@ grant execute on function api.dismiss_parked_usage(uuid[], text) to keyledger_op
 reset role;
 
 -- migrate:down
-do $$
-begin
+do $$ begin
   raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
     'Nothing was changed; restore a backup to go back';
-end
-$$;
+end $$;

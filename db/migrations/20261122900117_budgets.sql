@@ -9,7 +9,8 @@ select b.id, b.account_id, b.scope, b.scope_id, b.amount, b.period, w.window_sta
   (b.amount - coalesce(s.spent, 0) - h.held)::numeric(28, 10) as remaining, b.created_at
 from data.budget b
 cross join lateral (select a.time_zone from data.account_balance a where a.account_id = b.account_id) a
--- as data.window_start and data.budget_applies say, which a reader may not call; a total has neither beginning nor end
+-- as data.window_start and data.budget_applies say, which a reader may not call; a total has
+-- neither beginning nor end
 cross join lateral (
   select date_trunc(nullif(b.period, 'total'), statement_timestamp() at time zone a.time_zone) as starts
 ) l
@@ -17,7 +18,8 @@ cross join lateral (select l.starts + ('1 ' || nullif(b.period, 'total'))::inter
 cross join lateral (
   select
     case when (l.starts at time zone a.time_zone - interval '1 hour') at time zone a.time_zone = l.starts
-      then l.starts at time zone a.time_zone - interval '1 hour' else l.starts at time zone a.time_zone end as window_start,
+      then l.starts at time zone a.time_zone - interval '1 hour'
+        else l.starts at time zone a.time_zone end as window_start,
     case when (e.ends at time zone a.time_zone - interval '1 hour') at time zone a.time_zone = e.ends
       then e.ends at time zone a.time_zone - interval '1 hour' else e.ends at time zone a.time_zone end as window_end
 ) w
@@ -29,7 +31,8 @@ left join lateral (
 cross join lateral (
   select coalesce(sum(o.amount - o.captured), 0) as held
   from (
-    select * from data.hold n where n.account_id = b.account_id and n.status = 'open' and n.expires_at > statement_timestamp()
+    select * from data.hold n where n.account_id = b.account_id and n.status = 'open'
+      and n.expires_at > statement_timestamp()
     union all
     select * from data.hold p where p.account_id = b.account_id and p.status = 'parked'
   ) o
@@ -54,7 +57,8 @@ where b.account_id = any (array(select v.account_id from data.visible_account v)
       select k.id from data.virtual_key k where k.user_id = (select v.user_id from data.viewer v)))));
 comment on view api.budgets is
 'Budgets of keys, users and tenants on an account, each with the amount left in its present window.
-remaining = amount - spent - held; it is negative where more was used than held. A total has no window.';
+remaining = amount - spent - held; it is negative where more was used than held. A total has no
+window.';
 grant select on api.budgets to keyledger_gateway, keyledger_operator, keyledger_member;
 
 create or replace function api.set_budget(
@@ -95,7 +99,8 @@ begin
       = (set_budget.account_id, set_budget.scope, set_budget.scope_id, set_budget.period);
     if found then
       perform data.lock_account(account_id);
-      update data.budget b set amount = set_budget.amount where b.account_id = v_budget.account_id and b.id = v_budget.id;
+      update data.budget b set amount = set_budget.amount where b.account_id = v_budget.account_id
+        and b.id = v_budget.id;
       continue when not found;
       exit;
     end if;
@@ -107,7 +112,8 @@ begin
       if v_account.time_zone <> v_time_zone then
         raise sqlstate 'KL002';
       end if;
-      update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id and not a.has_budgets;
+      update data.account_balance a set has_budgets = true where a.account_id = v_account.account_id
+        and not a.has_budgets;
       exit;
     exception when unique_violation or sqlstate 'KL002' then
       -- this lets the lock go, too; a frozen snapshot would never see the other call's budget
@@ -122,12 +128,13 @@ end
 $$;
 comment on function api.set_budget(uuid, text, uuid, numeric, text) is
 'Sets the budget of a key, a user or a tenant on an account: the most to spend in each day, week, month, or in total.
-Set again it changes the amount. `period` is day, week, month or total. `scope` is virtual_key, user or tenant;
-`scope_id` is its id; `account_id` is its payer. Windows follow the account''s time zone; weeks begin on Monday. Usage
-of the current window counts already; for a total, all usage that is kept. A hold over the budget is refused:
-key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded. An event counts even past the budget, on the
-account it was charged to. It counts in the window of its own time or of its hold''s time, the later one. A refund
-gives back money, not budget. Answers the budget. 404 account_not_found, virtual_key_unknown, user_not_found,
+Set again it changes the amount. `period` is day, week, month or total. `scope` is virtual_key, user
+or tenant; `scope_id` is its id; `account_id` is its payer. Windows follow the account''s time zone;
+weeks begin on Monday. Usage of the current window counts already; for a total, all usage that is
+kept. A hold over the budget is refused: key_budget_exceeded, user_budget_exceeded,
+tenant_budget_exceeded. An event counts even past the budget, on the account it was charged to. It
+counts in the window of its own time or of its hold''s time, the later one. A refund gives back
+money, not budget. Answers the budget. 404 account_not_found, virtual_key_unknown, user_not_found,
 tenant_not_found; 422 invalid_scope, invalid_period, invalid_amount, invalid_account.';
 grant execute on function api.set_budget(uuid, text, uuid, numeric, text) to keyledger_operator;
 
@@ -155,7 +162,8 @@ begin
   end if;
   delete from data.budget b where b.account_id = v_shown.account_id and b.id = v_shown.id;
   update data.account_balance a set has_budgets = false
-  where a.account_id = v_shown.account_id and not exists (select from data.budget b where b.account_id = v_shown.account_id);
+  where a.account_id = v_shown.account_id
+    and not exists (select from data.budget b where b.account_id = v_shown.account_id);
   return v_shown;
 end
 $$;
@@ -163,58 +171,6 @@ comment on function api.remove_budget(uuid) is
 'Removes a budget and its counts.
 `id` is the budget''s. Answers the budget as it was. 404 budget_not_found.';
 grant execute on function api.remove_budget(uuid) to keyledger_operator;
-
-create or replace function api.set_time_zone(
-  account_id uuid,
-  time_zone text
-)
-returns api.billing_accounts
-language plpgsql
-volatile
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '4s'
-as $$
-declare
-  v_budgets data.budget[];
-  v_shown api.billing_accounts;
-begin
-  if not exists (select from pg_timezone_names z where z.name = set_time_zone.time_zone) then
-    perform data.refuse(422, 'invalid_time_zone', 'time_zone must be a name of pg_timezone_names',
-      'for example "Europe/Berlin" or "UTC"');
-  end if;
-  -- budgets may be set or removed while they are counted
-  loop
-    v_budgets := array(
-      select b from data.budget b where b.account_id = set_time_zone.account_id and b.period <> 'total' order by b.id);
-    begin
-      if v_budgets = '{}' then
-        perform data.lock_account(account_id);
-      else
-        perform data.recount_budgets(v_budgets, time_zone, are_new => false);
-      end if;
-      if array(select b.id from data.budget b where b.account_id = set_time_zone.account_id and b.period <> 'total' order by b.id)
-        is distinct from array(select b.id from unnest(v_budgets) b order by b.id)
-      then
-        raise sqlstate 'KL002';
-      end if;
-      exit;
-    exception when sqlstate 'KL002' then
-      if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
-        raise serialization_failure using message = 'another call has changed the budgets of this account';
-      end if;
-    end;
-  end loop;
-  update data.account_balance a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
-  select * into v_shown from data.account_now b where b.account_id = set_time_zone.account_id;
-  return v_shown;
-end
-$$;
-comment on function api.set_time_zone(uuid, text) is
-'Sets the time zone in which an account''s days, weeks and months begin (UTC at first).
-`time_zone` is a name that Postgres knows, as Europe/Berlin; it becomes that of `account_id`. Its budgets'' current
-windows are counted anew from the usage log. Answers the account. 404 account_not_found; 422 invalid_time_zone.';
-grant execute on function api.set_time_zone(uuid, text) to keyledger_operator;
 
 create or replace function api.check_budget(
   user_id uuid,
@@ -283,18 +239,18 @@ end
 $$;
 comment on function api.check_budget(uuid, numeric, uuid) is
 'Says whether a user could pay an amount now: advice, a hold is the guarantee.
-Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is why not:
-insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded, user_suspended,
-tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free credit that may expire before a
-hold would. `remaining` is what the tightest of the budgets of key, user and tenant has left, null without any. 404
-user_not_found, virtual_key_unknown; 422 invalid_amount.';
+Asks whether `user_id` could pay `amount`, by the key `virtual_key_id` if one is given. `code` is
+why not: insufficient_funds, key_budget_exceeded, user_budget_exceeded, tenant_budget_exceeded,
+user_suspended, tenant_suspended, virtual_key_disabled, virtual_key_expired. `available` counts free
+credit that may expire before a hold would. `remaining` is the rest of the tightest budget of key,
+user and tenant, null without any. 404 user_not_found, virtual_key_unknown; 422
+invalid_amount.';
 grant execute on function api.check_budget(uuid, numeric, uuid) to keyledger_gateway, keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

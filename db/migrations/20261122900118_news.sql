@@ -30,9 +30,10 @@ end
 $$;
 comment on function api.set_low_balance_threshold(uuid, numeric) is
 'Sets the funds at which an account''s balance is low; null for none.
-`amount` is the threshold of `account_id`, above 0, or null. account_news tells `low_balance` when a posting takes the
-funds (balance + free_credit + credit_limit - outstanding_amount) from above the threshold to it or below. Setting it
-tells nothing, whatever the funds are. Answers the account. 404 account_not_found; 422 invalid_amount.';
+`amount` is the threshold of `account_id`, above 0, or null. account_news tells `low_balance` when a
+posting takes the funds (balance + free_credit + credit_limit - outstanding_amount) from above the
+threshold to it or below. Setting it tells nothing, whatever the funds are. Answers the account. 404
+account_not_found; 422 invalid_amount.';
 grant execute on function api.set_low_balance_threshold(uuid, numeric) to keyledger_operator;
 
 create or replace function api.account_news(cursor jsonb default null)
@@ -76,21 +77,21 @@ end
 $$;
 comment on function api.account_news(jsonb) is
 'Answers the news of accounts since a cursor, and the next cursor.
-Without a cursor it starts from now, without events. Answers {cursor, reset, events: [{id, kind, account_id, seq,
-funds, threshold?, budget?, created_at}]}, oldest first. `low_balance`: funds fell to the account''s threshold or
-below; `exhausted`: to 0 or below; `back_in_funds`: they rose above 0; `budget_exhausted`: the use of a budget in its
-present window has reached its amount, with `budget` {id, scope, scope_id, period, amount, spent}. Funds are balance +
-free_credit + credit_limit - outstanding_amount, holds not counted, and `seq` is the entry that changed them. `reset`
-true: the cursor is of another cluster or database, ahead of this one or older than the news that is kept (48 h);
-events may be missing, so read the accounts. Keep the cursor after handling the events: a repeated cursor gets the
-same ids again.';
+Without a cursor it starts from now, without events. Answers {cursor, reset, events: [{id, kind,
+account_id, seq, funds, threshold?, budget?, created_at}]}, oldest first. `low_balance`: funds fell
+to the account''s threshold or below; `exhausted`: to 0 or below; `back_in_funds`: they rose above
+0; `budget_exhausted`: the use of a budget in its present window has reached its amount, with
+`budget` {id, scope, scope_id, period, amount, spent}. Funds are balance + free_credit +
+credit_limit - outstanding_amount, holds not counted, and `seq` is the entry that changed them.
+`reset` true: the cursor is of another cluster or database, ahead of this one or older than the news
+that is kept (48 h); events may be missing, so read the accounts. Keep the cursor after handling the
+events: a repeated cursor gets the same ids again.';
 grant execute on function api.account_news(jsonb) to keyledger_gateway, keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -42,7 +42,8 @@ declare
   v_due numeric;
 begin
   if at is null or not isfinite(at) or at > clock_timestamp() then
-    perform data.refuse(422, 'invalid_at', 'at must be a moment that has passed', 'send a timestamp with its time zone');
+    perform data.refuse(422, 'invalid_at', 'at must be a moment that has passed',
+      'send a timestamp with its time zone');
   end if;
   seq := data.seq_before(account_id, at);
   if seq is null then
@@ -60,10 +61,10 @@ begin
 end
 $$;
 comment on function api.balance_at(uuid, timestamptz) is
-'An account''s figures as of a moment: after every entry posted before it, less the free credit that had expired by then.
-Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, all 0 before the first entry;
-at a statement''s period_end it is that statement''s closing. 404 account_not_found; 422 invalid_at (in the future,
-for one).';
+'An account''s figures as of a moment: all entries before it, less the free credit that had expired.
+Answers {account_id, at, seq, balance, free_credit, outstanding_amount, credit_limit}, all 0 before
+the first entry; at a statement''s period_end it is that statement''s closing. 404
+account_not_found; 422 invalid_at (in the future, for one).';
 grant execute on function api.balance_at(uuid, timestamptz) to keyledger_operator;
 
 create or replace function api.close_period(
@@ -89,7 +90,8 @@ begin
       'send the moment the period ended, with its time zone');
   end if;
   if "limit" is null or "limit" not between 1 and 10000 then
-    perform data.refuse(422, 'invalid_limit', 'limit must be 1 to 10000', 'an account takes milliseconds, a busy one seconds');
+    perform data.refuse(422, 'invalid_limit', 'limit must be 1 to 10000',
+      'an account takes milliseconds, a busy one seconds');
   end if;
   v_ids := array(
     select a.account_id
@@ -107,11 +109,12 @@ begin
 end
 $$;
 comment on function api.close_period(timestamptz, uuid, integer) is
-'Seals a statement for each account: its entries until period_end, from the end of its last statement or from its opening.
-A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit` how many (100); an
-empty page is the end. Repeated, it answers the same rows and changes nothing. Entries belong to the period they were
-posted in; charges go on meanwhile. 409 period_is_sealed (before the last one sealed), usage_is_incomplete,
-account_is_ahead (dated by a clock that was ahead); 422 invalid_period_end (in the future, for one), invalid_limit.';
+'Seals a statement for each account: its entries since its last statement, until period_end.
+A page of accounts, in account_id order: `after` is the last account_id of the page before, `limit`
+how many (100); an empty page is the end. Repeated, it answers the same rows and changes nothing.
+Entries belong to the period they were posted in; charges go on meanwhile. 409 period_is_sealed
+(before the last one sealed), usage_is_incomplete, account_is_ahead (dated by a clock that was
+ahead); 422 invalid_period_end (in the future, for one), invalid_limit.';
 grant execute on function api.close_period(timestamptz, uuid, integer) to keyledger_operator;
 
 -- The entries of a statement that are not usage, in the order of their moments: an expiry counts
@@ -127,8 +130,10 @@ begin
     from (
       select e.created_at as at, e.seq, jsonb_build_object(
         'seq', e.seq, 'at', e.created_at, 'kind', e.kind, 'amount', coalesce(-g.amount, e.amount)::text,
-        'reference', e.reference, 'reason', e.reason, 'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id', e.refund_of_usage_id,
-        'grant_seq', g.grant_seq, 'credit_limit', case when e.kind = 'limit_change' then e.credit_limit_after::text end) as entry
+        'reference', e.reference, 'reason', e.reason, 'refund_of_seq', e.refund_of_seq, 'refund_of_usage_id',
+          e.refund_of_usage_id,
+        'grant_seq', g.grant_seq, 'credit_limit', case when e.kind = 'limit_change'
+          then e.credit_limit_after::text end) as entry
       from data.billing_transaction e
       left join lateral (
         select d.grant_seq, d.amount, c.expires_at
@@ -142,8 +147,10 @@ begin
         and (g.expires_at > statement.period_start) is not false
       union all
       select d.expired_at, statement.last_seq + 1, jsonb_build_object(
-        'seq', null, 'at', d.expired_at, 'kind', 'credit_expiry', 'amount', (-d.amount)::data.money::text, 'reference', null,
-        'reason', null, 'refund_of_seq', null, 'refund_of_usage_id', null, 'grant_seq', d.grant_seq, 'credit_limit', null)
+        'seq', null, 'at', d.expired_at, 'kind', 'credit_expiry', 'amount', (-d.amount)::data.money::text,
+          'reference', null,
+        'reason', null, 'refund_of_seq', null, 'refund_of_usage_id', null, 'grant_seq', d.grant_seq, 'credit_limit',
+          null)
       from data.expiries_due(statement.account_id, statement.last_seq, statement.period_end) d
       where d.expired_at > statement.period_start
     ) e
@@ -213,19 +220,19 @@ end
 $$;
 comment on function api.statement(uuid, timestamptz) is
 'One sealed statement as a document.
-Answers {account_id, owner, owner_name, currency, period_start, period_end, opening, closing, movements, entries,
-usage, first_seq, last_seq, head, previous_head, sealed_at}; amounts are decimal strings. opening plus the movements
-of each kind is closing, bucket by bucket. `entries` are those that are not usage; an expiry stands where its moment
-was, with seq null if its entry came after the period. In `usage`, per node, the cost of the meters plus `rounding`
-(events are rounded one by one) is `cost`. `head` is the chain''s hash at last_seq. Names are as they were at
-`sealed_at`. 404 statement_not_found.';
+Answers {account_id, owner, owner_name, currency, period_start, period_end, opening, closing,
+movements, entries, usage, first_seq, last_seq, head, previous_head, sealed_at}; amounts are decimal
+strings. opening plus the movements of each kind is closing, bucket by bucket. `entries` are those
+that are not usage; an expiry stands where its moment was, with seq null if its entry came after the
+period. In `usage`, per node, the cost of the meters plus `rounding` (events are rounded one by one)
+is `cost`. `head` is the chain''s hash at last_seq. Names are as they were at `sealed_at`. 404
+statement_not_found.';
 grant execute on function api.statement(uuid, timestamptz) to keyledger_operator, keyledger_member;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

@@ -18,12 +18,12 @@ language plpgsql
 set enable_seqscan = off
 as $$
 declare
-  v_window data.usage_window;
+  v_window data.accepted_ids;
   v_first_kept uuid;
   v_last uuid;
   v_page uuid;
 begin
-  select * into v_window from data.usage_window for update;
+  select * into v_window from data.accepted_ids for update;
   v_first_kept := data.uuid_floor(v_window.floor);
   holds := 0;
   events := 0;
@@ -61,13 +61,15 @@ begin
     where r.id = any (array(
       select u.id from data.parked_usage u where u.resolved_at is not null and coalesce(
         -- an id that is none has no time of its own
-        case when u.code not in ('invalid_id', 'invalid_event') then u.usage_id end, data.uuid_floor(u.created_at)) < v_first_kept
+        case when u.code not in ('invalid_id', 'invalid_event')
+          then u.usage_id end, data.uuid_floor(u.created_at)) < v_first_kept
       limit portion))
     returning r.id
   )
   select count(*) into events from gone g;
-  update data.usage_window w
-  set purged_before = case when greatest(holds, events) < portion and v_page is null then v_window.floor else w.purged_before end,
+  update data.accepted_ids w
+  set purged_before = case when greatest(holds, events) < portion and v_page is null
+    then v_window.floor else w.purged_before end,
     purging_from = case
       when holds = portion then v_last
       when events = portion then coalesce(v_page, w.purging_from)
@@ -139,7 +141,7 @@ declare
   v_failed text;
 begin
   -- One at a time, and nobody waits: by a row that only these functions can lock.
-  perform from data.usage_window w for update skip locked;
+  perform from data.accepted_ids w for update skip locked;
   if not found then
     return jsonb_build_object('status', 'busy');
   end if;
@@ -168,12 +170,13 @@ end
 $$;
 comment on function api.maintain() is
 'Makes the coming months of usage_log, and purges rows that are no longer needed.
-It purges the outboxes of cache_changes and account_news after 48 hours. It purges ended holds and resolved
-parked_usage from before the floor that drop_usage_partitions raised. A call purges at most 100000 of each. Answers
-{status, …} with the months made and the rows purged: `done`; `busy`, when another call is at it; `incomplete`, with
-the SQLSTATE as `code`: the months are made, and a purge or a replay failed. 503 lock_timeout when a month can''t be
-made for 4 s. It charges parked events whose ids were ahead of the clock (id_not_of_now) and are no longer. Call it
-daily at least, by a scheduler; the client does so hourly. Without it, after two months events are parked as
+It purges the outboxes of cache_changes and account_news after 48 hours. It purges ended holds and
+resolved parked_usage from before the floor that drop_usage_partitions raised. A call purges at most
+100000 of each. Answers {status, …} with the months made and the rows purged: `done`; `busy`, when
+another call is at it; `incomplete`, with the SQLSTATE as `code`: the months are made, and a purge
+or a replay failed. 503 lock_timeout when a month can''t be made for 4 s. It charges parked events
+whose ids were ahead of the clock (id_not_of_now) and are no longer. Call it daily at least, by a
+scheduler; the client does so hourly. Without it, after two months events are parked as
 id_outside_window.';
 grant execute on function api.maintain() to keyledger_gateway, keyledger_operator;
 
@@ -192,7 +195,9 @@ begin
   return query
   select 'every_login_may_connect',
     'logins of other databases of this cluster may hold keyledger''s roles, and connect to this one',
-    format('revoke connect on database %1$I from public; grant connect on database %1$I to <each login that needs it>', d.datname)
+    format(
+      'revoke connect on database %1$I from public; grant connect on database %1$I to <each login that needs it>',
+      d.datname)
   from pg_database d
   cross join lateral aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) g
   where d.datname = current_database() and g.grantee = 0 and g.privilege_type = 'CONNECT'
@@ -208,16 +213,15 @@ end
 $$;
 comment on function api.installation_warnings() is
 'Warns of settings that the migrations may not choose for a cluster: no row when all are chosen.
-Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that another database
-gave a keyledger role to has it here too. `no_statement_timeout`: a role''s requests may keep PostgREST''s connections
-for any time.';
+Answers [{code, detail, hint}]. `every_login_may_connect`: roles are the cluster''s, so a login that
+another database gave a keyledger role to has it here too. `no_statement_timeout`: a role''s
+requests may keep PostgREST''s connections for any time.';
 grant execute on function api.installation_warnings() to keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

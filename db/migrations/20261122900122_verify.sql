@@ -16,7 +16,8 @@ set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_custom_plan
 as $$
 begin
-  -- stable: all of it reads the snapshot of the one statement that calls it, so that it is true under traffic too
+  -- stable: all of it reads the snapshot of the one statement that calls it, so that it is true
+  -- under traffic too
   return query
   select p.account_id, p.problem, p.seq, p.usage_id, p.expected, p.actual
   from (
@@ -34,11 +35,13 @@ end
 $$;
 comment on function api.verify_balances(uuid) is
 'Verifies every figure: answers a row for each problem, none when all are right.
-Of one account (`account_id`), or of all: figures against the sums of their deltas, frozen against open holds, free
-credit against grants, grants against draws and expiries, seq gapless, normal form, the sign of each amount, refunds
-against the entry they refund, each entry against the one before, its hash, charges against their usage rows,
-statements against the entries they seal, and budgets against the usage of their windows. Usage that retention dropped
-is no problem. Answers [{account_id, problem, seq, usage_id, expected, actual}]; `problem` is a code, listed in docs/api.md.';
+Of one account (`account_id`), or of all: figures against the sums of their deltas, frozen against
+open holds, free credit against grants, grants against draws and expiries, seq gapless, normal form,
+the sign of each amount, refunds against the entry they refund, each entry against the one before,
+its hash, charges against their usage rows, statements against the entries they seal, and budgets
+against the usage of their windows. Usage that retention dropped is no problem. Answers
+[{account_id, problem, seq, usage_id, expected, actual}]; `problem` is a code, listed in
+docs/api.md.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;
 
 -- The chain of one account, and whether a head kept elsewhere is in it.
@@ -79,27 +82,29 @@ begin
     where t.account_id = verify_ledger.account_id and t.hash = decode(v_head, 'hex'))
   then
     return query
-    select verify_ledger.account_id, 'head_not_found', null::bigint, null::uuid, v_head, encode(v_account.head_hash, 'hex');
+    select verify_ledger.account_id, 'head_not_found', null::bigint, null::uuid, v_head, encode(v_account.head_hash,
+      'hex');
   end if;
 end
 $$;
 comment on function api.verify_ledger(uuid, text) is
 'Proves that an account''s history is the one that was recorded: no row when it is.
-Walks the chain of `account_id`. Computes each entry''s hash again from the entry before, its content and its list of
-usage rows, and each usage row''s place in that list. Answers the first difference: `problem` (entry_altered,
-entry_missing, entry_inserted, usage_altered, usage_missing, usage_inserted, account_missing), `seq`, `usage_id` if it
-is a usage row, and the hashes expected and found. Later entries are not proven. Usage that retention dropped is not
-missing: the entries keep its list. `expected_head` is a head kept elsewhere, of billing_accounts or of a statement, in
-hex. If entries and all hashes after them were rewritten, a kept head shows it: `head_not_found`. The rewritten part
-begins between the last head that is found and the first that isn''t; billing_transactions has the seq of a head, by its
-hash. Reads one snapshot. 404 account_not_found; 422 invalid_expected_head.';
+Walks the chain of `account_id`. Computes each entry''s hash again from the entry before, its
+content and its list of usage rows, and each usage row''s place in that list. Answers the first
+difference: `problem` (entry_altered, entry_missing, entry_inserted, usage_altered, usage_missing,
+usage_inserted, account_missing), `seq`, `usage_id` if it is a usage row, and the hashes expected
+and found. Later entries are not proven. Usage that retention dropped is not missing: the entries
+keep its list. `expected_head` is a head kept elsewhere, of billing_accounts or of a statement, in
+hex. If entries and all hashes after them were rewritten, a kept head shows it: `head_not_found`.
+The rewritten part begins between the last head that is found and the first that isn''t;
+billing_transactions has the seq of a head, by its hash. Reads one snapshot. 404 account_not_found;
+422 invalid_expected_head.';
 grant execute on function api.verify_ledger(uuid, text) to keyledger_operator;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

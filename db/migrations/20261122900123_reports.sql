@@ -1,5 +1,5 @@
 -- migrate:up
--- Reports: the reasons of one charge, and sums of what was spent.
+-- Reports: the reasons of one charge, and sums of spending.
 
 set local role keyledger_owner;
 
@@ -10,7 +10,8 @@ language sql
 immutable parallel safe
 as $$
   select jsonb_build_object(
-    'amount', trim_scale(div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
+    'amount', trim_scale(
+      div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
     'is_exact', mod(steps * 1000000000000000000000000000000, 3600000000) = 0)
 $$;
 
@@ -67,8 +68,8 @@ begin
     perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
       'send the id of an event charged to this account; one not charged yet is in parked_usage');
   end if;
-  select * into v_entry
-  from api.billing_transactions t where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
+  select * into v_entry from api.billing_transactions t
+  where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
 
   select c.meters, c.steps into v_meters, v_steps from data.charge_meters(v_usage.meters, v_usage.price_ids) c;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
@@ -80,9 +81,9 @@ begin
 
   return jsonb_build_object(
     'event', jsonb_build_object(
-      'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', v_usage.used_at, 'recorded_at', v_usage.recorded_at,
-      'meters', v_usage.meters, 'hold_id', v_usage.hold_id, 'final', v_usage.final, 'request_id', v_usage.request_id,
-      'metadata', v_usage.metadata),
+      'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', v_usage.used_at,
+      'recorded_at', v_usage.recorded_at, 'meters', v_usage.meters, 'hold_id', v_usage.hold_id, 'final', v_usage.final,
+      'request_id', v_usage.request_id, 'metadata', v_usage.metadata),
     'virtual_key', (select jsonb_build_object('id', k.id, 'name', k.name, 'key_prefix', k.key_prefix)
       from data.virtual_key k where k.id = v_usage.virtual_key_id),
     'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
@@ -95,12 +96,13 @@ begin
     'cost', v_usage.cost::text,
     'currency', (select a.currency from data.account_balance a where a.account_id = v_usage.account_id),
     'agrees', data.to_cost(v_steps) = v_usage.cost,
-    'hold', (select jsonb_build_object('id', h.id, 'amount', h.amount::text, 'captured', h.captured::text, 'status', h.status)
+    'hold', (
+      select jsonb_build_object('id', h.id, 'amount', h.amount::text, 'captured', h.captured::text, 'status', h.status)
       from data.hold h where h.account_id = v_usage.account_id and h.id = v_usage.hold_id),
-    'entry', case when v_entry.seq is null then jsonb_build_object('seq', v_usage.transaction_seq) else jsonb_build_object(
+    'entry', case when v_entry.seq is null
+      then jsonb_build_object('seq', v_usage.transaction_seq) else jsonb_build_object(
       'seq', v_entry.seq, 'kind', v_entry.kind, 'created_at', v_entry.created_at, 'usage_count', v_entry.usage_count,
-      'amount', v_entry.amount::text,
-      'balance_delta', v_entry.balance_delta::text,
+      'amount', v_entry.amount::text, 'balance_delta', v_entry.balance_delta::text,
       'free_credit_delta', v_entry.free_credit_delta::text,
       'outstanding_delta', v_entry.outstanding_delta::text,
       'grants', (select coalesce(jsonb_agg(
@@ -113,14 +115,15 @@ end
 $$;
 comment on function api.explain_charge(uuid, uuid) is
 'Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds.
-Answers {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold, entry, refunds}.
-`usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity, price: {id, unit_price, unit_size,
-effective_from}, amount, is_exact}], one each: quantity * unit_price / unit_size before rounding, by the prices that
-were in force at the event''s time; `sum` of them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says
-that this is the `cost` charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the
-rounding is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: what each bucket and
-which grants paid; a member who may not see the whole account is shown its seq. Amounts are strings. 404
-usage_not_found; 410 usage_dropped.';
+Answers {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold,
+entry, refunds}. `usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity,
+price: {id, unit_price, unit_size, effective_from}, amount, is_exact}], one each: quantity *
+unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum`
+of them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost`
+charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the rounding
+is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: the parts
+that each bucket and each grant paid; a member who may not see the whole account is shown its seq. Amounts
+are strings. 404 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
 
 -- The charges of each meter in each currency. The view decides which usage the reader may see.
@@ -197,7 +200,8 @@ declare
   v_first uuid;
   v_beyond uuid;
 begin
-  if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter') and spend."by" !~ '^metadata\..', true) then
+  if coalesce(spend."by" not in ('virtual_key', 'user', 'config_node', 'meter')
+    and spend."by" !~ '^metadata\..', true) then
     perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>',
       'choose one of them');
   end if;
@@ -241,19 +245,19 @@ end
 $$;
 comment on function api.spend(text, timestamptz, timestamptz, uuid) is
 'Sums up the charges of a period: by virtual_key, user, config_node, meter or metadata.<tag>, most expensive first.
-Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that the reader may see.
-Answers [{key, name, currency, events, quantity, cost}], a row per key and currency; `key` is an id, a meter, or the
-tag''s value (null: events without the tag), and `name` its name. Costs are before refunds, and in any of these ways
-add up to the same sum: by meter, an event''s rounding falls to its meters in order of name, so that each is within
-1e-10 of quantity * price. `quantity` is the meter''s. 410 usage_dropped from before the months kept (statements have
+Sums events used from `since` on and before `before`, on one account (`account_id`) or on all that
+the reader may see. Answers [{key, name, currency, events, quantity, cost}], a row per key and
+currency; `key` is an id, a meter, or the tag''s value (null: events without the tag), and `name`
+its name. Costs are before refunds, and in any of these ways add up to the same sum: by meter, an
+event''s rounding falls to its meters in order of name, so that each is within 1e-10 of quantity *
+price. `quantity` is the meter''s. 410 usage_dropped from before the months kept (statements have
 its sums); 422 invalid_by, invalid_period.';
 grant execute on function api.spend(text, timestamptz, timestamptz, uuid) to keyledger_operator, keyledger_member;
 
 reset role;
 
 -- migrate:down
-do $$
-begin
-  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. Nothing was changed; restore a backup to go back';
-end
-$$;
+do $$ begin
+  raise exception 'keyledger can''t be rolled back: a ledger keeps its history. %',
+    'Nothing was changed; restore a backup to go back';
+end $$;

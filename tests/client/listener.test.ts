@@ -79,7 +79,15 @@ async function warm(client: Client): Promise<World> {
   const world = await seed(db.operator)
   await readAgain(client)
   await client.validate(world.keyHash)
-  if (client.cache.redis) await until(async () => (await entry(world))?.includes('"code":null'), 'the entry')
+  const kept = async () => (await entry(world))?.includes('"code":null')
+  if (client.cache.redis)
+    await until(async () => {
+      if (await kept()) return true
+      // another client may just have moved the cursor: then this answer was not stored
+      client.cache.forget([`vk:${world.keyHash}`])
+      await client.validate(world.keyHash)
+      return kept()
+    }, 'the entry')
   assert.is((await client.validate(world.keyHash)).tier, 'memory')
   return world
 }

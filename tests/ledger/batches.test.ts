@@ -48,7 +48,7 @@ const noId = [
   `x${newId()}`,
 ]
 const noUuid = ['x', '', null, absent, 42, {}, [], `${v4}0`]
-const [edges] = (await db.sql('select floor, ceiling from data.usage_window')) as {
+const [edges] = (await db.sql('select floor, ceiling from data.accepted_ids')) as {
   floor: Date
   ceiling: Date
 }[]
@@ -403,7 +403,7 @@ for (const [name, { gateway }] of Object.entries(through)) {
       })
 
   test(`ids from the window's floor to two minutes ahead are in it, by ${name}`, async () => {
-    const [window] = await db.sql('select floor from data.usage_window')
+    const [window] = await db.sql('select floor from data.accepted_ids')
     const ids = [idAt(window!.floor), idAt(new Date(Date.now() + 110_000))]
     const answers = await gateway.call<Row[]>('record_usage', {
       events: ids.map((id) => good.event('1', { id })),

@@ -532,13 +532,13 @@ const tampers: [name: string, sql: string, problem: string | null][] = [
   ],
   [
     'a total that remembers what retention dropped',
-    `with floor as (update data.usage_window set floor = floor + interval '1 day')
+    `with floor as (update data.accepted_ids set floor = floor + interval '1 day')
       update data.budget_spend set spent = spent + 1 where account_id = $1 and window_start = '-infinity'`,
     null,
   ],
   [
     'a total below what is kept, after retention',
-    `with floor as (update data.usage_window set floor = floor + interval '1 day')
+    `with floor as (update data.accepted_ids set floor = floor + interval '1 day')
       update data.budget_spend set spent = spent - 1 where account_id = $1 and window_start = '-infinity'`,
     'budget_differs_from_usage',
   ],

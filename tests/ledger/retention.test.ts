@@ -15,7 +15,7 @@ const { operator } = db
 // two years of months, from the first one on
 const first = new Date(Date.UTC(new Date().getUTCFullYear() - 2, 0, 15))
 await db.sql(
-  `update data.usage_window set floor = date_trunc('month', $1::timestamptz, 'UTC'), purged_before = '2000-01-01'`,
+  `update data.accepted_ids set floor = date_trunc('month', $1::timestamptz, 'UTC'), purged_before = '2000-01-01'`,
   [first],
 )
 await operator('select api.maintain()')
@@ -41,7 +41,7 @@ const months = async (): Promise<string[]> =>
     )
   ).map(({ name }) => name.replace('data.', ''))
 const floor = async (): Promise<string> =>
-  (await db.sql('select floor from data.usage_window'))[0]!.floor.toISOString()
+  (await db.sql('select floor from data.accepted_ids'))[0]!.floor.toISOString()
 const closeAll = () => operator('select account_id from api.close_period(clock_timestamp(), null, 10000)')
 const proved = async (...accounts: Payer[]) => {
   assert.equal(await db.sql('select * from api.verify_balances()'), [])
@@ -454,7 +454,7 @@ test('one maintain at a time: the other answers at once; a failing purge keeps n
     await db.sql(
       `insert into data.cache_invalidation (entity, keys, created_at) values ('vk', '{x}', now() - interval '3 days')`,
     )
-    await db.sql(`update data.usage_window set floor = floor - interval '1 month'`)
+    await db.sql(`update data.accepted_ids set floor = floor - interval '1 month'`)
     await owner.query('begin; lock table data.cache_invalidation in share mode')
     const [row] = await db.operator('select api.maintain() as m')
     assert.equal(
@@ -470,11 +470,11 @@ test('one maintain at a time: the other answers at once; a failing purge keeps n
 })
 
 test('a page of accounts at a time is looked at', async () => {
-  await db.sql(`update data.usage_window set purged_before = '2000-01-01', purging_from = null`)
+  await db.sql(`update data.accepted_ids set purged_before = '2000-01-01', purging_from = null`)
   const seen: (string | null)[] = []
   for (let done = false; !done; ) {
     await db.sql('select data.purge_ended(100000, 2)')
-    const [row] = await db.sql('select purging_from, purged_before = floor as done from data.usage_window')
+    const [row] = await db.sql('select purging_from, purged_before = floor as done from data.accepted_ids')
     seen.push(row!.purging_from)
     done = row!.done
   }

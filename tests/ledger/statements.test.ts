@@ -466,7 +466,7 @@ test('an expiry exactly at the end belongs to the period, an entry exactly at th
 
 test('usage of long before is found, and missing usage is not sealed', async () => {
   const account = await payer(db, { funds: '10' })
-  const [{ floor }] = (await db.sql('select floor from data.usage_window')) as [Row]
+  const [{ floor }] = (await db.sql('select floor from data.accepted_ids')) as [Row]
   await account.record(account.event('1', { id: idAt(floor) }), account.event('2'))
   const session = await db.session()
   try {

@@ -327,13 +327,13 @@ test('usage that retention dropped is not missing; the rest of an entry is prove
   // as if the month ended between two rows of the entry, and before it
   const floor = (id: string) => `
     create or replace function pg_temp.cut() returns timestamptz language sql as $$ select data.uuid_time('${id}') + interval '1 ms' $$;
-    update data.usage_window set floor = pg_temp.cut()`
+    update data.accepted_ids set floor = pg_temp.cut()`
   const both = async (session: pg.Client) => [
     await verify(async (text, values) => (await session.query(text, values)).rows),
     (await session.query('select problem, seq from api.verify_balances($1)', [account.accountId])).rows,
   ]
   await tampered(
-    `${floor(two[0]!.id)}; delete from data.usage_log where ${own} and id < data.uuid_floor((select floor from data.usage_window))`,
+    `${floor(two[0]!.id)}; delete from data.usage_log where ${own} and id < data.uuid_floor((select floor from data.accepted_ids))`,
     async (session) => {
       assert.equal(await both(session), [[], []])
       // nor does it hide what comes after

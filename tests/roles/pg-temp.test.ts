@@ -140,7 +140,7 @@ async function world() {
   const now = new Date().toISOString()
   // a month that is old enough to be dropped
   await db.sql(
-    `update data.usage_window set floor = floor - interval '1 month', purged_before = '2000-01-01'`,
+    `update data.accepted_ids set floor = floor - interval '1 month', purged_before = '2000-01-01'`,
   )
   await operator('select api.maintain()')
   return {

@@ -45,12 +45,11 @@ test('installation_warnings reports an open database and a role without a timeou
   try {
     await session.query('begin; alter role keyledger_member reset statement_timeout')
     const { rows } = await session.query('select code, detail from api.installation_warnings()')
-    assert.equal(rows, [
-      {
-        code: 'no_statement_timeout',
-        detail: 'what keyledger_member asks through PostgREST may take any time',
-      },
-    ])
+    assert.equal(
+      rows.map(({ code }) => code),
+      ['no_statement_timeout'],
+    )
+    assert.match(rows[0].detail, 'keyledger_member')
     await session.query('rollback')
   } finally {
     await session.end()
