@@ -40,7 +40,7 @@ create table data.accepted_ids (
   purged_before timestamptz not null,
   purging_from uuid,
   constraint one_row check (is_the_only_row),
-  constraint window_is_forward check (ceiling >= floor)
+  constraint range_is_forward check (ceiling >= floor)
 );
 insert into data.accepted_ids (floor, ceiling, purged_before)
 select m.first, m.first, m.first

@@ -46,7 +46,7 @@ test('each file refuses to be rolled back, as the last applied', async () => {
   for (const file of files.toReversed()) {
     assert.match(
       readFileSync(new URL(file, migrations), 'utf8'),
-      /\n-- migrate:down\ndo \$\$\nbegin\n {2}raise /,
+      /\n-- migrate:down\ndo \$\$ begin\n {2}raise /,
     )
     const { stderr } = await failure(run('rollback'))
     assert.match(stderr, "keyledger can't be rolled back", file)
