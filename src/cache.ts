@@ -19,7 +19,7 @@
 // changes Redis missed (a first start, a failover), the listener begins a new one: older entries
 // are dead.
 import { LRUCache } from 'lru-cache'
-import { serverNow } from './clock.ts'
+import { serverNowAtLatest } from './clock.ts'
 import { noAnswer } from './errors.ts'
 import { createRedisTier, type RedisTier } from './redis.ts'
 import type { RedisClient } from './redis-client.ts'
@@ -147,11 +147,11 @@ export function createKeyCache<Context extends { valid_until: string | null; val
   const leaving = new Set<Set<string>>()
   const given = { memory: 0, redis: 0, database: 0, stale: 0 }
 
-  // ms from now, by the server's clock; JavaScript can't read the year 10000 and later
+  // ms from now that are surely left by the server's clock; JavaScript can't read the year 10000 and later
   function lifetime(context: Context | undefined): number {
     if (!context) return UNKNOWN_MS
     if (!context.valid_until) return KNOWN_MS
-    const left = Date.parse(context.valid_until) - serverNow()
+    const left = Date.parse(context.valid_until) - serverNowAtLatest()
     return Number.isNaN(left) ? KNOWN_MS : Math.min(KNOWN_MS, left)
   }
 

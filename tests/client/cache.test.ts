@@ -8,6 +8,7 @@ import { temporaryDirectory } from '../../scripts/binaries.ts'
 import { type Server, startRedis } from '../../scripts/servers.ts'
 import { supervise, until } from '../../scripts/supervise.ts'
 import { createKeyCache, type KeyCacheOptions } from '../../src/cache.ts'
+import { setServerTime } from '../../src/clock.ts'
 import { failure } from '../support/failure.ts'
 import { startProxy } from '../support/proxy.ts'
 
@@ -212,6 +213,22 @@ test('valid_until is checked at each hit, in both tiers', async () => {
   for (const { get, postgres } of [first, second, third]) {
     postgres.holds.set(hash, answer('b'))
     assert.equal((await get(hash)).context, answer('b'))
+  }
+})
+
+test('an end that the server may have passed by now is not answered from Redis', async () => {
+  const [first, second] = [await sharedCache('latest'), await sharedCache('latest')]
+  const hash = newHash()
+  for (const { postgres } of [first, second])
+    postgres.holds.set(hash, answer('a', new Date(Date.now() + 30_000).toISOString()))
+  await first.get(hash)
+  await inRedis(hash, /"a"/)
+  // a round trip of 50 s: the server read its clock somewhen in it
+  setServerTime(Date.now(), performance.now() - 50_000, performance.now())
+  try {
+    assert.is((await second.get(hash)).tier, 'database')
+  } finally {
+    setServerTime(Date.now(), performance.now(), performance.now())
   }
 })
 

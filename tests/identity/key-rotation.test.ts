@@ -277,7 +277,7 @@ test('two rotations at once come one after the other: no key is lost', async () 
   }
 })
 
-test('under traffic every process accepts each text until its grace ends, and none a second later', async () => {
+test('under traffic every process accepts each text until its grace ends, and never after', async () => {
   const redisUrl = (await db.redis()).url
   const { loginUrl: url } = db
   const clients = await Promise.all([
@@ -291,7 +291,7 @@ test('under traffic every process accepts each text until its grace ends, and no
   try {
     const world = await seed(operator)
     // `ends` is in ms, rounded up; the end of a grace is unknown before the rotation
-    const key = (hash: string) => ({ hash, ends: Number.POSITIVE_INFINITY, obeyed: Number.POSITIVE_INFINITY })
+    const key = (hash: string) => ({ hash, ends: Number.POSITIVE_INFINITY })
     const keys = [key(world.keyHash)]
     const seen = { within: 0, after: 0, held: 0 }
     const ask = async (client: ForkedClient) => {
@@ -303,7 +303,7 @@ test('under traffic every process accepts each text until its grace ends, and no
           const where = `${client.name}, from ${tier}, ${started - key.ends} ms after the end`
           // the answer of the rotation may come after its grace
           if (answered) await until(() => key.ends < Number.POSITIVE_INFINITY, 'the rotation to be answered')
-          if (started >= key.obeyed) {
+          if (started >= key.ends) {
             assert.is(answered, 'virtual_key_expired', where)
             seen.after++
           } else if (ended < key.ends - 1) {
@@ -322,21 +322,19 @@ test('under traffic every process accepts each text until its grace ends, and no
     const rotateOften = async () => {
       for (let i = 0; i < 8; i++) {
         const made = await rotate(world.keyId, '1.5 seconds')
-        const ends = new Date(made.previous_valid_until).getTime() + 1
-        // a process learns of the rotation within a second of its commit
-        // On a busy machine it also knows the server's time only to half a round trip.
-        Object.assign(keys.at(-1)!, { ends, obeyed: Math.max(ends, Date.now()) + 1000 })
+        keys.at(-1)!.ends = new Date(made.previous_valid_until).getTime() + 1
         keys.push(key(hashOf(made.virtual_key)))
         const { within, held } = seen
-        await until(() => seen.within > within + 60 && seen.held > held + 2, 'traffic')
+        await until(() => seen.within > within + 62 && seen.held > held + 2, 'traffic')
       }
-      await until(() => Date.now() > keys.at(-2)!.obeyed, 'the last grace to end')
+      await until(() => Date.now() > keys.at(-2)!.ends, 'the last grace to end')
       const sofar = seen.after
       await until(() => seen.after > sofar + 200, 'the end to be seen')
       running = false
     }
     working = [...clients.map(ask), place(), rotateOften()]
     await Promise.all(working)
+    assert.ok(seen.within > 500 && seen.held > 20, JSON.stringify(seen))
   } finally {
     running = false
     await Promise.allSettled(working)
