@@ -169,6 +169,17 @@ begin
 end
 $$;
 
+-- Says whether there is such an account: one that settle did not answer is then another call's.
+create or replace function data.is_account(account_id uuid)
+returns boolean
+language plpgsql
+stable
+as $$
+begin
+  return exists (select from data.account_balance a where a.account_id = is_account.account_id);
+end
+$$;
+
 -- Settles several accounts, in one order. Answers those that another call has.
 create or replace function data.settle_all(account_ids uuid[])
 returns uuid[]

@@ -11,7 +11,7 @@ create or replace function data.answer_first_try(
 )
 returns jsonb
 language sql
-stable
+volatile
 as $$
   select jsonb_build_object('status', 'duplicate', 'hold_status',
       case when first_try.status = 'open' and first_try.expires_at <= clock_timestamp() then 'expired'
@@ -58,10 +58,8 @@ declare
   v_budget data.budget_left;
 begin
   foreach v_budget in array budgets loop
-    if hold.amount > v_budget.remaining and (case
-        when v_budget.scope = 'virtual_key' then v_budget.scope_id = hold.virtual_key_id
-        when v_budget.scope = 'user' then v_budget.scope_id = budget_exceeded.user_id
-        else true end)
+    if hold.amount > v_budget.remaining
+      and data.budget_applies(v_budget.scope, v_budget.scope_id, hold.virtual_key_id, budget_exceeded.user_id)
     then
       return v_budget;
     end if;
@@ -83,11 +81,8 @@ as $$
 begin
   return array(
     select row(b.scope, b.scope_id, b.remaining - case
-      when case b.scope
-        when 'virtual_key' then b.scope_id = hold.virtual_key_id
-        when 'user' then b.scope_id = budgets_after.user_id
-        else true end
-      then hold.amount else 0 end)::data.budget_left
+      when data.budget_applies(b.scope, b.scope_id, hold.virtual_key_id, budgets_after.user_id) then hold.amount
+      else 0 end)::data.budget_left
     from unnest(budgets) with ordinality as b (scope, scope_id, remaining, place)
     order by b.place);
 end
@@ -200,7 +195,7 @@ create or replace function data.refusal_of(
 )
 returns jsonb
 language plpgsql
-immutable
+stable
 as $$
 declare
   v_over data.budget_left;

@@ -62,7 +62,7 @@ language plpgsql
 as $$
 declare
   v_account data.account_balance := data.settle((requests[1]).account_id, wait, actor);
-  v_is_busy boolean := false;
+  v_is_busy boolean := v_account.account_id is null and data.is_account((requests[1]).account_id);
   v_request data.hold_id;
   v_hold data.hold;
   v_now timestamptz := clock_timestamp();
@@ -70,9 +70,6 @@ declare
   v_freed numeric := 0;
   v_answers jsonb[];
 begin
-  if v_account.account_id is null then
-    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
-  end if;
   foreach v_request in array release_for_account.requests loop
     select h.* into v_hold from data.hold h where h.account_id = v_account.account_id and h.id = v_request.id;
     v_code := data.hold_code(v_request, v_is_busy, v_account.account_id, v_hold);
@@ -103,7 +100,7 @@ language plpgsql
 as $$
 declare
   v_account data.account_balance := data.settle((requests[1]).account_id, wait, actor);
-  v_is_busy boolean := false;
+  v_is_busy boolean := v_account.account_id is null and data.is_account((requests[1]).account_id);
   v_backing data.backing[] := case
     when v_account.free_credit > 0 then data.backing_past_grants(v_account.account_id) end;
   v_extended data.backing[];
@@ -113,9 +110,6 @@ declare
   v_code text;
   v_answers jsonb[];
 begin
-  if v_account.account_id is null then
-    v_is_busy := exists (select from data.account_balance a where a.account_id = (requests[1]).account_id);
-  end if;
   foreach v_request in array extend_for_account.requests loop
     if v_request.code is null and v_request.expires_in is null then
       v_request.code := 'invalid_expires_in';

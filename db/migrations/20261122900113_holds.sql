@@ -78,7 +78,7 @@ begin
     end if;
     if v_account.account_id is null then
       v_refusal := case
-        when exists (select from data.account_balance a where a.account_id = v_account_id)
+        when data.is_account(v_account_id)
         then '{"status": "busy", "code": "account_busy"}'::jsonb
         else '{"status": "refused", "code": "account_not_found"}' end;
     end if;

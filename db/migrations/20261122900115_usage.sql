@@ -117,9 +117,7 @@ begin
   end loop;
   if v_needs_lock then
     v_account := data.settle(v_account_id, wait, actor);
-    if v_account.account_id is null then
-      v_is_busy := exists (select from data.account_balance a where a.account_id = v_account_id);
-    end if;
+    v_is_busy := v_account.account_id is null and data.is_account(v_account_id);
   end if;
   if v_is_busy then
     v_unfit := array(select u from unnest(v_unfit) u where (u.usage).hold_id is null);
