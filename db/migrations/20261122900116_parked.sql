@@ -44,8 +44,9 @@ begin
       v_answers := v_answers || (v_recorded -> v_next);
       v_next := v_next + 1;
     else
-      v_answers := v_answers || coalesce(data.charged_before(v_event.usage), jsonb_build_object(
-        'id', v_sent -> (v_event.ord - 1)::integer -> 'id', 'status', 'parked', 'code', v_event.code));
+      v_answers := v_answers || (coalesce(data.charged_before(v_event.usage), jsonb_build_object(
+        'id', v_sent -> (v_event.ord - 1)::integer -> 'id', 'status', 'parked', 'code', v_event.code))
+        || coalesce(v_event.note, '{}'));
     end if;
   end loop;
   return v_answers;

@@ -3,7 +3,7 @@ import type pg from 'pg'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { database, type Role, type Row, type Sql } from '../support/database.ts'
-import { idAt } from '../support/ids.ts'
+import { idAt, newId } from '../support/ids.ts'
 import { holdsTrue } from '../support/ledger.ts'
 import { payer } from '../support/payer.ts'
 
@@ -88,6 +88,15 @@ test('a replay charges the events it can, leaves the others parked, and answers 
     [account.nodeId],
   )
   assert.equal(brief(await replay(db.operator)), ['charged'])
+})
+
+test('a replay that charges nothing says, as recording did, that the account has no such hold', async () => {
+  const { account, events } = await parked({ hold_id: newId() })
+  const [recorded] = await account.record(...events)
+  const [replayed] = await replay(db.operator)
+  assert.equal(recorded!.hold, 'unknown')
+  const { parked_id: _, ...answer } = replayed!
+  assert.equal(answer, recorded)
 })
 
 test('an unfit label delays no charge, and is not kept', async () => {
