@@ -38,6 +38,8 @@ const scalars: Record<string, string> = {
   bytea: 'string',
   bigint: 'number',
   integer: 'number',
+  date: 'string',
+  int4multirange: 'string',
   interval: 'string',
   json: 'unknown',
   jsonb: 'unknown',

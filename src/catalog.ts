@@ -135,6 +135,7 @@ export interface Views {
     endpoint: string | null
     status: string | null
     created_at: string | null
+    context_meters: string[] | null
   }
   /** Money set aside for requests: open, parked, captured, released or expired. */
   holds: {
@@ -155,6 +156,32 @@ export interface Views {
     ended_by: string | null
     end_reason: string | null
   }
+  /** Dated minimum charges of an event: of a book, or of a node. The book's counts before the node's. */
+  minimum_charges: {
+    id: number | null
+    price_book_id: string | null
+    config_node_id: string | null
+    minimum: number | null
+    currency: string | null
+    effective_from: string | null
+    created_at: string | null
+  }
+  /** The prices a member pays: of each model mounted on a key that the member sees, as it is charged now. */
+  my_prices: {
+    config_node_id: string | null
+    name: string | null
+    provider: string | null
+    model: string | null
+    meter: string | null
+    variant: string | null
+    context_over: number | null
+    hours: string | null
+    unit_price: number | null
+    unit_size: number | null
+    currency: string | null
+    effective_from: string | null
+    minimum: number | null
+  }
   /** Events that could not be charged, with the code that says why; kept until resolved. */
   parked_usage: {
     id: string | null
@@ -170,7 +197,31 @@ export interface Views {
     reason: string | null
     actor: string | null
   }
-  /** Dated prices: unit_price per unit_size of a meter, in force from effective_from until the next price. */
+  /** Which book prices an account's usage, from when on; assign_price_book writes it. */
+  price_book_assignments: {
+    account_id: string | null
+    price_book_id: string | null
+    effective_from: string | null
+    actor: string | null
+    created_at: string | null
+  }
+  /** Dated factors of price books: 1.2 is the list + 20 %, 0 is free. From 0 to 1000, 6 decimals. */
+  price_book_factors: {
+    id: number | null
+    price_book_id: string | null
+    factor: number | null
+    effective_from: string | null
+    created_at: string | null
+  }
+  /** Price books: a customer's own prices (kind price), or our own costs (kind cost, one per currency). */
+  price_books: {
+    id: string | null
+    name: string | null
+    currency: string | null
+    kind: string | null
+    created_at: string | null
+  }
+  /** Dated rates: unit_price per unit_size of a meter, in force from effective_from until the next list. */
   prices: {
     id: number | null
     config_node_id: string | null
@@ -180,6 +231,10 @@ export interface Views {
     currency: string | null
     effective_from: string | null
     created_at: string | null
+    price_book_id: string | null
+    variant: string | null
+    context_over: number | null
+    hours: string | null
   }
   /** Changes of the status of tenants, users, virtual keys and config nodes: actor, time and reason. */
   status_changes: {
@@ -201,6 +256,14 @@ export interface Views {
     status: string | null
     created_at: string | null
   }
+  /** Our own cost of each charged event: by the cost book, or as the provider's answer gave it (is_upstream). */
+  usage_costs: {
+    account_id: string | null
+    usage_id: string | null
+    cost: number | null
+    currency: string | null
+    is_upstream: boolean | null
+  }
   /** Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it. */
   usage_logs: {
     used_at: string | null
@@ -218,6 +281,11 @@ export interface Views {
     request_id: string | null
     metadata: unknown
     recorded_at: string | null
+    variant: string | null
+    minimum: number | null
+    estimated: boolean | null
+    price_book_id: string | null
+    factor: number | null
   }
   /** Users. A tenant pays for its users; a user without a tenant pays alone. `account_id` is the payer. */
   user_profiles: {
@@ -277,6 +345,15 @@ export interface Functions {
       metadata?: unknown
     }
     result: Views['billing_transactions']
+  }
+  /** Prices an account's usage by a price book, from effective_from on (default: now). */
+  assign_price_book: {
+    args: {
+      account_id: string
+      price_book_id: string
+      effective_from?: string | null
+    }
+    result: Views['price_book_assignments'][]
   }
   /** An account's figures as of a moment: all entries before it, less the free credit that had expired. */
   balance_at: {
@@ -400,6 +477,13 @@ export interface Functions {
     }
     result: string
   }
+  /** Keeps the lines of a provider's bill, to compare them with the usage recorded (provider_differences). */
+  import_provider_bill: {
+    args: {
+      lines: unknown
+    }
+    result: unknown
+  }
   /** Takes over keys that are in use elsewhere; their callers notice nothing. */
   import_virtual_keys: {
     args: {
@@ -421,6 +505,24 @@ export interface Functions {
     args: Record<string, never>
     result: unknown
   }
+  /** Charges of a period beside our own costs: by node, model, account, user or day (UTC). */
+  margins: {
+    args: {
+      by: string
+      since: string
+      before: string
+    }
+    result: {
+      key: string | null
+      name: string | null
+      currency: string | null
+      events: number | null
+      charged: number | null
+      cost_currency: string | null
+      cost: number | null
+      margin: number | null
+    }[]
+  }
   /** Makes an id for an event or a hold: a UUIDv7 of now. */
   new_id: {
     args: Record<string, never>
@@ -432,6 +534,26 @@ export interface Functions {
       requests: PlaceHoldRequest[]
     }
     result: HoldAnswer[]
+  }
+  /** Compares the bills of providers with the usage recorded: per node, day (UTC) and meter, on days that have lines. */
+  provider_differences: {
+    args: {
+      since?: string | null
+      before?: string | null
+    }
+    result: {
+      config_node_id: string | null
+      node: string | null
+      day: string | null
+      meter: string | null
+      currency: string | null
+      billed_quantity: number | null
+      recorded_quantity: number | null
+      quantity_difference: number | null
+      billed_amount: number | null
+      recorded_cost: number | null
+      amount_difference: number | null
+    }[]
   }
   /** Opens accounts with the balances they had elsewhere: each account's first entry. */
   record_openings: {
@@ -601,6 +723,17 @@ export interface Functions {
       amount: string | null
     }
     result: Views['billing_accounts']
+  }
+  /** Replaces the rates of a node: of each meter and variant that `rates` name, from effective_from on. */
+  set_rates: {
+    args: {
+      config_node_id: string
+      rates: unknown
+      price_book_id?: string | null
+      currency?: string | null
+      effective_from?: string | null
+    }
+    result: Views['prices'][]
   }
   /** Sets the status of a tenant, user, config node or virtual key, and keeps the reason. */
   set_status: {

@@ -73,6 +73,8 @@ create table data.config_node (
   model text,
   endpoint text,
   status text not null default 'active',
+  -- meters whose sum is an event's context; null: all input meters
+  context_meters text[],
   created_at timestamptz not null default now(),
   constraint status_is_known check (status in ('active', 'disabled'))
 );
@@ -84,26 +86,6 @@ create table data.virtual_key_config_node (
   primary key (virtual_key_id, config_node_id)
 );
 create index on data.virtual_key_config_node (config_node_id);
-
--- a meter's dated price, never updated: a new price is a new row
-create table data.price (
-  id bigint generated always as identity primary key,
-  config_node_id uuid not null references data.config_node,
-  meter text not null,
-  unit_price numeric not null,
-  unit_size integer not null default 1,
-  currency text not null default 'USD',
-  effective_from timestamptz not null default now(),
-  created_at timestamptz not null default now(),
-  unique (config_node_id, meter, currency, effective_from),
-  constraint meter_is_a_name check (meter ~ '^[a-z][a-z0-9_.]{0,62}$'),
-  constraint unit_price_is_an_amount
-    check (unit_price >= 0 and unit_price < 1e12 and scale(trim_scale(unit_price)) <= 10),
-  constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
-  constraint effective_from_is_a_moment check (isfinite(effective_from)),
-  -- with these sizes a sum of quantity * price / size is exact until its one rounding
-  constraint unit_size_divides_3600000000 check (unit_size > 0 and mod(3600000000, unit_size::bigint) = 0)
-);
 
 -- each change of a status, whatever made it: of a tenant, user, key or node
 -- An entity without a row has been active from its beginning.
@@ -129,7 +111,6 @@ alter table data.previous_key_hash enable row level security;
 alter table data.virtual_key_use enable row level security;
 alter table data.config_node enable row level security;
 alter table data.virtual_key_config_node enable row level security;
-alter table data.price enable row level security;
 alter table data.status_change enable row level security;
 
 comment on table data.tenant is 'A paying organisation.';
@@ -140,7 +121,6 @@ comment on table data.virtual_key_use is 'When each key was last used.';
 comment on table data.config_node is 'An upstream instance (a deployment, a channel); each has prices.';
 comment on table data.virtual_key_config_node is 'Mounts: the nodes a key may hold funds for.';
 comment on table data.status_change is 'Changes of statuses: actor, time and reason; append-only.';
-comment on table data.price is 'Dated unit prices per node, meter and currency; append-only.';
 
 reset role;
 

@@ -19,6 +19,16 @@ create table data.usage_log (
   request_id text,
   metadata jsonb,
   recorded_at timestamptz not null,
+  -- the terms of the price, each null if the event has none; the hash covers them
+  variant text,
+  price_book_id uuid,
+  factor numeric,
+  minimum data.amount,
+  estimated boolean,
+  -- our own cost: no part of the customer's ledger or its hashes
+  own_cost data.amount,
+  own_cost_currency data.currency,
+  own_cost_is_upstream boolean,
   primary key (account_id, id)
 ) partition by range (id);
 

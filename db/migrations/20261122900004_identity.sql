@@ -137,7 +137,7 @@ create or replace trigger keep_identity before update on data.tenant
 create or replace trigger keep_identity before update on data.user_profile
   for each row execute function data.keep_owner_identity();
 
--- a node keeps its id
+-- a node keeps its id, and its context meters once it has prices
 create or replace function data.keep_node_identity()
 returns trigger
 language plpgsql
@@ -145,12 +145,18 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
-  return null;
+  if new.id <> old.id then
+    perform data.refuse(409, 'id_is_fixed', tg_table_name || ' ' || old.id, 'make a new row instead');
+  elsif exists (select from data.price p where p.config_node_id = old.id) then
+    perform data.refuse(409, 'context_meters_are_fixed', 'node ' || old.name || ' has prices',
+      'make a new node instead; old prices keep their meaning');
+  end if;
+  return new;
 end
 $$;
 create or replace trigger keep_identity before update on data.config_node
-  for each row when (new.id <> old.id) execute function data.keep_node_identity();
+  for each row when (new.id <> old.id or new.context_meters is distinct from old.context_meters)
+  execute function data.keep_node_identity();
 
 -- An admin of one tenant is no admin of the next: a user who moves becomes a member.
 -- The user keeps the role that the same update names.

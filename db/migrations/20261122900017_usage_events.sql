@@ -33,6 +33,32 @@ as $$
   end
 $$;
 
+-- The cost that a provider's answer gave: {amount, currency}, or a decimal in the account's
+-- currency. Nulls if there is none, or it is unfit.
+create or replace function data.upstream_cost(
+  value jsonb,
+  account_currency text,
+  out amount numeric,
+  out currency text
+)
+language plpgsql
+stable parallel safe
+as $$
+begin
+  if jsonb_typeof(value) = 'object' then
+    amount := data.to_quantity(value -> 'amount');
+    currency := substring(data.text_of(value, 'currency') from '^[A-Z]{3}$');
+  else
+    amount := data.to_quantity(value);
+    currency := account_currency;
+  end if;
+  if amount is null or currency is null then
+    amount := null;
+    currency := null;
+  end if;
+end
+$$;
+
 -- The ids of each event. Cast at once (`strict`), and one by one only if that fails: to catch each
 -- is a fifth of the work.
 create or replace function data.read_event_ids(
@@ -71,17 +97,22 @@ $$;
 create or replace function data.left_out_note(
   request_id_fits boolean,
   metadata_fits boolean,
+  estimated_fits boolean,
+  upstream_cost_fits boolean,
   hold_is_unknown boolean
 )
 returns jsonb
 language sql
 stable
 as $$
-  select case when not request_id_fits or not metadata_fits or hold_is_unknown then
+  select case when hold_is_unknown or not (request_id_fits and metadata_fits and estimated_fits and upstream_cost_fits)
+  then
     jsonb_strip_nulls(jsonb_build_object(
       'left_out', nullif(array_remove(array[
         case when not request_id_fits then 'request_id' end,
-        case when not metadata_fits then 'metadata' end], null), '{}'),
+        case when not metadata_fits then 'metadata' end,
+        case when not estimated_fits then 'estimated' end,
+        case when not upstream_cost_fits then 'upstream_cost' end], null), '{}'),
       'hold', case when hold_is_unknown then 'unknown' end))
   end
 $$;
@@ -113,6 +144,7 @@ as $$
     when virtual_key_id is null then 'invalid_virtual_key_id'
     when config_node_id is null then 'invalid_config_node_id'
     when hold_id is null and coalesce(event -> 'hold_id', 'null') <> 'null' then 'invalid_hold'
+    when data.to_variant(event -> 'variant') is null then 'invalid_variant'
     when jsonb_typeof(event -> 'final') not in ('boolean', 'null') then 'invalid_final'
   end
 $$;
@@ -201,7 +233,11 @@ begin
           case when r.hold_is_freeze is not null or r.hold_id < v_first then r.hold_id end,
           coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost,
           case when r.request_id_fits then data.without_keys(r.event -> 'request_id') #>> '{}' end,
-          case when r.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null
+          case when r.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null,
+          nullif(t.variant, ''), b.price_book_id, p.factor, p.minimum,
+          case when r.event -> 'estimated' = 'true' then true end,
+          coalesce(u.amount, c.cost), coalesce(u.currency, c.cost_currency),
+          case when coalesce(u.amount, c.cost) is not null then u.amount is not null end
         )::data.usage_log,
         case
           when r.code is not null then r.code
@@ -214,13 +250,33 @@ begin
           else p.code
         end,
         data.left_out_note(
-          r.request_id_fits, r.metadata_fits, coalesce(r.hold_is_freeze is null and r.hold_id >= v_first, false)),
+          r.request_id_fits, r.metadata_fits,
+          coalesce(jsonb_typeof(r.event -> 'estimated'), 'null') in ('boolean', 'null'),
+          coalesce(r.event -> 'upstream_cost', 'null') = 'null' or u.amount is not null,
+          coalesce(r.hold_is_freeze is null and r.hold_id >= v_first, false)),
         r.key_is_idle
       )::data.usage_event
     from data.event_facts(events, strict, v_first, v_beyond, v_ahead) r
     cross join lateral (
-      select * from data.price_meters(r.config_node_id, r.event -> 'meters', r.currency, data.uuid_time(r.id)) offset 0
+      select data.uuid_time(r.id) as at, data.to_variant(r.event -> 'variant') as variant offset 0
+    ) t
+    left join lateral (
+      select a.price_book_id
+      from data.price_book_assignment a
+      where a.account_id = r.account_id and a.effective_from <= t.at
+      order by a.effective_from desc
+      limit 1
+    ) b on true
+    cross join lateral (
+      select * from data.price_meters(
+        r.config_node_id, r.event -> 'meters', r.currency, t.at, t.variant, b.price_book_id) offset 0
     ) p
+    left join lateral (
+      select * from data.upstream_cost(r.event -> 'upstream_cost', r.currency)
+    ) u on coalesce(r.event -> 'upstream_cost', 'null') <> 'null'
+    left join lateral (
+      select * from data.cost_of(r.config_node_id, r.event -> 'meters', r.currency, t.at, t.variant) offset 0
+    ) c on u.amount is null
     order by r.account_id, r.id, r.ord);
 exception when invalid_text_representation or check_violation then
   if not strict then

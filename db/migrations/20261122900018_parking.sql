@@ -27,7 +27,9 @@ as $$
       where case f.key
         when 'request_id' then data.is_request_id(f.value)
         when 'metadata' then data.is_metadata(f.value)
-        else f.key in ('id', 'account_id', 'virtual_key_id', 'config_node_id', 'meters', 'hold_id', 'final')
+        else f.key in (
+          'id', 'account_id', 'virtual_key_id', 'config_node_id', 'meters', 'hold_id', 'final', 'variant', 'estimated',
+          'upstream_cost')
       end
     )
   end

@@ -128,9 +128,9 @@ begin
     'id', u.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', account.available::text,
     'seq', l.transaction_seq,
     'mismatch', case when
-      (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata)
+      (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata, l.variant, l.estimated)
         is distinct from
-      (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata)
+      (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata, u.variant, u.estimated)
     then true end))
   from (
     select n.*, row_number() over (partition by n.id order by n.ordinality) as copy

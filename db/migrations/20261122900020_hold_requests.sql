@@ -3,6 +3,27 @@
 
 set local role keyledger_owner;
 
+-- The service tiers that may serve a request: its `variants`, else its `variant`, else the standard
+-- one. Null if one is no name, or there are more than 16.
+create or replace function data.to_variants(request jsonb)
+returns text[]
+language plpgsql
+immutable parallel safe
+as $$
+declare
+  v_variants text[];
+begin
+  if coalesce(request -> 'variants', 'null') = 'null' then
+    v_variants := array[data.to_variant(request -> 'variant')];
+  elsif jsonb_typeof(request -> 'variants') = 'array' and jsonb_array_length(request -> 'variants') between 1 and 16
+    and coalesce(request -> 'variant', 'null') = 'null'
+  then
+    v_variants := array(select data.to_variant(v) from jsonb_array_elements(request -> 'variants') v);
+  end if;
+  return case when array_position(v_variants, null) is null then v_variants end;
+end
+$$;
+
 -- Reads hold requests in the order of their accounts: the hold each would be, by identity and
 -- prices, before any account is locked. `code` says why one is refused.
 create or replace function data.read_hold_requests(requests jsonb)
@@ -34,6 +55,7 @@ begin
         then 'invalid_config_node_id'
       when r.expires_in is null then 'invalid_expires_in'
       when r.is_priced and r.config_node_id is null then 'invalid_config_node_id'
+      when r.variants is null then 'invalid_variant'
       when r.is_priced = (coalesce(r.request -> 'amount', 'null') <> 'null') then 'invalid_amount'
       when not r.is_priced and coalesce(r.amount, 0) <= 0 then 'invalid_amount'
       when k.virtual_key_id is null then 'virtual_key_unknown'
@@ -55,7 +77,8 @@ begin
       e.request -> 'meters' as meters,
       coalesce(e.request -> 'meters', 'null') <> 'null' as is_priced,
       data.to_quantity(e.request -> 'amount') as amount,
-      data.to_expires_in(e.request -> 'expires_in') as expires_in
+      data.to_expires_in(e.request -> 'expires_in') as expires_in,
+      data.to_variants(e.request) as variants
     from jsonb_array_elements(requests) with ordinality as e (request, ord)
     offset 0 -- or each use would parse again
   ) r
@@ -66,7 +89,16 @@ begin
   -- once, not with each price that is looked at
   cross join lateral (select data.uuid_time(r.id) as at offset 0) t
   left join lateral (
-    select * from data.price_meters(r.config_node_id, r.meters, k.currency, t.at) where r.is_priced offset 0
+    select a.price_book_id
+    from data.price_book_assignment a
+    where a.account_id = r.account_id and a.effective_from <= t.at
+    order by a.effective_from desc
+    limit 1
+  ) b on r.is_priced
+  left join lateral (
+    select * from data.price_variants(r.config_node_id, r.meters, k.currency, t.at, r.variants, b.price_book_id)
+    where r.is_priced
+    offset 0
   ) p on true
   order by r.account_id, r.ord);
 end

@@ -22,7 +22,7 @@ set jit = off
 as $$
 begin
   with event as materialized (
-    select l.config_node_id, l.price_ids, l.meters, l.cost
+    select l.config_node_id, l.price_ids, l.factor, l.meters, l.minimum, l.cost
     from data.billing_transaction t
     cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
     -- one by one, by key: there is no other way to an entry's rows
@@ -32,18 +32,33 @@ begin
     ) l
     where t.account_id = usage_of.account_id and t.seq between first_seq and last_seq
   ), quantity as (
-    select e.config_node_id, e.price_ids, m.key as meter, sum(m.value::numeric) as quantity
+    select e.config_node_id, e.price_ids, e.factor, e.minimum is not null as at_minimum, m.key as meter,
+      sum(m.value::numeric) as quantity
     from event e
     cross join lateral jsonb_each(e.meters) m
-    group by 1, 2, 3
-  ), metered as (
-    select q.config_node_id, q.meter, trim_scale(sum(q.quantity)) as quantity,
-      data.to_cost(coalesce(sum(data.cost_steps(q.quantity, p.unit_price, p.unit_size)), 0)) as cost
+    group by 1, 2, 3, 4, 5
+  ), charged as (
+    select q.config_node_id, q.meter, q.at_minimum, q.quantity,
+      coalesce(data.cost_steps(q.quantity, p.unit_price, p.unit_size), 0)
+        * case when p.price_book_id is null then coalesce(q.factor, 1) else 1 end as steps
     from quantity q
     left join lateral (
-      select p.unit_price, p.unit_size from data.price p where p.id = any (q.price_ids) and p.meter = q.meter
+      select p.unit_price, p.unit_size, p.price_book_id
+      from data.price p where p.id = any (q.price_ids) and p.meter = q.meter
     ) p on true
+  ), minimum as (
+    -- the part of the minimums that meters don't cover
+    select e.config_node_id, count(*) as events, data.cost_steps(sum(e.minimum), 1, 1) - (
+      select sum(c.steps) from charged c where c.config_node_id = e.config_node_id and c.at_minimum) as steps
+    from event e
+    where e.minimum is not null
+    group by 1
+  ), metered as (
+    select c.config_node_id, c.meter, trim_scale(sum(c.quantity)) as quantity, data.to_cost(sum(c.steps)) as cost
+    from charged c
     group by 1, 2
+    union all
+    select m.config_node_id, 'minimum', m.events, data.to_cost(m.steps) from minimum m
   ), node as (
     select e.config_node_id, count(*) as events, sum(e.cost) as cost from event e group by 1
   )

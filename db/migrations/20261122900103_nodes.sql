@@ -5,11 +5,15 @@ set local role keyledger_owner;
 
 -- an operator writes these views
 create or replace view api.config_nodes as
-select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at
+select n.id, n.name, n.provider, n.model, n.endpoint, n.status, n.created_at, n.context_meters
 from data.config_node n;
-comment on view api.config_nodes is 'Upstream instances (deployments, channels); each has prices.';
+comment on view api.config_nodes is 'Upstream instances (deployments, channels); each has prices.
+`context_meters` are the meters whose sum is an event''s context, which chooses rates by context_over
+(null: all input meters: input_…_tokens, cached_input_…_tokens, cache_write_…_tokens). They are fixed
+once the node has prices.';
 grant select on api.config_nodes to keyledger_gateway, keyledger_operator;
-grant insert (id, name, provider, model, endpoint, status), update (id, name, provider, model, endpoint, status)
+grant insert (id, name, provider, model, endpoint, status, context_meters),
+  update (id, name, provider, model, endpoint, status, context_meters)
   on api.config_nodes to keyledger_operator;
 alter view api.config_nodes alter column id set default gen_random_uuid();
 alter view api.config_nodes alter column status set default 'active';

@@ -3,22 +3,32 @@
 
 set local role keyledger_owner;
 
+-- the usage that the reader may see; `with_rates`: with the rates, the book and the factor of each
+create or replace view data.visible_usage as
+select l.*, true as with_rates from data.usage_log l where (select v.sees_all from data.viewer v)
+union all
+select l.*, false from data.usage_log l
+where l.account_id = any (array(select v.account_id from data.visible_account v))
+  and (l.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
+    or l.user_id = (select v.user_id from data.viewer v));
+comment on view data.visible_usage is 'Usage the reader may see.';
+
 create or replace view api.usage_logs with (security_barrier) as
 select
   to_timestamp(
     ('x' || substr(l.id::text, 1, 8) || substr(l.id::text, 10, 4))::bit(48)::bigint / 1000.0::double precision
   ) as used_at,
-  l.*
-from (
-  select l.* from data.usage_log l where (select v.sees_all from data.viewer v)
-  union all
-  select l.* from data.usage_log l
-  where l.account_id = any (array(select v.account_id from data.visible_account v))
-    and (l.account_id = any (array(select v.account_id from data.visible_account v where v.whole))
-      or l.user_id = (select v.user_id from data.viewer v))
-) l;
+  l.account_id, l.id, l.transaction_seq, l.virtual_key_id, l.user_id, l.config_node_id, l.hold_id, l.final, l.meters,
+  case when l.with_rates then l.price_ids end as price_ids,
+  l.cost, l.request_id, l.metadata, l.recorded_at, l.variant, l.minimum, l.estimated,
+  case when l.with_rates then l.price_book_id end as price_book_id,
+  case when l.with_rates then l.factor end as factor
+from data.visible_usage l;
 comment on view api.usage_logs is
-'Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it.';
+'Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it.
+`variant` is the service tier (null: standard), `estimated` says that its quantities were, `minimum`
+is the minimum charge where that was the cost. `price_ids`, `price_book_id` and `factor`, the rates
+that priced it, are null for a member.';
 grant select on api.usage_logs to keyledger_operator, keyledger_member;
 
 -- The answer to an event that can't be charged, if its id has been: by a first try with other
@@ -189,12 +199,14 @@ $$;
 comment on function api.record_usage(jsonb) is
 'Charges usage, exactly once per id.
 Takes `events`, [{id, account_id, virtual_key_id, config_node_id, meters, hold_id?, final? (true),
-request_id?, metadata?}] and answers in the same order [{id, status: charged | duplicate | parked |
-busy, code?, cost, available, seq, left_out?, hold?}], at most 10,000. ids are UUIDv7 made by the
+request_id?, metadata?, variant?, estimated?, upstream_cost?}] and answers in the same order [{id,
+status: charged | duplicate | parked | busy, code?, cost, available, seq, left_out?, hold?}], at most
+10,000. `variant` is the service tier that was served (standard without one), `upstream_cost` the
+provider''s own cost ({amount, currency}), `estimated` true where quantities were. ids are UUIDv7 made by the
 caller: a repeated id charges nothing (`mismatch` says its content differs). An event that can''t be
 charged is parked and kept with its code, and the money of its hold stays set aside; its neighbours
 are charged. `left_out` names labels that were unfit (request_id: 1 to 512 characters; metadata: an
-object of up to 16384 bytes); `hold` is unknown where the account has no such hold: the event is
+object of up to 16384 bytes; estimated; upstream_cost); `hold` is unknown where the account has no such hold: the event is
 charged without it. An id more than 2 minutes ahead of the server''s clock is parked as
 id_not_of_now. `busy`: as place_holds answers it.';
 grant execute on function api.record_usage(jsonb) to keyledger_gateway;

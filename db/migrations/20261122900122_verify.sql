@@ -27,6 +27,7 @@ begin
     union all select * from data.verify_refunds(verify_balances.account_id) r
     union all select * from data.verify_grants(verify_balances.account_id) g
     union all select * from data.verify_usage(verify_balances.account_id) u
+    union all select * from data.verify_costs(verify_balances.account_id) c
     union all select * from data.verify_statements(verify_balances.account_id) s
     union all select * from data.verify_budgets(verify_balances.account_id) b
   ) p
@@ -38,8 +39,9 @@ comment on function api.verify_balances(uuid) is
 Of one account (`account_id`), or of all: figures against the sums of their deltas, frozen against
 open holds, free credit against grants, grants against draws and expiries, seq gapless, normal form,
 the sign of each amount, refunds against the entry they refund, each entry against the one before,
-its hash, charges against their usage rows, statements against the entries they seal, and budgets
-against the usage of their windows. Usage that retention dropped is no problem. Answers
+its hash, charges against their usage rows, each cost through the rates, factor, book and minimum
+that its row names, statements against the entries they seal, and budgets against the usage of their
+windows. Usage that retention dropped is no problem. Answers
 [{account_id, problem, seq, usage_id, expected, actual}]; `problem` is a code, listed in
 docs/api.md.';
 grant execute on function api.verify_balances(uuid) to keyledger_operator;

@@ -3,7 +3,7 @@
 
 set local role keyledger_owner;
 
--- steps (data.to_cost) as a decimal: exact if it ends within 30 places, else cut off there
+-- steps (data.to_cost) as a decimal: exact if it ends within 36 places, else cut off there
 create or replace function data.exact_cost(steps numeric)
 returns jsonb
 language sql
@@ -11,35 +11,32 @@ immutable parallel safe
 as $$
   select jsonb_build_object(
     'amount', trim_scale(
-      div(steps * 1000000000000000000000000000000, 3600000000) * 0.000000000000000000000000000001)::text,
-    'is_exact', mod(steps * 1000000000000000000000000000000, 3600000000) = 0)
+      div(steps * 1e36, 3600000000) * 1e-36)::text,
+    'is_exact', mod(steps * 1e36, 3600000000) = 0)
 $$;
 
 -- the meters of an event with the prices it was charged at, and the sum of their steps
 create or replace function data.charge_meters(
   inout meters jsonb,
   price_ids bigint[],
+  factor numeric,
+  minimum numeric,
   out steps numeric
 )
 returns record
 language plpgsql
 stable
 as $$
-#variable_conflict use_column
 begin
-  select sum(m.steps), jsonb_agg(jsonb_build_object('meter', m.meter, 'quantity', m.quantity::text, 'price', m.price)
-    || data.exact_cost(m.steps) order by m.meter)
+  select sum(m.steps), jsonb_agg(jsonb_build_object(
+      'meter', m.meter,
+      'quantity', m.quantity::text,
+      'price', case when m.unit_price is not null then jsonb_build_object(
+        'id', m.price_id, 'unit_price', m.unit_price::text, 'unit_size', m.unit_size,
+        'effective_from', m.effective_from) end
+    ) || data.exact_cost(m.steps) order by m.meter)
   into steps, meters
-  from (
-    select e.key as meter, e.value::numeric as quantity, to_jsonb(p) as price,
-      coalesce(data.cost_steps(e.value::numeric, p.unit_price::numeric, p.unit_size), 0) as steps
-    from jsonb_each(charge_meters.meters) e
-    left join lateral (
-      select r.id, r.unit_price::text, r.unit_size, r.effective_from
-      from data.price r
-      where r.id = any (charge_meters.price_ids) and r.meter = e.key
-    ) p on true
-  ) m;
+  from data.usage_steps(charge_meters.meters, charge_meters.price_ids, charge_meters.factor, charge_meters.minimum) m;
 end
 $$;
 
@@ -55,14 +52,14 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
 declare
-  v_usage api.usage_logs;
+  v_usage data.visible_usage;
   v_entry api.billing_transactions;
   v_meters jsonb;
   v_steps numeric;
   v_refunds jsonb;
 begin
-  -- both through the views: a member may see the event but not the whole entry
-  select * into v_usage from api.usage_logs l where l.account_id = explain_charge.account_id and l.id = usage_id;
+  -- through the views: a member may see the event but not the whole entry
+  select * into v_usage from data.visible_usage l where l.account_id = explain_charge.account_id and l.id = usage_id;
   if not found then
     perform data.refuse_dropped_usage(usage_id);
     perform data.refuse(404, 'usage_not_found', 'usage ' || coalesce(usage_id::text, 'null'),
@@ -71,7 +68,13 @@ begin
   select * into v_entry from api.billing_transactions t
   where t.account_id = explain_charge.account_id and t.seq = v_usage.transaction_seq;
 
-  select c.meters, c.steps into v_meters, v_steps from data.charge_meters(v_usage.meters, v_usage.price_ids) c;
+  -- a member sees the rate that each meter was charged at, and no list price, book or factor
+  select c.meters, c.steps into v_meters, v_steps
+  from data.charge_meters(v_usage.meters, v_usage.price_ids, v_usage.factor, v_usage.minimum) c;
+  if not v_usage.with_rates then
+    select jsonb_agg(m #- '{price,id}' order by o) into v_meters
+    from jsonb_array_elements(v_meters) with ordinality as m (m, o);
+  end if;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
     'reference', t.reference, 'reason', t.reason, 'created_at', t.created_at) order by t.seq)
   into v_refunds
@@ -81,15 +84,18 @@ begin
 
   return jsonb_build_object(
     'event', jsonb_build_object(
-      'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', v_usage.used_at,
+      'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', data.uuid_time(v_usage.id),
       'recorded_at', v_usage.recorded_at, 'meters', v_usage.meters, 'hold_id', v_usage.hold_id, 'final', v_usage.final,
-      'request_id', v_usage.request_id, 'metadata', v_usage.metadata),
+      'request_id', v_usage.request_id, 'metadata', v_usage.metadata, 'variant', v_usage.variant,
+      'estimated', v_usage.estimated),
     'virtual_key', (select jsonb_build_object('id', k.id, 'name', k.name, 'key_prefix', k.key_prefix)
       from data.virtual_key k where k.id = v_usage.virtual_key_id),
     'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
       from data.user_profile u where u.id = v_usage.user_id),
     'config_node', (select jsonb_build_object('id', n.id, 'name', n.name)
       from data.config_node n where n.id = v_usage.config_node_id),
+    'price_book', (select jsonb_build_object('id', b.id, 'name', b.name, 'factor', v_usage.factor::text)
+      from data.price_book b where b.id = v_usage.price_book_id and v_usage.with_rates),
     'meters', v_meters,
     'sum', data.exact_cost(v_steps),
     'rounded', data.to_cost(v_steps)::text,
@@ -115,16 +121,44 @@ end
 $$;
 comment on function api.explain_charge(uuid, uuid) is
 'Explains the cost of an event: its meters, prices, rounding, ledger entry and refunds.
-Answers {event, virtual_key, user, config_node, meters, sum, rounded, cost, currency, agrees, hold,
-entry, refunds}. `usage_id` is the event''s id, on `account_id`. `meters` is [{meter, quantity,
-price: {id, unit_price, unit_size, effective_from}, amount, is_exact}], one each: quantity *
-unit_price / unit_size before rounding, by the prices that were in force at the event''s time; `sum`
-of them {amount, is_exact}, `rounded` half up to 10 decimals. `agrees` says that this is the `cost`
-charged. `is_exact` is false where an amount never ends (it is cut off at 30 decimals; the rounding
+Answers {event, virtual_key, user, config_node, price_book, meters, sum, rounded, cost, currency,
+agrees, hold, entry, refunds}. `usage_id` is the event''s id, on `account_id`. `meters` is [{meter,
+quantity, price: {id, unit_price, unit_size, effective_from}, amount, is_exact}], one each: quantity
+* unit_price / unit_size before rounding, by the rates that were in force at the event''s time;
+unit_price is the list''s times the book''s factor, or the book''s own. A minimum that raised the cost
+is a meter `minimum`, with the rest. `sum` of them {amount, is_exact}, `rounded` half up to 10
+decimals. `agrees` says that this is the `cost` charged. `price_book` {id, name, factor} and the ids
+of rates are an operator''s alone.
+`is_exact` is false where an amount never ends (it is cut off at 36 decimals; the rounding
 is exact all the same). `entry` is the ledger entry, for all its `usage_count` events: the parts
 that each bucket and each grant paid; a member who may not see the whole account is shown its seq. Amounts
 are strings. 404 usage_not_found; 410 usage_dropped.';
 grant execute on function api.explain_charge(uuid, uuid) to keyledger_operator, keyledger_member;
+
+-- The ids of a period: refuses a period that is none, or that retention dropped.
+create or replace function data.usage_period(
+  since timestamptz,
+  before timestamptz,
+  out first uuid,
+  out beyond uuid
+)
+returns record
+language plpgsql
+stable
+as $$
+begin
+  if not coalesce(since < before and isfinite(since) and isfinite(before), false) then
+    perform data.refuse(422, 'invalid_period', 'since must be earlier than before',
+      'send two moments: since is part of the period, before is not');
+  end if;
+  -- ids carry whole milliseconds: the first one not before the moment
+  first := data.uuid_floor(
+    date_trunc('milliseconds', greatest(since, '1970-01-01Z') + interval '999 microseconds'));
+  beyond := data.uuid_floor(
+    date_trunc('milliseconds', least(before, '9999-01-01Z') + interval '999 microseconds'));
+  perform data.refuse_dropped_usage(first);
+end
+$$;
 
 -- The charges of each meter in each currency. The view decides which usage the reader may see.
 create or replace function data.spend_by_meter(
@@ -146,7 +180,7 @@ as $$
 begin
   return query
   select m.meter, null::text, a.currency::text, count(*), sum(m.quantity), sum(m.cost)
-  from api.usage_logs l
+  from data.visible_usage l
   join data.account_balance a on a.account_id = l.account_id
   cross join lateral (
     -- In order of name, each meter costs its part of the rounded sum so far; the last one costs the
@@ -156,14 +190,9 @@ begin
       case when s.place = s.meters then l.cost else data.to_cost(s.steps) end
         - case when s.place = 1 then 0 else data.to_cost(s.steps - s.own_steps) end as cost
     from (
-      select p.meter, p.quantity, p.own_steps, sum(p.own_steps) over w as steps, row_number() over w as place,
+      select p.meter, p.quantity, p.steps as own_steps, sum(p.steps) over w as steps, row_number() over w as place,
         count(*) over () as meters
-      from (
-        select e.key as meter, e.value::numeric as quantity,
-          coalesce(data.cost_steps(e.value::numeric, r.unit_price, r.unit_size), 0) as own_steps
-        from jsonb_each(l.meters) e
-        left join data.price r on r.id = any (l.price_ids) and r.meter = e.key
-      ) p
+      from data.usage_steps(l.meters, l.price_ids, l.factor, l.minimum) p
       window w as (order by p.meter)
     ) s
   ) m
@@ -205,16 +234,7 @@ begin
     perform data.refuse(422, 'invalid_by', 'by must be virtual_key, user, config_node, meter or metadata.<tag>',
       'choose one of them');
   end if;
-  if not coalesce(spend.since < spend.before and isfinite(spend.since) and isfinite(spend.before), false) then
-    perform data.refuse(422, 'invalid_period', 'since must be earlier than before',
-      'send two moments: since is part of the period, before is not');
-  end if;
-  -- ids carry whole milliseconds: the first one not before the moment
-  v_first := data.uuid_floor(
-    date_trunc('milliseconds', greatest(spend.since, '1970-01-01Z') + interval '999 microseconds'));
-  v_beyond := data.uuid_floor(
-    date_trunc('milliseconds', least(spend.before, '9999-01-01Z') + interval '999 microseconds'));
-  perform data.refuse_dropped_usage(v_first);
+  select p.first, p.beyond into v_first, v_beyond from data.usage_period(spend.since, spend.before) p;
 
   if spend."by" = 'meter' then
     return query select m.* from data.spend_by_meter(v_first, v_beyond, account_id) m;
@@ -232,7 +252,7 @@ begin
         else l.metadata ->> v_tag
       end as key,
       a.currency::text as currency, count(*) as events, sum(l.cost) as cost
-    from api.usage_logs l
+    from data.visible_usage l
     join data.account_balance a on a.account_id = l.account_id
     where l.id >= v_first and l.id < v_beyond and (spend.account_id is null or l.account_id = spend.account_id)
     group by 1, 2
