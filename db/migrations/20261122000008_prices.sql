@@ -94,11 +94,12 @@ create table data.minimum_charge (
   id bigint generated always as identity primary key,
   price_book_id uuid references data.price_book,
   config_node_id uuid references data.config_node,
-  minimum data.amount not null,
+  minimum numeric not null,
   currency text not null default 'USD',
   effective_from timestamptz not null default now(),
   created_at timestamptz not null default now(),
   constraint currency_is_iso_4217 check (currency ~ '^[A-Z]{3}$'),
+  constraint minimum_is_an_amount check (minimum >= 0 and minimum < 1e12 and scale(trim_scale(minimum)) <= 10),
   constraint minimum_is_of_a_book_or_a_node check (num_nonnulls(price_book_id, config_node_id) = 1),
   constraint effective_from_is_a_moment check (isfinite(effective_from))
 );

@@ -224,6 +224,7 @@ end
 $$;
 comment on function api.set_rates(uuid, jsonb, uuid, text, timestamptz) is
 'Replaces the rates of a node: of each meter and variant that `rates` name, from effective_from on.
+`config_node_id` is the node, `currency` that of all the rates (USD).
 `rates` are [{meter, variant? (''''), context_over? (0), hours? (always), unit_price, unit_size?
 (1)}], all of a list or none; other meters keep theirs. `price_book_id`: the own rates of a book.
 Answers the lists as rows of prices. The same call again changes nothing. 409 rates_exist where

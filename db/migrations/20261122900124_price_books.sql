@@ -88,7 +88,7 @@ begin
   then
     perform data.refuse(422, 'invalid_factor', 'factor ' || coalesce(left(v_factor::text, 100), 'null'),
       'send 0 to 1000, with at most 6 decimals; 1.2 is the list + 20 %');
-  elsif tg_table_name = 'minimum_charge' and not coalesce(data.is_amount((v_row ->> 'minimum')::numeric)
+  elsif tg_table_name = 'minimum_charge' and not coalesce(data.to_quantity(v_row -> 'minimum') is not null
     and num_nonnulls(v_row ->> 'price_book_id', v_row ->> 'config_node_id') = 1, false)
   then
     perform data.refuse(422, 'invalid_minimum', 'a minimum is an amount of one book or one node',
@@ -149,7 +149,7 @@ left join lateral (
 ) r on r.place = 1
 -- as data.minimum_of, which a member may not call
 left join lateral (
-  select m.minimum::numeric as minimum
+  select m.minimum
   from data.minimum_charge m
   where (m.price_book_id = b.price_book_id or m.config_node_id = n.id) and m.currency = a.currency
     and m.effective_from <= statement_timestamp()
@@ -227,7 +227,8 @@ end
 $$;
 comment on function api.assign_price_book(uuid, uuid, timestamptz) is
 'Prices an account''s usage by a price book, from effective_from on (default: now).
-Events and holds of an earlier time keep their prices. `price_book_id` null: list prices again.
+`account_id` is the payer. Events and holds of an earlier time keep their prices. `price_book_id`
+null: list prices again.
 Answers the row of price_book_assignments; the same call again changes nothing. 409 assignment_exists
 where another book is assigned from that very moment; 404 account_not_found, price_book_not_found;
 422 invalid_price_book, currency_mismatch, invalid_effective_from.';

@@ -143,9 +143,10 @@ test('margins refuse what they can not sum', async () => {
 })
 
 test('one cost book per currency', async () => {
-  await db
-    .operator(`insert into api.price_books (name, kind) values ('another', 'cost')`)
-    .then(assert.unreachable, (error: Row) => assert.is(error.constraint, 'one_cost_book_per_currency'))
+  await db.operator(`insert into api.price_books (name, kind) values ('another', 'cost')`).then(
+    () => assert.unreachable(),
+    (error: Row) => assert.is(error.constraint, 'one_cost_book_per_currency'),
+  )
 })
 
 test('a bill is kept once, corrected, and compared per node, day and meter', async () => {
@@ -264,8 +265,9 @@ test("a member sees the prices of the models on their keys, and neither list, bo
     'usage_costs',
     'config_nodes',
   ])
-    await member(`select from api.${view}`).then(assert.unreachable, (error: Row) =>
-      assert.is(error.code, '42501'),
+    await member(`select from api.${view}`).then(
+      () => assert.unreachable(),
+      (error: Row) => assert.is(error.code, '42501'),
     )
   assert.is((await db.member(other.userId)('select from api.my_prices where meter <> $1', ['usd'])).length, 0)
 

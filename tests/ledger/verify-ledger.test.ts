@@ -453,7 +453,10 @@ test('a charge explained: prices, arithmetic before rounding, hold, entry, refun
         final: true,
         request_id: 'r',
         metadata: { team: 'a' },
+        variant: null,
+        estimated: null,
       },
+      price_book: null,
       virtual_key: { id: payer_.keyId, name: null, key_prefix: key!.key_prefix },
       user: { id: payer_.userId, display_name: 'Ada', external_id: `host|${payer_.userId}` },
       config_node: { id: payer_.nodeId, name: `node ${payer_.nodeId}` },
@@ -470,7 +473,7 @@ test('a charge explained: prices, arithmetic before rounding, hold, entry, refun
           meter: 'seconds',
           quantity: '7',
           price: price('seconds', '0.01', 3600, '2021-06-01'),
-          amount: '0.000019444444444444444444444444',
+          amount: '0.000019444444444444444444444444444444',
           is_exact: false,
         },
         {
@@ -481,7 +484,7 @@ test('a charge explained: prices, arithmetic before rounding, hold, entry, refun
           is_exact: true,
         },
       ],
-      sum: { amount: '1.000954444444444444444444444444', is_exact: false },
+      sum: { amount: '1.000954444444444444444444444444444444', is_exact: false },
       rounded: '1.0009544444',
       cost: '1.0009544444',
       currency: 'USD',
@@ -555,10 +558,14 @@ test('amounts that end are exact to the last digit, and rounding is half up on t
     true,
     '0.0000000000',
   ])
-  assert.equal(await explained({ third: 1 }), ['0.000000000033333333333333333333', false, '0.0000000000'])
+  assert.equal(await explained({ third: 1 }), [
+    '0.000000000033333333333333333333333333',
+    false,
+    '0.0000000000',
+  ])
   assert.equal(await explained({ third: 3 }), ['0.0000000001', true, '0.0000000001'])
   assert.equal(await explained({ third: 1, tiny: 171 }), [
-    '0.000000000050032552083333333333',
+    '0.000000000050032552083333333333333333',
     false,
     '0.0000000001',
   ])

@@ -137,6 +137,7 @@ async function world() {
     `select period_start::text from api.accounting_snapshots where account_id = $1`,
     [it.accountId],
   )) as [{ period_start: string }]
+  const [book] = await operator(`insert into api.price_books (name) values ('${randomUUID()}') returning id`)
   const now = new Date().toISOString()
   // a month that is old enough to be dropped
   await db.sql(
@@ -152,6 +153,7 @@ async function world() {
     parkedId: parked!.id,
     freezeId: freeze.id,
     budgetId: budget.id,
+    bookId: book!.id,
     periodStart,
     holdId: await it.hold('1'),
     otherHoldId: await it.hold('1'),
@@ -169,6 +171,8 @@ const calls: Record<string, (w: World) => string> = {
   account_news: () => `cursor => (select api.account_news() -> 'cursor')`,
   adjust_balance: (w) =>
     `account_id => '${w.accountId}', amount => 1, reason => 'test', reference => 'adjusted'`,
+  assign_price_book: (w) =>
+    `account_id => '${w.accountId}', price_book_id => '${w.bookId}', effective_from => '2020-01-01Z'`,
   balance_at: (w) => `account_id => '${w.accountId}', at => '${w.now}'`,
   cache_changes: () => `cursor => (select api.cache_changes('{}') -> 'cursor')`,
   check_budget: (w) => `user_id => '${w.userId}', amount => 1, virtual_key_id => '${w.keyId}'`,
@@ -183,13 +187,18 @@ const calls: Record<string, (w: World) => string> = {
   grant_credit: (w) =>
     `account_id => '${w.accountId}', amount => 1, expires_at => '2099-01-01Z', reference => 'granted'`,
   id_at: () => `moment => '2026-11-01Z'`,
+  import_provider_bill: (w) =>
+    `lines => ${json({ config_node_id: w.nodeId, day: '2026-11-01', meter: 'usd', quantity: '1', amount: '1' })}`,
   import_virtual_keys: (w) =>
     `keys => ${json({ user_id: w.userId, virtual_key: `imported ${randomUUID()}`.replace(' ', '_'), config_node_ids: [w.nodeId], expires_at: '2099-01-01T00:00Z' })}`,
   installation_warnings: () => '',
   maintain: () => '',
+  margins: (w) =>
+    `by => 'model', since => '${w.now}'::pg_catalog.timestamptz operator(pg_catalog.-) '1 day'::pg_catalog.interval, before => '2099-01-01Z'`,
   new_id: () => '',
   place_holds: (w) =>
     `requests => ${json(w.request('1'), w.request('1', { amount: undefined, config_node_id: w.nodeId, meters: { usd: '1' } }))}`,
+  provider_differences: () => `since => '2020-01-01', before => '2099-01-01'`,
   record_openings: (w) => `openings => ${json({ account_id: w.userId, balance: '5', free_credit: '1' })}`,
   record_usage: (w) =>
     `events => ${json(w.event('1', { hold_id: w.holdId, metadata: { a: 'b' }, request_id: 'r' }), w.event('1', { meters: { none: '1' } }))}`,
@@ -208,6 +217,8 @@ const calls: Record<string, (w: World) => string> = {
     `account_id => '${w.accountId}', scope => 'virtual_key', scope_id => '${w.keyId}', amount => 5, period => 'total'`,
   set_credit_limit: (w) => `account_id => '${w.accountId}', credit_limit => 5`,
   set_low_balance_threshold: (w) => `account_id => '${w.accountId}', amount => 5`,
+  set_rates: (w) =>
+    `config_node_id => '${w.nodeId}', rates => ${json({ meter: 'tiered', unit_price: '1' }, { meter: 'tiered', unit_price: '2', context_over: 5 })}, price_book_id => '${w.bookId}'`,
   set_status: (w) => `entity => 'user_profile', id => '${w.userId}', status => 'active', reason => 'test'`,
   set_time_zone: (w) => `account_id => '${w.accountId}', time_zone => 'Europe/Berlin'`,
   spend: (w) =>
@@ -229,9 +240,25 @@ const writes: Record<string, (w: World) => string[]> = {
     ),
     `update api.config_nodes set status = 'disabled' where id = '${w.nodeId}'`,
   ],
+  minimum_charges: (w) => [
+    `insert into api.minimum_charges (price_book_id, minimum, currency, effective_from)
+      values ('${w.bookId}', 1, 'USD', '2020-01-01')`,
+    `insert into api.minimum_charges (config_node_id, minimum) values ('${w.nodeId}', 1)`,
+  ],
+  price_book_factors: (w) => [
+    `insert into api.price_book_factors (price_book_id, factor, effective_from) values ('${w.bookId}', 1.5, '2020-01-01')`,
+  ],
+  price_books: (w) => [
+    `insert into api.price_books (id, name, currency, kind)
+      values ('${randomUUID()}', '${randomUUID()}', 'USD', 'price')`,
+    `update api.price_books set name = '${randomUUID()}' where id = '${w.bookId}'`,
+  ],
   prices: (w) => [
     `insert into api.prices (config_node_id, meter, unit_price, unit_size, currency, effective_from)
       values ('${w.nodeId}', 'other', 1, 1, 'USD', '2020-01-01')`,
+    `insert into api.prices (config_node_id, price_book_id, meter, variant, context_over, hours, unit_price)
+      values ('${w.nodeId}', '${w.bookId}', 'windowed', 'flex', 0, null, 1),
+        ('${w.nodeId}', '${w.bookId}', 'windowed', 'flex', 0, '{[0,10)}', 1)`,
   ],
   tenants: (w) => [
     `insert into api.tenants (id, name, external_id, currency, status)
