@@ -70,7 +70,7 @@ const unequal: Record<string, { rows: () => Row[]; defaults: Row }> = {
         config_node_id: nodeId,
         minimum: '0.5',
         currency: 'EUR',
-        effective_from: '2026-01-01T00:00:00+00:00',
+        effective_from: newMoment(),
       },
       { config_node_id: nodeId, minimum: '0' },
     ],
