@@ -156,6 +156,8 @@ function listOf(base: ModelPrice, windows: Window[], left: Set<string>): Rate[] 
   const rates: Rate[] = []
   const own = windows.filter(({ minutes }) => minutes.length)
   const keys = Object.keys(base).filter((key) => base[key] !== undefined)
+  // a free model has no prices at all: without rates of 0 its use would be parked
+  if (!keys.length) return listOf({ input_mtok: 0, output_mtok: 0 }, [], left)
   for (const { prices } of own)
     for (const key of Object.keys(prices).filter((key) => !keys.includes(key)))
       left.add(`${key} is priced in some hours only`)

@@ -169,7 +169,7 @@ as $$
         coalesce(bool_or(jsonb_typeof(r.value) = 'string'), false) as has_text,
         -- a priced meter has a name already
         coalesce(bool_or(r.quantity is null or (r.price_id is null
-          and r.meter !~ '^[a-z][a-z0-9_.]{0,62}$')), false) as has_bad_meter,
+          and (r.meter !~ '^[a-z][a-z0-9_.]{0,62}$' or r.meter = 'minimum'))), false) as has_bad_meter,
         bool_or(r.quantity > 0) as has_quantity,
         array_agg(r.meter) filter (where r.quantity > 0 and r.price_id is null) as unpriced,
         coalesce(array_agg(r.price_id) filter (where r.price_id is not null), '{}') as price_ids,

@@ -50,11 +50,20 @@ as $$
 declare
   v_book data.price_book;
 begin
-  if new.variant !~ '^([a-z][a-z0-9_.-]{0,62})?$' then
+  if not coalesce(new.meter ~ '^[a-z][a-z0-9_.]{0,62}$' and new.meter <> 'minimum', true) then
+    perform data.refuse(422, 'invalid_meter', 'meter ' || left(new.meter, 100), case when new.meter = 'minimum'
+      then 'write a minimum to minimum_charges' else 'write a name like input_tokens, in small letters' end);
+  elsif new.unit_price is not null and not (data.is_amount(new.unit_price) and new.unit_price >= 0) then
+    perform data.refuse(422, 'invalid_unit_price', 'unit_price ' || left(new.unit_price::text, 100),
+      'send 0 or more, below 1e12, with at most 10 decimals; a larger unit_size keeps more of a small price');
+  elsif not coalesce(new.unit_size > 0 and mod(3600000000, new.unit_size::bigint) = 0, true) then
+    perform data.refuse(422, 'invalid_unit_size', 'unit_size ' || new.unit_size,
+      'send a whole number that divides 3600000000, like 1, 60, 1000, 3600 or 1000000');
+  elsif not isfinite(new.effective_from) then
+    perform data.refuse(422, 'invalid_effective_from', 'effective_from must be a moment', 'leave it out for now');
+  elsif new.variant !~ '^([a-z][a-z0-9_.-]{0,62})?$' then
     perform data.refuse(422, 'invalid_variant', 'variant ' || left(new.variant, 100),
       'write a name like flex, in small letters, or nothing for the standard tier');
-  elsif new.meter = 'minimum' then
-    perform data.refuse(422, 'invalid_meter', 'minimum is no meter', 'write it to minimum_charges');
   elsif new.context_over not between 0 and 1000000000000 then
     perform data.refuse(422, 'invalid_context_over', 'context_over ' || new.context_over,
       'send tokens: 0 to 1000000000000');
@@ -84,10 +93,7 @@ begin
 end
 $$;
 create or replace trigger check_rate before insert on data.price
-  for each row when (
-    new.price_book_id is not null or new.hours is not null or new.meter = 'minimum'
-    or new.context_over not between 0 and 1000000000000 or new.variant !~ '^([a-z][a-z0-9_.-]{0,62})?$')
-  execute function data.check_rate();
+  for each row execute function data.check_rate();
 
 -- A list is whole at the end of its transaction: it has a rate for all hours and contexts, and each
 -- window has every context_over of it. So each event finds its rate in the newest list.
@@ -154,7 +160,10 @@ begin
     exception when data_exception then
       v_row.unit_price := null;
     end;
-    if v_row.unit_price is null or v_row.meter is null then
+    -- a misspelt field would make another rate than was meant
+    if v_row.unit_price is null or v_row.meter is null
+      or v_rate - array['meter', 'variant', 'context_over', 'hours', 'unit_price', 'unit_size'] <> '{}'
+    then
       perform data.refuse(422, 'invalid_rates', 'a rate can''t be read: ' || left(v_rate::text, 200),
         'send {meter, variant?, context_over?, hours?, unit_price, unit_size?}, unit_price as a decimal string');
     end if;
@@ -189,6 +198,11 @@ begin
   if not found then
     perform data.refuse(404, 'config_node_not_found',
       'config node ' || coalesce(set_rates.config_node_id::text, 'null'), 'send the id of a row of config_nodes');
+  end if;
+  if (select count(*) <> count(distinct (r.meter, r.variant, r.context_over, coalesce(r.hours::text, '')))
+    from unnest(v_rates) r)
+  then
+    perform data.refuse(422, 'invalid_rates', 'a rate is named twice', 'send each rate of a list once');
   end if;
   for v_list in
     select r.meter, r.variant, array_agg(r::data.price) as rates,
@@ -236,8 +250,9 @@ comment on function api.set_rates(uuid, jsonb, uuid, text, timestamptz) is
 (1)}], all of a list or none; other meters keep theirs. `price_book_id`: the own rates of a book.
 Answers the lists as rows of prices. The same call again changes nothing. 409 rates_exist where
 other rates are in force from that very moment; 404 config_node_not_found, price_book_not_found; 422
-invalid_rates, invalid_variant, invalid_context_over, invalid_hours, hours_overlap,
-incomplete_rates, currency_mismatch.';
+invalid_rates, invalid_meter, invalid_unit_price, invalid_unit_size, invalid_variant,
+invalid_context_over, invalid_hours, hours_overlap, incomplete_rates, invalid_effective_from,
+currency_mismatch.';
 grant execute on function api.set_rates(uuid, jsonb, uuid, text, timestamptz) to keyledger_operator;
 
 reset role;

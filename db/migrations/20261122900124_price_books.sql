@@ -102,7 +102,7 @@ begin
     and num_nonnulls(v_row ->> 'price_book_id', v_row ->> 'config_node_id') = 1, false)
   then
     perform data.refuse(422, 'invalid_minimum', 'a minimum is an amount of one book or one node',
-      'send minimum, and either price_book_id or config_node_id');
+      'send minimum (0 or more, at most 10 decimals), and either price_book_id or config_node_id');
   end if;
   if v_row ->> 'price_book_id' is not null then
     select * into v_book from data.price_book b where b.id = new.price_book_id for share;

