@@ -10,14 +10,6 @@ export function toSteps(text: string): bigint | undefined {
   return whole === undefined ? undefined : BigInt(whole) * one + BigInt(fraction.padEnd(decimals, '0'))
 }
 
-/** A JavaScript number, not negative, as the decimal it was written as: 1e-7 is 0.0000001. */
-export function decimal(value: number): string {
-  const [digits = '', exponent] = String(value).split('e-')
-  if (exponent === undefined) return digits
-  const decimals = Number(exponent) + (digits.split('.')[1]?.length ?? 0)
-  return `0.${digits.replace('.', '').padStart(decimals, '0')}`
-}
-
 /** With all 10 decimals, as SQL writes it. */
 export function fromSteps(steps: bigint): string {
   const digits = (steps < 0n ? -steps : steps).toString().padStart(decimals + 1, '0')
