@@ -254,10 +254,8 @@ export function variantOf(tier: unknown): string {
     .toLowerCase()
     .replace(/^service_tier_/, '')
   if (STANDARD.test(name)) return ''
-  return name
-    .replace(/^on_demand_/, '')
-    .replace(/[^a-z0-9_.-]/g, '_')
-    .slice(0, 63)
+  const plain = name.replace(/^on_demand_/, '').replace(/[^a-z0-9_.-]/g, '_')
+  return (/^[a-z]/.test(plain) ? plain : `tier_${plain}`).slice(0, 63)
 }
 
 /**
