@@ -153,13 +153,12 @@ function openaiFigures(usage: Json, { count }: Reader): Figures {
     input: count(usage.prompt_tokens, usage.input_tokens),
     output: count(usage.completion_tokens, usage.output_tokens),
     total: count(usage.total_tokens),
-    cached:
-      count(
-        of.cached_tokens,
-        usage.cached_tokens,
-        usage.prompt_cache_hit_tokens,
-        usage.cache_read_input_tokens,
-      ) ?? 0,
+    cached: count(
+      of.cached_tokens,
+      usage.cached_tokens,
+      usage.prompt_cache_hit_tokens,
+      usage.cache_read_input_tokens,
+    ),
     cacheWrite:
       count(of.cache_write_tokens, of.cache_creation_tokens, usage.cache_creation_input_tokens) ?? 0,
     cacheWrite1h: 0,
@@ -179,11 +178,11 @@ function openaiFigures(usage: Json, { count }: Reader): Figures {
 function anthropicFigures(usage: Json, { count }: Reader): Figures {
   const creation = object(usage.cache_creation)
   const hour = count(creation.ephemeral_1h_input_tokens) ?? 0
-  const cached = count(usage.cache_read_input_tokens) ?? 0
+  const cached = count(usage.cache_read_input_tokens)
   const written = hour + (count(creation.ephemeral_5m_input_tokens) ?? 0)
   const cacheWrite = Math.max(count(usage.cache_creation_input_tokens) ?? 0, written)
   const input = count(usage.input_tokens)
-  const beside = cached + cacheWrite
+  const beside = (cached ?? 0) + cacheWrite
   return {
     input: input === undefined && beside === 0 ? undefined : (input ?? 0) + beside,
     output: count(usage.output_tokens),
@@ -218,7 +217,7 @@ function geminiFigures(usage: Json, { count }: Reader): Figures {
     input: prompt === undefined && tools === undefined ? undefined : (prompt ?? 0) + (tools ?? 0),
     output: count(given('candidatesTokenCount'), given('responseTokenCount')),
     total: count(given('totalTokenCount')),
-    cached: count(given('cachedContentTokenCount')) ?? 0,
+    cached: count(given('cachedContentTokenCount')),
     cacheWrite: 0,
     cacheWrite1h: 0,
     reasoning: count(given('thoughtsTokenCount')) ?? 0,

@@ -7,7 +7,7 @@ export interface Figures {
   input?: number
   output?: number
   total?: number
-  cached: number
+  cached: number | undefined
   cacheWrite: number
   /** The part of `cacheWrite` that is kept for an hour. */
   cacheWrite1h: number
@@ -34,9 +34,9 @@ export interface Partition {
 export function partitionOf(figures: Figures, reader: Reader): Partition {
   const { input, output, isDoubtful } = sumsOf(figures)
   const { cacheWrite1h, cachedOf, inputOf, outputOf, others } = figures
-  const cached = Math.min(figures.cached, input)
+  const cached = Math.min(figures.cached ?? 0, input)
   const cacheWrite = Math.min(figures.cacheWrite, input - cached)
-  let isCut = cached < figures.cached || cacheWrite < figures.cacheWrite || cacheWrite1h > cacheWrite
+  let isCut = cached < (figures.cached ?? 0) || cacheWrite < figures.cacheWrite || cacheWrite1h > cacheWrite
 
   // takes a part of a sum; a part that is larger contradicts it
   const taking = (sum: number) => ({
@@ -64,7 +64,8 @@ export function partitionOf(figures: Figures, reader: Reader): Partition {
   }
   meters.reasoning_tokens = Math.min(figures.reasoning, ofOutput.rest())
   meters.output_tokens = ofOutput.rest() - meters.reasoning_tokens
-  meters.cached_input_tokens = ofCached.rest()
+  // a zero that was given is worth showing
+  if (figures.cached !== undefined) meters.cached_input_tokens = ofCached.rest()
   meters.cache_write_1h_tokens = Math.min(cacheWrite1h, cacheWrite)
   meters.cache_write_tokens = cacheWrite - meters.cache_write_1h_tokens
   meters.input_tokens = ofInput.rest()
@@ -73,7 +74,7 @@ export function partitionOf(figures: Figures, reader: Reader): Partition {
 
 // The whole input and the whole output. Providers count the cached part and the reasoning inside
 // these sums or beside them; the total tells which.
-function sumsOf({ input, output, total, cached, cacheWrite, reasoning, reasoningIs }: Figures) {
+function sumsOf({ input, output, total, cached = 0, cacheWrite, reasoning, reasoningIs }: Figures) {
   // a total of 0 beside other figures tells nothing
   const all = total || undefined
   const prompt = input ?? (all === undefined ? 0 : Math.max(0, all - (output ?? 0)))
@@ -149,7 +150,10 @@ export function foldMeters(
     sums[place] = (sums[place] ?? 0n) + BigInt(quantity)
   }
   const given = Object.entries(sums).filter(
-    ([meter, sum]) => sum > 0n || meter === 'input_tokens' || meter === 'output_tokens',
+    ([meter, sum]) =>
+      sum > 0n ||
+      ['input_tokens', 'output_tokens'].includes(meter) ||
+      (meter === 'cached_input_tokens' && meter in meters),
   )
   // SQL takes no event without a meter
   if (!given.length) given.push([[...priced!][0]!, 0n])

@@ -109,7 +109,7 @@ export function createMeters(flavor: Flavor, { priced, asked = 0 }: MetersOption
     if (isUnasked) meters.input_tokens = asked
     for (const [meter, count] of Object.entries(counted)) meters[meter] ||= count
     meters.requests = 1
-    return { meters, isDoubtful: isDoubtful || isShort || isUnasked }
+    return { meters, isDoubtful: isDoubtful || isShort || isUnasked || !isFinal }
   }
 
   // the reasoning, a request and pictures are apart where they are priced only
