@@ -94,7 +94,7 @@ function anthropicPart(event: Json): Part {
     'cache_read_input_tokens',
     'cache_creation_input_tokens',
   ])
-    if (rounds.length)
+    if (rounds.some((round) => round[name] !== undefined))
       summed[name] = rounds.reduce((sum, round) => sum + (createReader().count(round[name]) ?? 0), 0)
   return part(whole, {
     usage: [whole.usage, rounds.length ? summed : undefined],

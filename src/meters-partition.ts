@@ -65,7 +65,7 @@ export function partitionOf(figures: Figures, reader: Reader): Partition {
   meters.reasoning_tokens = Math.min(figures.reasoning, ofOutput.rest())
   meters.output_tokens = ofOutput.rest() - meters.reasoning_tokens
   // a zero that was given is worth showing
-  if (figures.cached !== undefined) meters.cached_input_tokens = ofCached.rest()
+  if (figures.cached === 0 || ofCached.rest() > 0) meters.cached_input_tokens = ofCached.rest()
   meters.cache_write_1h_tokens = Math.min(cacheWrite1h, cacheWrite)
   meters.cache_write_tokens = cacheWrite - meters.cache_write_1h_tokens
   meters.input_tokens = ofInput.rest()
@@ -146,7 +146,8 @@ export function foldMeters(
     const isToken = meter.endsWith('_tokens')
     // a node without a price for searches gives them away, and so one without a price for tokens
     if (isToken ? !hasTokens : priced && !priced.has(meter)) continue
-    const place = isApart(meter) || !parents ? meter : (parents.find(isApart) ?? parents.at(-1)!)
+    const place =
+      quantity === 0 || isApart(meter) || !parents ? meter : (parents.find(isApart) ?? parents.at(-1)!)
     sums[place] = (sums[place] ?? 0n) + BigInt(quantity)
   }
   const given = Object.entries(sums).filter(
