@@ -279,10 +279,15 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
     if (flavor !== 'anthropic' || req.method === 'OPTIONS')
       return authenticate(req, res, () => answer(req.userContext!))
     // the middleware's refusals are in OpenAI's shape
-    billing.authenticate(req.headers).then(async ({ userContext, refusal }) => {
+    const admit = async () => {
+      const { userContext, refusal } = await billing.authenticate(req.headers)
       if (userContext) return answer(userContext)
       const { status, headers, body } = refusal
-      send(res, await inShapeOf(flavor, new Response(body, { status, headers })))
+      return send(res, await inShapeOf(flavor, new Response(body, { status, headers })))
+    }
+    admit().catch((error) => {
+      console.error(error)
+      res.destroy()
     })
   })
   await run(server)

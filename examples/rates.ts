@@ -33,7 +33,9 @@ async function read(config_node_id: string, currency: string): Promise<Tiers> {
 export function tiersOf(asked: { service_tier?: unknown; speed?: unknown }, priced: Tiers): string[] {
   const tier = asked.speed === 'fast' ? 'fast' : asked.service_tier
   if (typeof tier === 'string' && /^(default|standard|standard_only)$/.test(tier)) return ['']
-  if (typeof tier === 'string' && tier !== 'auto') return ['', tier.toLowerCase()]
+  // the provider refuses a word that is no name
+  if (typeof tier === 'string' && tier !== 'auto')
+    return /^[a-z][a-z0-9_.-]{0,62}$/i.test(tier) ? ['', tier.toLowerCase()] : ['']
   // the provider chooses, by the settings of our account; a batch is never chosen
   return ['', ...[...priced.keys()].filter((variant) => variant && variant !== 'batch')].slice(0, 16)
 }

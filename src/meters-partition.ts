@@ -108,7 +108,7 @@ function sumsOf({ input, output, total, cached = 0, cacheWrite, reasoning, reaso
   }
   // tokens that stand in the total only were made: thoughts, mostly
   const rest = all - whole
-  const made = Math.max(said, reasoning, rest)
+  const made = Math.max(reasoningIs === 'beside' ? said + reasoning : Math.max(said, reasoning), rest)
   return { input: whole, output: made, isDoubtful: isApart || isMissing || made > rest }
 }
 

@@ -441,6 +441,17 @@ test('Gemini: each chunk has the usage so far; thoughts and results of tools are
     request_id: 'r-1',
     model: 'gemini',
   })
+  // a total without the results of tools
+  const partial = {
+    promptTokenCount: 1_000,
+    candidatesTokenCount: 20,
+    thoughtsTokenCount: 40,
+    totalTokenCount: 1_060,
+  }
+  assert.equal(read(metersOf(at({ ...partial, toolUsePromptTokenCount: 10 }), 'gemini')), [
+    { input_tokens: 1_010, output_tokens: 60 },
+    true,
+  ])
   // thoughts in the total only
   assert.equal(
     read(metersOf(at({ promptTokenCount: 5, candidatesTokenCount: 7, totalTokenCount: 100 }), 'gemini')),

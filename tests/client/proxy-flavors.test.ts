@@ -367,6 +367,25 @@ test("Messages: refusals are in Anthropic's shape, ours and the upstream's", asy
   assert.equal(await events(who), [])
 })
 
+// --- the end of a stream (F9)
+
+test('F9: usage in a last event without its blank line is charged, and reaches the caller', async () => {
+  const said = { choices: [{ index: 0, delta: { content: 'hi' } }] }
+  const usage = { prompt_tokens: 3000, completion_tokens: 2000, total_tokens: 5000 }
+  for (const end of ['\n', '']) {
+    const who = await caller()
+    const last = `data: ${JSON.stringify({ choices: [], usage })}`
+    answering = (res) =>
+      res
+        .writeHead(200, { 'content-type': 'text/event-stream' })
+        .end(`data: ${JSON.stringify(said)}\n\n${last}${end}`)
+    const body = { model: 'm', messages: [], stream: true, stream_options: { include_usage: true } }
+    assert.match(await (await who.post('/chat/completions', body)).text(), '"completion_tokens":2000')
+    const [event] = await events(who)
+    assert.equal([event!.cost, event!.estimated], ['0.0275000000', false])
+  }
+})
+
 // --- pictures (F2, F6), and the provider's own cost
 
 const picture = (url: string) => ({
