@@ -610,7 +610,7 @@ test('a 200 without an answer that was counted all the same is charged as a try 
 })
 
 test('an answer that says nothing, and was counted, is an answer', async () => {
-  const body = { id: 'x', choices: [], usage: { ...usage, completion_tokens: 0 } }
+  const body = { id: 'x', choices: [], usage: { ...usage, completion_tokens: 0, total_tokens: 1000 } }
   const who = await caller(proxy.url, json(body), good)
   assert.equal(await (await who.post(asked)).json(), body)
   await charged(who, [[1000, 0]])
