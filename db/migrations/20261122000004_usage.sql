@@ -4,6 +4,13 @@
 
 set local role keyledger_owner;
 
+-- the terms that priced an event, beside its rates: each null if there is none
+create type data.usage_terms as (
+  variant text, price_book_id uuid, factor numeric, minimum numeric, estimated boolean);
+
+-- our own cost of an event: by the cost book, or as the provider gave it
+create type data.own_cost as (amount numeric, currency text, is_upstream boolean);
+
 create table data.usage_log (
   account_id uuid not null,
   id data.uuidv7 not null,
@@ -19,16 +26,10 @@ create table data.usage_log (
   request_id text,
   metadata jsonb,
   recorded_at timestamptz not null,
-  -- the terms of the price, each null if the event has none; the hash covers them
-  variant text,
-  price_book_id uuid,
-  factor numeric,
-  minimum data.amount,
-  estimated boolean,
-  -- our own cost: no part of the customer's ledger or its hashes
-  own_cost data.amount,
-  own_cost_currency data.currency,
-  own_cost_is_upstream boolean,
+  -- null where there are none; the hash covers them
+  terms data.usage_terms,
+  -- no part of the customer's ledger or its hashes
+  own_cost data.own_cost,
   primary key (account_id, id)
 ) partition by range (id);
 

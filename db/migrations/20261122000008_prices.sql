@@ -65,6 +65,10 @@ create unique index price_of_book on data.price (
   hours
 ) nulls not distinct where price_book_id is not null;
 
+-- whether there are any: most nodes have none
+create index price_with_contexts on data.price (config_node_id) where context_over > 0;
+create index price_with_hours on data.price (config_node_id) where hours is not null;
+
 -- a book's rates are the list's, times this
 create table data.price_book_factor (
   id bigint generated always as identity primary key,
@@ -107,6 +111,10 @@ create unique index minimum_of_node on data.minimum_charge (config_node_id, curr
   where price_book_id is null;
 create unique index minimum_of_book on data.minimum_charge (price_book_id, currency, effective_from)
   where price_book_id is not null;
+
+-- kinds of terms that are in use at all: a call asks once, and looks for no others
+create type data.terms_in_use as (
+  books boolean, contexts boolean, hours boolean, minimums boolean, costs boolean);
 
 -- what a provider has billed, per node, day (in UTC) and meter; a later import replaces it
 create table data.provider_bill_line (

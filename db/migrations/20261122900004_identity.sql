@@ -104,22 +104,6 @@ create or replace trigger check_written before insert or update on data.config_n
 create or replace trigger check_written before insert or update on data.virtual_key_config_node
   for each row when (num_nulls(new.virtual_key_id, new.config_node_id) > 0)
   execute function data.check_written('virtual_key_id', 'config_node_id');
-create or replace trigger check_written before insert on data.price
-  for each row when (
-    num_nulls(new.config_node_id, new.meter, new.variant, new.context_over, new.unit_price, new.unit_size,
-      new.currency, new.effective_from) > 0
-    or new.currency !~ '^[A-Z]{3}$')
-  execute function data.check_written('config_node_id', 'meter', 'variant', 'context_over', 'unit_price',
-    'unit_size', 'currency', 'effective_from');
-create or replace trigger check_written before insert or update on data.price_book
-  for each row when (num_nulls(new.id, new.name, new.currency, new.kind) > 0 or new.currency !~ '^[A-Z]{3}$')
-  execute function data.check_written('id', 'name', 'currency', 'kind');
-create or replace trigger check_written before insert on data.price_book_factor
-  for each row when (num_nulls(new.price_book_id, new.effective_from) > 0)
-  execute function data.check_written('price_book_id', 'effective_from');
-create or replace trigger check_written before insert on data.minimum_charge
-  for each row when (num_nulls(new.currency, new.effective_from) > 0 or new.currency !~ '^[A-Z]{3}$')
-  execute function data.check_written('currency', 'effective_from');
 
 -- an owner keeps its id and its currency, and a closed owner stays closed
 create or replace function data.keep_owner_identity()

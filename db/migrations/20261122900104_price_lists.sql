@@ -9,6 +9,14 @@ create or replace trigger append_only before update or delete on data.price
 create or replace trigger append_only_truncate before truncate on data.price
   for each statement execute function data.forbid_change();
 
+create or replace trigger check_written before insert on data.price
+  for each row when (
+    num_nulls(new.config_node_id, new.meter, new.variant, new.context_over, new.unit_price, new.unit_size,
+      new.currency, new.effective_from) > 0
+    or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('config_node_id', 'meter', 'variant', 'context_over', 'unit_price',
+    'unit_size', 'currency', 'effective_from');
+
 create or replace view api.prices with (security_barrier) as
 select p.id, p.config_node_id, p.meter, p.unit_price, p.unit_size, p.currency, p.effective_from, p.created_at,
   p.price_book_id, p.variant, p.context_over, p.hours
@@ -179,8 +187,8 @@ begin
   -- one writer of a node's rates at a time
   perform from data.config_node n where n.id = set_rates.config_node_id for no key update;
   if not found then
-    perform data.refuse(404, 'config_node_not_found', 'config node ' || coalesce(set_rates.config_node_id::text, 'null'),
-      'send the id of a row of config_nodes');
+    perform data.refuse(404, 'config_node_not_found',
+      'config node ' || coalesce(set_rates.config_node_id::text, 'null'), 'send the id of a row of config_nodes');
   end if;
   for v_list in
     select r.meter, r.variant, array_agg(r::data.price) as rates,
@@ -195,7 +203,6 @@ begin
       where p.config_node_id = set_rates.config_node_id and p.price_book_id is not distinct from set_rates.price_book_id
         and p.meter = v_list.meter and p.variant = v_list.variant and p.currency = set_rates.currency
         and p.effective_from = set_rates.effective_from
-      having count(*) > 0 and (v_list.terms is not null)
     ) then
       v_new := v_new || v_list.rates;
     end if;

@@ -20,9 +20,10 @@ select
   ) as used_at,
   l.account_id, l.id, l.transaction_seq, l.virtual_key_id, l.user_id, l.config_node_id, l.hold_id, l.final, l.meters,
   case when l.with_rates then l.price_ids end as price_ids,
-  l.cost, l.request_id, l.metadata, l.recorded_at, l.variant, l.minimum, l.estimated,
-  case when l.with_rates then l.price_book_id end as price_book_id,
-  case when l.with_rates then l.factor end as factor
+  l.cost, l.request_id, l.metadata, l.recorded_at, (l.terms).variant,
+  (l.terms).minimum, (l.terms).estimated,
+  case when l.with_rates then (l.terms).price_book_id end as price_book_id,
+  case when l.with_rates then (l.terms).factor end as factor
 from data.visible_usage l;
 comment on view api.usage_logs is
 'Each charged event: its user, its meters, its cost, and the ledger entry (transaction_seq) that charged it.
@@ -206,9 +207,9 @@ provider''s own cost ({amount, currency}), `estimated` true where quantities wer
 caller: a repeated id charges nothing (`mismatch` says its content differs). An event that can''t be
 charged is parked and kept with its code, and the money of its hold stays set aside; its neighbours
 are charged. `left_out` names labels that were unfit (request_id: 1 to 512 characters; metadata: an
-object of up to 16384 bytes; estimated; upstream_cost); `hold` is unknown where the account has no such hold: the event is
-charged without it. An id more than 2 minutes ahead of the server''s clock is parked as
-id_not_of_now. `busy`: as place_holds answers it.';
+object of up to 16384 bytes; estimated; upstream_cost); `hold` is unknown where the account has no
+such hold: the event is charged without it. An id more than 2 minutes ahead of the server''s clock is
+parked as id_not_of_now. `busy`: as place_holds answers it.';
 grant execute on function api.record_usage(jsonb) to keyledger_gateway;
 
 reset role;

@@ -21,6 +21,7 @@ create or replace function data.charge_meters(
   price_ids bigint[],
   factor numeric,
   minimum numeric,
+  with_ids boolean,
   out steps numeric
 )
 returns record
@@ -32,8 +33,8 @@ begin
       'meter', m.meter,
       'quantity', m.quantity::text,
       'price', case when m.unit_price is not null then jsonb_build_object(
-        'id', m.price_id, 'unit_price', m.unit_price::text, 'unit_size', m.unit_size,
-        'effective_from', m.effective_from) end
+        'unit_price', m.unit_price::text, 'unit_size', m.unit_size, 'effective_from', m.effective_from)
+        || case when with_ids then jsonb_build_object('id', m.price_id) else '{}' end end
     ) || data.exact_cost(m.steps) order by m.meter)
   into steps, meters
   from data.usage_steps(charge_meters.meters, charge_meters.price_ids, charge_meters.factor, charge_meters.minimum) m;
@@ -70,11 +71,8 @@ begin
 
   -- a member sees the rate that each meter was charged at, and no list price, book or factor
   select c.meters, c.steps into v_meters, v_steps
-  from data.charge_meters(v_usage.meters, v_usage.price_ids, v_usage.factor, v_usage.minimum) c;
-  if not v_usage.with_rates then
-    select jsonb_agg(m #- '{price,id}' order by o) into v_meters
-    from jsonb_array_elements(v_meters) with ordinality as m (m, o);
-  end if;
+  from data.charge_meters(v_usage.meters, v_usage.price_ids, (v_usage.terms).factor, (v_usage.terms).minimum,
+    v_usage.with_rates) c;
   select jsonb_agg(jsonb_build_object('seq', t.seq, 'amount', t.amount::text, 'usage_id', t.refund_of_usage_id,
     'reference', t.reference, 'reason', t.reason, 'created_at', t.created_at) order by t.seq)
   into v_refunds
@@ -86,16 +84,16 @@ begin
     'event', jsonb_build_object(
       'id', v_usage.id, 'account_id', v_usage.account_id, 'used_at', data.uuid_time(v_usage.id),
       'recorded_at', v_usage.recorded_at, 'meters', v_usage.meters, 'hold_id', v_usage.hold_id, 'final', v_usage.final,
-      'request_id', v_usage.request_id, 'metadata', v_usage.metadata, 'variant', v_usage.variant,
-      'estimated', v_usage.estimated),
+      'request_id', v_usage.request_id, 'metadata', v_usage.metadata, 'variant', (v_usage.terms).variant,
+      'estimated', (v_usage.terms).estimated),
     'virtual_key', (select jsonb_build_object('id', k.id, 'name', k.name, 'key_prefix', k.key_prefix)
       from data.virtual_key k where k.id = v_usage.virtual_key_id),
     'user', (select jsonb_build_object('id', u.id, 'display_name', u.display_name, 'external_id', u.external_id)
       from data.user_profile u where u.id = v_usage.user_id),
     'config_node', (select jsonb_build_object('id', n.id, 'name', n.name)
       from data.config_node n where n.id = v_usage.config_node_id),
-    'price_book', (select jsonb_build_object('id', b.id, 'name', b.name, 'factor', v_usage.factor::text)
-      from data.price_book b where b.id = v_usage.price_book_id and v_usage.with_rates),
+    'price_book', (select jsonb_build_object('id', b.id, 'name', b.name, 'factor', (v_usage.terms).factor::text)
+      from data.price_book b where b.id = (v_usage.terms).price_book_id and v_usage.with_rates),
     'meters', v_meters,
     'sum', data.exact_cost(v_steps),
     'rounded', data.to_cost(v_steps)::text,
@@ -192,7 +190,7 @@ begin
     from (
       select p.meter, p.quantity, p.steps as own_steps, sum(p.steps) over w as steps, row_number() over w as place,
         count(*) over () as meters
-      from data.usage_steps(l.meters, l.price_ids, l.factor, l.minimum) p
+      from data.usage_steps(l.meters, l.price_ids, (l.terms).factor, (l.terms).minimum) p
       window w as (order by p.meter)
     ) s
   ) m

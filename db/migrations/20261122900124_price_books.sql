@@ -16,6 +16,16 @@ create or replace trigger append_only before update or delete on data.minimum_ch
 create or replace trigger append_only_truncate before truncate on data.minimum_charge
   for each statement execute function data.forbid_change();
 
+create or replace trigger check_written before insert or update on data.price_book
+  for each row when (num_nulls(new.id, new.name, new.currency, new.kind) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('id', 'name', 'currency', 'kind');
+create or replace trigger check_written before insert on data.price_book_factor
+  for each row when (num_nulls(new.price_book_id, new.effective_from) > 0)
+  execute function data.check_written('price_book_id', 'effective_from');
+create or replace trigger check_written before insert on data.minimum_charge
+  for each row when (num_nulls(new.currency, new.effective_from) > 0 or new.currency !~ '^[A-Z]{3}$')
+  execute function data.check_written('currency', 'effective_from');
+
 -- a book may be renamed; all else about it is history
 create or replace function data.keep_price_book()
 returns trigger
@@ -147,7 +157,7 @@ left join lateral (
     and (p.price_book_id = b.price_book_id
       or p.price_book_id is null and (b.price_book_id is null or f.factor is not null))
 ) r on r.place = 1
--- as data.minimum_of, which a member may not call
+-- as data.price_meters reads it, which a member may not call
 left join lateral (
   select m.minimum
   from data.minimum_charge m

@@ -4,10 +4,10 @@
 set local role keyledger_owner;
 
 create or replace view api.usage_costs as
-select l.account_id, l.id as usage_id, l.own_cost::numeric as cost, l.own_cost_currency::text as currency,
-  l.own_cost_is_upstream as is_upstream
+select l.account_id, l.id as usage_id, (l.own_cost).amount as cost, (l.own_cost).currency as currency,
+  (l.own_cost).is_upstream as is_upstream
 from data.usage_log l
-where l.own_cost is not null;
+where (l.own_cost).amount is not null;
 comment on view api.usage_costs is
 'Our own cost of each charged event: by the cost book, or as the provider''s answer gave it (is_upstream).
 It is no part of the customer''s ledger. An event without one may have its cost in margins, where a
@@ -40,6 +40,7 @@ as $$
 declare
   v_first uuid;
   v_beyond uuid;
+  v_in_use data.terms_in_use := data.terms_in_use();
 begin
   if coalesce(margins."by" not in ('node', 'model', 'account', 'user', 'day'), true) then
     perform data.refuse(422, 'invalid_by', 'by must be node, model, account, user or day', 'choose one of them');
@@ -68,16 +69,18 @@ begin
         else (t.at at time zone 'UTC')::date::text
       end as key,
       a.currency::text as currency, count(*) as events, sum(l.cost) as charged,
-      coalesce(l.own_cost_currency, c.cost_currency) as cost_currency,
-      sum(coalesce(l.own_cost, c.cost)) as cost
+      coalesce((l.own_cost).currency, c.cost_currency) as cost_currency,
+      sum(coalesce((l.own_cost).amount, c.cost)) as cost
     from data.usage_log l
     join data.account_balance a on a.account_id = l.account_id
     join data.config_node n on n.id = l.config_node_id
     cross join lateral (select data.uuid_time(l.id) as at offset 0) t
     -- a cost book may have come after the event
     left join lateral (
-      select * from data.cost_of(l.config_node_id, l.meters, a.currency, t.at, coalesce(l.variant, '')) offset 0
-    ) c on l.own_cost is null
+      select * from data.cost_of(
+        l.config_node_id, l.meters, a.currency, t.at, coalesce((l.terms).variant, ''), v_in_use)
+      offset 0
+    ) c on (l.own_cost).amount is null
     where l.id >= v_first and l.id < v_beyond
     group by 1, 2, 5
   ) g
@@ -199,6 +202,7 @@ as $$
 declare
   v_first uuid;
   v_beyond uuid;
+  v_in_use data.terms_in_use := data.terms_in_use();
 begin
   select data.uuid_floor(min(b.day)::timestamp at time zone 'UTC'),
     data.uuid_floor((max(b.day) + 1)::timestamp at time zone 'UTC')
@@ -220,7 +224,7 @@ begin
     cross join lateral (select data.uuid_time(u.id) as at offset 0) t
     join billed b on b.config_node_id = u.config_node_id and b.day = (t.at at time zone 'UTC')::date
     cross join lateral data.rate_meters(
-      u.config_node_id, u.meters, b.currency, t.at, coalesce(u.variant, ''), b.price_book_id) r
+      u.config_node_id, u.meters, b.currency, t.at, coalesce((u.terms).variant, ''), b.price_book_id, v_in_use) r
     where u.id >= v_first and u.id < v_beyond
     group by 1, 2, 3, 4
   )

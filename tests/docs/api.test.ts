@@ -43,7 +43,7 @@ test('each function has its arguments in a table: name, type, default', async ()
       args.map(([argument, type, byDefault]: string[]) => [
         argument,
         type,
-        byDefault?.toLowerCase() || 'null',
+        byDefault?.replace(/^NULL$/, 'null') || 'null',
       ]),
       name,
     )

@@ -153,14 +153,10 @@ const priced = async (
   { variant = '', book = null as string | null } = {},
 ) =>
   costs(
-    await db.sql('select cost::text, code from data.price_meters($1, $2, $3, $4, $5, $6)', [
-      node,
-      JSON.stringify(meters),
-      'USD',
-      at,
-      variant,
-      book,
-    ]),
+    await db.sql(
+      'select cost::text, code from data.price_meters($1, $2, $3, $4, $5, $6, data.terms_in_use())',
+      [node, JSON.stringify(meters), 'USD', at, variant, book],
+    ),
   )[0]
 
 test('a window of hours counts before always, to the minute, with its own context tiers', async () => {
@@ -492,17 +488,18 @@ test('verify_balances finds a rate, a factor, a book or a minimum that was alter
   ])
   // the row itself is under the hash
   for (const change of [
-    `factor = 1`,
+    'factor = 1',
     `variant = 'flex'`,
-    `minimum = 5`,
-    `estimated = true`,
+    'minimum = 5',
+    'estimated = true',
     'price_book_id = null',
   ])
     assert.ok(
       (
-        await found(`update data.usage_log set ${change} where account_id = $1 and factor is not null`, [
-          account.accountId,
-        ])
+        await found(
+          `update data.usage_log set terms.${change} where account_id = $1 and (terms).factor is not null`,
+          [account.accountId],
+        )
       ).includes('usage_altered'),
       change,
     )

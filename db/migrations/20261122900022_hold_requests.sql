@@ -34,6 +34,7 @@ as $$
 declare
   v_oldest uuid := data.uuid_floor(clock_timestamp() - interval '1 hour');
   v_newest uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
+  v_in_use data.terms_in_use := data.terms_in_use();
 begin
   return array(select row(
     r.ord,
@@ -88,15 +89,10 @@ begin
   left join lateral (select * from data.key_context c where c.virtual_key_id = r.virtual_key_id offset 0) k on true
   -- once, not with each price that is looked at
   cross join lateral (select data.uuid_time(r.id) as at offset 0) t
+  cross join lateral (select * from data.book_of(r.account_id, t.at, v_in_use) offset 0) b
   left join lateral (
-    select a.price_book_id
-    from data.price_book_assignment a
-    where a.account_id = r.account_id and a.effective_from <= t.at
-    order by a.effective_from desc
-    limit 1
-  ) b on r.is_priced
-  left join lateral (
-    select * from data.price_variants(r.config_node_id, r.meters, k.currency, t.at, r.variants, b.price_book_id)
+    select * from data.price_variants(
+      r.config_node_id, r.meters, k.currency, t.at, r.variants, b.price_book_id, v_in_use)
     where r.is_priced
     offset 0
   ) p on true

@@ -56,13 +56,11 @@ stable
 as $$
 begin
   return rate.config_node_id = usage.config_node_id
-    and (rate.price_book_id is null or rate.price_book_id = usage.price_book_id)
-    and rate.variant = coalesce(usage.variant, '') and rate.currency = rate_fits.currency
+    and (rate.price_book_id is null or rate.price_book_id = (usage.terms).price_book_id)
+    and rate.variant = coalesce((usage.terms).variant, '') and rate.currency = rate_fits.currency
     and rate.effective_from <= at
     and (rate.hours is null or rate.hours @> data.week_minute(at))
-    and (rate.context_over = 0 or rate.context_over < coalesce(
-      data.own_context(usage.config_node_id, usage.meters),
-      (select sum(m.value::numeric) from jsonb_each(usage.meters) m where data.is_input_meter(m.key)), 0));
+    and (rate.context_over = 0 or rate.context_over < data.context_of(usage.config_node_id, usage.meters));
 end
 $$;
 
@@ -79,10 +77,11 @@ begin
   from data.usage_log l
   join data.account_balance a on a.account_id = l.account_id
   cross join lateral (select data.uuid_time(l.id) as at offset 0) t
+  cross join lateral (select (l.terms).*) v
   cross join lateral (
     select data.to_cost(sum(s.steps)) as cost, min(s.meter) filter (where s.price_id is null and s.quantity > 0
       and s.meter <> 'minimum') as unpriced
-    from data.usage_steps(l.meters, l.price_ids, l.factor, l.minimum) s
+    from data.usage_steps(l.meters, l.price_ids, v.factor, v.minimum) s
   ) s
   cross join lateral (
     select min(p.id) as id
@@ -94,16 +93,19 @@ begin
       ('cost_is_not_of_its_rates', s.cost::data.money::text, l.cost::text, s.cost <> l.cost),
       ('meter_without_rate', 'a rate', s.unpriced, s.unpriced is not null),
       ('rate_is_not_of_this_event', null, r.id::text, r.id is not null),
-      ('factor_is_not_of_its_book', 'a factor of the book', l.factor::text, l.factor is not null and not exists (
+      ('factor_is_not_of_its_book', 'a factor of the book', v.factor::text,
+        v.factor is not null and not exists (
         select from data.price_book_factor f
-        where f.price_book_id = l.price_book_id and f.factor = l.factor and f.effective_from <= t.at)),
-      ('book_is_not_assigned', 'an assignment', l.price_book_id::text, l.price_book_id is not null and not exists (
+        where f.price_book_id = v.price_book_id and f.factor = v.factor and f.effective_from <= t.at)),
+      ('book_is_not_assigned', 'an assignment', v.price_book_id::text,
+        v.price_book_id is not null and not exists (
         select from data.price_book_assignment b
-        where b.account_id = l.account_id and b.price_book_id = l.price_book_id and b.effective_from <= t.at)),
-      ('minimum_is_of_no_book_or_node', 'a minimum', l.minimum::text, l.minimum is not null and not exists (
+        where b.account_id = l.account_id and b.price_book_id = v.price_book_id and b.effective_from <= t.at)),
+      ('minimum_is_of_no_book_or_node', 'a minimum', v.minimum::text,
+        v.minimum is not null and not exists (
         select from data.minimum_charge m
-        where (m.price_book_id = l.price_book_id or m.config_node_id = l.config_node_id)
-          and m.minimum = l.minimum and m.currency = a.currency and m.effective_from <= t.at))
+        where (m.price_book_id = v.price_book_id or m.config_node_id = l.config_node_id)
+          and m.minimum = v.minimum and m.currency = a.currency and m.effective_from <= t.at))
   ) as c (problem, expected, actual, is_broken)
   where (verify_costs.account_id is null or l.account_id = verify_costs.account_id) and c.is_broken;
 end

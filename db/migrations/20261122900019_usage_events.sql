@@ -33,32 +33,6 @@ as $$
   end
 $$;
 
--- The cost that a provider's answer gave: {amount, currency}, or a decimal in the account's
--- currency. Nulls if there is none, or it is unfit.
-create or replace function data.upstream_cost(
-  value jsonb,
-  account_currency text,
-  out amount numeric,
-  out currency text
-)
-language plpgsql
-stable parallel safe
-as $$
-begin
-  if jsonb_typeof(value) = 'object' then
-    amount := data.to_quantity(value -> 'amount');
-    currency := substring(data.text_of(value, 'currency') from '^[A-Z]{3}$');
-  else
-    amount := data.to_quantity(value);
-    currency := account_currency;
-  end if;
-  if amount is null or currency is null then
-    amount := null;
-    currency := null;
-  end if;
-end
-$$;
-
 -- The ids of each event. Cast at once (`strict`), and one by one only if that fails: to catch each
 -- is a fifth of the work.
 create or replace function data.read_event_ids(
@@ -144,7 +118,7 @@ as $$
     when virtual_key_id is null then 'invalid_virtual_key_id'
     when config_node_id is null then 'invalid_config_node_id'
     when hold_id is null and coalesce(event -> 'hold_id', 'null') <> 'null' then 'invalid_hold'
-    when data.to_variant(event -> 'variant') is null then 'invalid_variant'
+    when event ? 'variant' and data.to_variant(event -> 'variant') is null then 'invalid_variant'
     when jsonb_typeof(event -> 'final') not in ('boolean', 'null') then 'invalid_final'
   end
 $$;
@@ -223,8 +197,10 @@ declare
   v_first uuid := data.uuid_floor(taken.floor);
   v_beyond uuid := data.uuid_floor(taken.ceiling);
   v_ahead uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
+  v_in_use data.terms_in_use := data.terms_in_use();
+  v_events data.usage_event[];
 begin
-  return array(
+  v_events := array(
     select row(
         r.ord,
         row(
@@ -234,10 +210,10 @@ begin
           coalesce(r.event -> 'final', 'true') <> 'false', p.quantities, p.price_ids, p.cost,
           case when r.request_id_fits then data.without_keys(r.event -> 'request_id') #>> '{}' end,
           case when r.metadata_fits then data.without_keys(nullif(r.event -> 'metadata', 'null')) end, null,
-          nullif(t.variant, ''), b.price_book_id, p.factor, p.minimum,
-          case when r.event -> 'estimated' = 'true' then true end,
-          coalesce(u.amount, c.cost), coalesce(u.currency, c.cost_currency),
-          case when coalesce(u.amount, c.cost) is not null then u.amount is not null end
+          case when t.variant <> '' or b.price_book_id is not null or p.minimum is not null or t.estimated then
+            row(nullif(t.variant, ''), b.price_book_id, p.factor, p.minimum, t.estimated)::data.usage_terms
+          end,
+          t.own_cost
         )::data.usage_log,
         case
           when r.code is not null then r.code
@@ -251,33 +227,28 @@ begin
         end,
         data.left_out_note(
           r.request_id_fits, r.metadata_fits,
-          coalesce(jsonb_typeof(r.event -> 'estimated'), 'null') in ('boolean', 'null'),
-          coalesce(r.event -> 'upstream_cost', 'null') = 'null' or u.amount is not null,
+          not r.event ? 'estimated' or jsonb_typeof(r.event -> 'estimated') in ('boolean', 'null'),
+          not r.event ? 'upstream_cost' or r.event -> 'upstream_cost' = 'null'
+            or (t.own_cost).amount is not null,
           coalesce(r.hold_is_freeze is null and r.hold_id >= v_first, false)),
         r.key_is_idle
       )::data.usage_event
     from data.event_facts(events, strict, v_first, v_beyond, v_ahead) r
     cross join lateral (
-      select data.uuid_time(r.id) as at, data.to_variant(r.event -> 'variant') as variant offset 0
+      select data.uuid_time(r.id) as at,
+        case when r.event ? 'variant' then data.to_variant(r.event -> 'variant') else '' end as variant,
+        case when r.event -> 'estimated' = 'true' then true end as estimated,
+        case when r.event ? 'upstream_cost' then data.upstream_cost(r.event -> 'upstream_cost', r.currency) end
+          as own_cost
+      offset 0
     ) t
-    left join lateral (
-      select a.price_book_id
-      from data.price_book_assignment a
-      where a.account_id = r.account_id and a.effective_from <= t.at
-      order by a.effective_from desc
-      limit 1
-    ) b on true
+    cross join lateral (select * from data.book_of(r.account_id, t.at, v_in_use) offset 0) b
     cross join lateral (
       select * from data.price_meters(
-        r.config_node_id, r.event -> 'meters', r.currency, t.at, t.variant, b.price_book_id) offset 0
+        r.config_node_id, r.event -> 'meters', r.currency, t.at, t.variant, b.price_book_id, v_in_use) offset 0
     ) p
-    left join lateral (
-      select * from data.upstream_cost(r.event -> 'upstream_cost', r.currency)
-    ) u on coalesce(r.event -> 'upstream_cost', 'null') <> 'null'
-    left join lateral (
-      select * from data.cost_of(r.config_node_id, r.event -> 'meters', r.currency, t.at, t.variant) offset 0
-    ) c on u.amount is null
     order by r.account_id, r.id, r.ord);
+  return case when v_in_use.costs then data.add_costs(v_events, v_in_use) else v_events end;
 exception when invalid_text_representation or check_violation then
   if not strict then
     raise;

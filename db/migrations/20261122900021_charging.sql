@@ -15,15 +15,15 @@ language plpgsql
 as $$
 declare
   v_now timestamptz := clock_timestamp();
-  v_row data.usage_log;
-  v_rows data.usage_log[] := '{}';
+  v_rows data.usage_log[];
   v_logged integer;
 begin
-  foreach v_row in array log_usage.usage loop
-    v_row.transaction_seq := log_usage.seq;
-    v_row.recorded_at := v_now;
-    v_rows := v_rows || v_row;
-  end loop;
+  -- all at once: a loop took three times as long
+  v_rows := array(
+    select row(
+      u.account_id, u.id, log_usage.seq, u.virtual_key_id, u.user_id, u.config_node_id, u.hold_id, u.final, u.meters,
+      u.price_ids, u.cost, u.request_id, u.metadata, v_now, u.terms, u.own_cost)::data.usage_log
+    from unnest(log_usage.usage) u);
   insert into data.usage_log select r.* from unnest(v_rows) r on conflict do nothing;
   get diagnostics v_logged = row_count;
   if v_logged < cardinality(v_rows) then
@@ -54,6 +54,7 @@ begin
   with wanted as (
     select u.hold_id, sum(u.cost) as cost, bool_or(u.final) as final
     from unnest(draw_holds.usage) u
+    where u.hold_id is not null
     group by u.hold_id
   ), drawn as (
     select h.account_id, h.id, h.amount - h.captured as unspent, least(w.cost, h.amount - h.captured) as draw,
@@ -128,9 +129,11 @@ begin
     'id', u.id, 'status', 'duplicate', 'cost', l.cost::text, 'available', account.available::text,
     'seq', l.transaction_seq,
     'mismatch', case when
-      (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata, l.variant, l.estimated)
+      (l.virtual_key_id, l.config_node_id, l.hold_id, l.final, l.meters, l.request_id, l.metadata,
+        (l.terms).variant, (l.terms).estimated)
         is distinct from
-      (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata, u.variant, u.estimated)
+      (u.virtual_key_id, u.config_node_id, u.hold_id, u.final, u.meters, u.request_id, u.metadata,
+        (u.terms).variant, (u.terms).estimated)
     then true end))
   from (
     select n.*, row_number() over (partition by n.id order by n.ordinality) as copy
@@ -157,11 +160,9 @@ as $$
 declare
   v_parked_holds uuid[];
   v_new data.usage_log[];
-  v_cost numeric := 0;
-  v_list bytea := '';
-  v_drawing data.usage_log[] := '{}';
+  v_cost numeric;
+  v_list bytea;
   v_freed numeric := 0;
-  v_event data.usage_log;
   v_place bigint;
   v_answer jsonb;
   v_answers jsonb[];
@@ -170,17 +171,11 @@ begin
     v_parked_holds := data.resolve_parked(account.account_id, array(select u.id from unnest(charge.usage) u));
   end if;
   v_new := data.log_usage(account.account_id, account.balance_version + 1, charge.usage);
-  foreach v_event in array v_new loop
-    v_cost := v_cost + v_event.cost;
-    v_list := v_list || data.usage_seal(v_event);
-    if v_event.hold_id is not null then
-      v_drawing := v_drawing || v_event;
-    end if;
-  end loop;
-  if v_drawing <> '{}' then
-    v_freed := data.draw_holds(account.account_id, v_drawing);
-  end if;
   if v_new <> '{}' then
+    select sum(n.cost), string_agg(data.usage_seal(n), '') into v_cost, v_list from unnest(v_new) n;
+    if exists (select from unnest(v_new) n where n.hold_id is not null) then
+      v_freed := data.draw_holds(account.account_id, v_new);
+    end if;
     account := data.post(account, 'usage', charge.actor, outstanding_delta => v_cost, frozen_delta => -v_freed,
       usage_count => cardinality(v_new), usage_list => v_list);
     if account.has_budgets then
@@ -192,10 +187,10 @@ begin
     select a.* into account from data.account_balance a where a.account_id = account.account_id;
   end if;
 
-  foreach v_event in array charge.usage loop
-    v_answers := v_answers || jsonb_build_object('id', v_event.id, 'status', 'charged', 'cost', v_event.cost::text,
-      'available', account.available::text, 'seq', account.balance_version);
-  end loop;
+  v_answers := array(
+    select jsonb_build_object('id', u.id, 'status', 'charged', 'cost', u.cost::text,
+      'available', account.available::text, 'seq', account.balance_version)
+    from unnest(charge.usage) u);
   -- fewer new rows than events: the others met their first try
   if cardinality(v_new) < cardinality(charge.usage) then
     for v_place, v_answer in

@@ -3,6 +3,34 @@
 
 set local role keyledger_owner;
 
+-- The charged events of a range of entries.
+create or replace function data.usage_of_entries(
+  account_id uuid,
+  first_seq bigint,
+  last_seq bigint
+)
+returns table (
+  config_node_id uuid,
+  price_ids bigint[],
+  factor numeric,
+  meters jsonb,
+  minimum numeric,
+  cost numeric
+)
+language sql
+stable
+as $$
+  select l.config_node_id, l.price_ids, (l.terms).factor, l.meters, (l.terms).minimum, l.cost
+  from data.billing_transaction t
+  cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
+  -- one by one, by key: there is no other way to an entry's rows
+  cross join lateral (
+    select * from data.usage_log b
+    where b.account_id = t.account_id and b.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
+  ) l
+  where t.account_id = usage_of_entries.account_id and t.seq between first_seq and last_seq
+$$;
+
 -- The usage of a range of entries, by node and meter. A meter's cost is rounded once.
 -- `rounding` is the sum of the events' roundings: with it, `cost` is the sum of the entries'
 -- charges.
@@ -22,15 +50,7 @@ set jit = off
 as $$
 begin
   with event as materialized (
-    select l.config_node_id, l.price_ids, l.factor, l.meters, l.minimum, l.cost
-    from data.billing_transaction t
-    cross join lateral generate_series(1, octet_length(t.usage_list), 32) n
-    -- one by one, by key: there is no other way to an entry's rows
-    cross join lateral (
-      select * from data.usage_log b
-      where b.account_id = t.account_id and b.id = encode(substr(t.usage_list, n, 16), 'hex')::uuid offset 0
-    ) l
-    where t.account_id = usage_of.account_id and t.seq between first_seq and last_seq
+    select * from data.usage_of_entries(usage_of.account_id, first_seq, last_seq)
   ), quantity as (
     select e.config_node_id, e.price_ids, e.factor, e.minimum is not null as at_minimum, m.key as meter,
       sum(m.value::numeric) as quantity

@@ -101,25 +101,17 @@ create or replace trigger check_entry before insert on data.billing_transaction
 
 -- The canonical text of a usage row and of an entry, as json_build_array writes it. The hash
 -- chain covers it.
--- The terms of the price are part of it only where the row has some.
+-- The terms of a price follow where the row has some.
 create or replace function data.usage_line(usage data.usage_log)
 returns text
 language sql
 stable parallel safe
 as $$
-  select case
-    when num_nonnulls(usage.variant, usage.price_book_id, usage.factor, usage.minimum, usage.estimated) = 0 then
-      json_build_array(
-        usage.account_id, usage.id, usage.transaction_seq, usage.virtual_key_id, usage.user_id, usage.config_node_id,
-        usage.hold_id, usage.final, usage.meters, usage.price_ids, usage.cost, usage.request_id, usage.metadata,
-        (extract(epoch from usage.recorded_at) * 1000000)::bigint)::text
-    else
-      json_build_array(
-        usage.account_id, usage.id, usage.transaction_seq, usage.virtual_key_id, usage.user_id, usage.config_node_id,
-        usage.hold_id, usage.final, usage.meters, usage.price_ids, usage.cost, usage.request_id, usage.metadata,
-        (extract(epoch from usage.recorded_at) * 1000000)::bigint,
-        usage.variant, usage.price_book_id, usage.factor, usage.minimum, usage.estimated)::text
-  end
+  select json_build_array(
+    usage.account_id, usage.id, usage.transaction_seq, usage.virtual_key_id, usage.user_id, usage.config_node_id,
+    usage.hold_id, usage.final, usage.meters, usage.price_ids, usage.cost, usage.request_id, usage.metadata,
+    (extract(epoch from usage.recorded_at) * 1000000)::bigint)::text
+    || case when num_nonnulls(usage.terms) > 0 then json_strip_nulls(to_json(usage.terms))::text else '' end
 $$;
 
 -- a usage row in its entry's list: its id, and 128 bits that only this content gives
