@@ -1,13 +1,13 @@
 // Asks one node. Finds out from the body whether it is a document or a stream of events.
-import type { ConfigNode } from 'keyledger'
+import type { ConfigNode, Flavor } from 'keyledger'
 import { type Part, serverSentEvents } from './events.ts'
+import { apis } from './flavors.ts'
 
-/** A chat completion request, as far as we look at it. */
+/** A request, as far as we look at it. */
 export interface Asked {
   model?: unknown
-  max_tokens?: unknown
-  max_completion_tokens?: unknown
-  n?: unknown
+  service_tier?: unknown
+  speed?: unknown
   stream?: unknown
   stream_options?: { include_usage?: unknown } | null
 }
@@ -19,15 +19,17 @@ export type Given = { text: string; events?: undefined } | { text?: undefined; e
 const refusing = new Set<string>()
 
 /** Posts the request. It asks a stream for its usage; `addsUsage` if the caller didn't ask. */
-export async function ask(node: ConfigNode, asked: Asked, signal: AbortSignal) {
+export async function ask(node: ConfigNode, flavor: Flavor, asked: Asked, signal: AbortSignal) {
+  const { path, headers } = apis.find((api) => api.flavor === flavor)!
   const post = (body: object) =>
-    fetch(`${node.endpoint!.replace(/\/+$/, '')}/chat/completions`, {
+    fetch(`${node.endpoint!.replace(/\/+$/, '')}${path}`, {
       method: 'POST',
-      headers: { 'content-type': 'application/json', authorization: `Bearer ${credential(node)}` },
+      headers: { 'content-type': 'application/json', ...headers(credential(node)) },
       body: JSON.stringify(body),
       signal,
     })
-  if (!asked.stream) return { response: await post(asked), addsUsage: false }
+  // the other APIs give the usage of a stream unasked
+  if (!asked.stream || flavor !== 'openai-chat') return { response: await post(asked), addsUsage: false }
 
   const { stream_options, ...plain } = asked
   // other options are the caller's own: their refusal says nothing about the node
@@ -94,16 +96,6 @@ async function* packets({ body }: Response, alive: () => void): AsyncGenerator<U
 export async function* following<T>(first: T[], rest: AsyncIterable<T>): AsyncGenerator<T> {
   yield* first
   yield* rest
-}
-
-// held for the answer to a request that sets no limit; a longer one is charged all the same
-const MAX_TOKENS = 4096
-
-/** The most output tokens that the request asks for. */
-export function limitOf({ max_completion_tokens, max_tokens, n }: Asked): number {
-  const count = (value: unknown, otherwise: number) =>
-    Number.isInteger(value) && (value as number) > 0 ? (value as number) : otherwise
-  return count(max_completion_tokens ?? max_tokens, MAX_TOKENS) * count(n, 1)
 }
 
 // a node's provider names the variable: openai's is OPENAI_API_KEY

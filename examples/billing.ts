@@ -5,7 +5,7 @@ import { Redis } from 'ioredis'
 import { createBillingModule, postgrestRpc } from 'keyledger'
 
 const { POSTGREST_URL = '', GATEWAY_TOKEN = '', DATABASE_URL, REDIS_URL, PORT = '8080' } = process.env
-const rpc = postgrestRpc({ url: POSTGREST_URL, token: GATEWAY_TOKEN })
+export const rpc = postgrestRpc({ url: POSTGREST_URL, token: GATEWAY_TOKEN })
 const redis = REDIS_URL ? new Redis(REDIS_URL) : undefined
 
 // ms of a stop, less than the 30 s until a container is killed: for callers, for work that outlasts

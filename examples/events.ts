@@ -86,5 +86,6 @@ function isWhole(data: string): boolean {
   }
 }
 
-/** An event of this data. */
-export const eventOf = (data: string) => `data: ${data.replaceAll('\n', '\ndata: ')}\n\n`
+/** An event of this data, and of this name: Anthropic's clients go by it. */
+export const eventOf = (data: string, name?: unknown) =>
+  `${typeof name === 'string' && /^[\w.]+$/.test(name) ? `event: ${name}\n` : ''}data: ${data.replaceAll('\n', '\ndata: ')}\n\n`

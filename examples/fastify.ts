@@ -2,6 +2,7 @@
 import fastify from 'fastify'
 import type { UserContext } from 'keyledger'
 import { billing, run } from './billing.ts'
+import { apis } from './flavors.ts'
 import { gone } from './http.ts'
 import { complete, models } from './proxy.ts'
 
@@ -23,9 +24,10 @@ app.register(async (gateway) => {
   gateway.removeAllContentTypeParsers()
   gateway.addContentTypeParser('*', { parseAs: 'string' }, (_request, body, done) => done(null, body))
   gateway.get('/v1/models', (request) => models(request.userContext))
-  gateway.post('/v1/chat/completions', (request, reply) =>
-    complete(request.userContext, request.body as string, gone(reply.raw)),
-  )
+  for (const { path, flavor } of apis)
+    gateway.post(`/v1${path}`, (request, reply) =>
+      complete(request.userContext, request.body as string, gone(reply.raw), flavor),
+    )
 })
 
 await app.ready()

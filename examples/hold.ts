@@ -6,14 +6,27 @@ import { billing, seenThrough } from './billing.ts'
 const HOLD_SECONDS = Number(process.env.HOLD_SECONDS ?? 900)
 
 /** The usage, and its labels. */
-export type Used = Pick<UsageEvent, 'meters' | 'request_id' | 'metadata'>
+export type Used = Pick<
+  UsageEvent,
+  'meters' | 'variant' | 'upstream_cost' | 'estimated' | 'request_id' | 'metadata'
+>
 
 /**
- * Sets aside the most that the try may cost. `end` counts once: it charges the usage, or gives
+ * Sets aside the most that the try may cost, by the dearest of the tiers. `end` counts once: it charges the usage, or gives
  * everything back.
  */
-export async function openHold(context: UserContext, { id: config_node_id }: ConfigNode, meters: Meters) {
-  const hold = await billing.hold(context, { config_node_id, meters, expires_in: HOLD_SECONDS })
+export async function openHold(
+  context: UserContext,
+  { id: config_node_id }: ConfigNode,
+  meters: Meters,
+  variants: string[],
+) {
+  const hold = await billing.hold(context, {
+    config_node_id,
+    meters,
+    variants,
+    expires_in: HOLD_SECONDS,
+  })
   // three times in the life of the hold
   const extending = setInterval(() => billing.extend(hold, HOLD_SECONDS).catch(() => {}), HOLD_SECONDS * 333)
   let ended: Promise<UsageAnswer | undefined> | undefined

@@ -6,6 +6,7 @@ import { Hono } from 'hono'
 import { bodyLimit } from 'hono/body-limit'
 import type { UserContext } from 'keyledger'
 import { billing, run } from './billing.ts'
+import { apis } from './flavors.ts'
 import { complete, models } from './proxy.ts'
 
 const app = new Hono<{ Variables: { userContext: UserContext } }>()
@@ -17,8 +18,9 @@ app.use(async (c, next) => {
   await next()
 })
 app.get('/v1/models', (c) => models(c.get('userContext')))
-app.post('/v1/chat/completions', bodyLimit({ maxSize: 10_000_000 }), async (c) =>
-  complete(c.get('userContext'), await c.req.text(), c.req.raw.signal),
-)
+for (const { path, flavor } of apis)
+  app.post(`/v1${path}`, bodyLimit({ maxSize: 10_000_000 }), async (c) =>
+    complete(c.get('userContext'), await c.req.text(), c.req.raw.signal, flavor),
+  )
 
 await run(createAdaptorServer({ fetch: app.fetch }) as Server)

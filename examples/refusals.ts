@@ -1,21 +1,26 @@
 // Tells an answer from a refusal, whatever its status says, and words the refusal for the caller.
+import type { Answer } from './flavors.ts'
 import { failure } from './http.ts'
-import type { Completion } from './metering.ts'
 
 /** A refusal, as far as it is in the API's shape or near it. */
-type Refused = Completion & { message?: unknown; detail?: unknown; code?: unknown; status?: unknown }
+type Refused = Answer & { message?: unknown; detail?: unknown; code?: unknown; status?: unknown }
 
 /** It may go away, here or at another node. */
 export const isPassing = (status: number) => status === 429 || status >= 500
 
-/** A 200 may hold an error, or nothing: neither choices nor, if not `counted`, tokens. */
-export const isAnswer = ({ error, choices }: Completion, counted: boolean) =>
-  !error && (counted || (Array.isArray(choices) ? choices.length > 0 : Boolean(choices)))
+/** A 200 may hold an error, or nothing: no choice, output or content and, if not `counted`, no tokens. */
+export const isAnswer = ({ error, choices, output, content }: Answer, counted: boolean) =>
+  !error &&
+  (counted ||
+    [choices, output, content].some((said) => (Array.isArray(said) ? said.length > 0 : Boolean(said))))
 
 /** The status that fits an error in a 200: the one it names, or 502. */
 export function statusIn(refused: Refused | undefined): number {
   const error = isObject(refused?.error) ? refused.error : {}
   if (/api_key|authentication|permission/.test(`${word(error.code)} ${word(error.type)}`)) return 401
+  // Anthropic names the status by the type
+  if (error.type === 'overloaded_error') return 529
+  if (error.type === 'rate_limit_error') return 429
   const named = [error.code, error.status, refused?.code, refused?.status].map((code) => Number(word(code)))
   return named.find((status) => Number.isInteger(status) && status >= 400 && status < 600) ?? 502
 }

@@ -180,6 +180,7 @@ export function createCharging(
 
     recordUsage(event) {
       const { id = newId(), account_id, virtual_key_id, config_node_id, meters, hold_id, final } = event
+      const { variant, upstream_cost, estimated } = event
       const left_out: UsageAnswer['left_out'] = []
       const sent: EventElement['event'] = {
         id,
@@ -189,6 +190,9 @@ export function createCharging(
         meters,
         hold_id,
         final,
+        variant,
+        upstream_cost,
+        estimated,
       }
       if (isRequestId(event.request_id)) sent.request_id = event.request_id
       else left_out.push('request_id')

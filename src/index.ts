@@ -1,8 +1,17 @@
 // The exports of the package.
+export { type BoundOptions, boundOf, estimateOf } from './bound.ts'
 export type { Functions, Views } from './catalog.ts'
 export { isRetryable, KeyledgerError } from './errors.ts'
 export type { Health } from './health.ts'
 export { newId } from './ids.ts'
+export {
+  createMeters,
+  type Flavor,
+  type Measured,
+  type MetersOptions,
+  metersOf,
+  type Priced,
+} from './meters.ts'
 export type {
   Authentication,
   Middleware,

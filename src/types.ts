@@ -66,7 +66,17 @@ export type Meters = Record<string, number | string>
  * The sum to hold: an amount in the account's currency, or the cost of a use of a node, priced in
  * SQL.
  */
-export type HoldRequest = ({ amount: string } | { config_node_id: string; meters: Meters }) & {
+export type HoldRequest = (
+  | { amount: string }
+  | {
+      config_node_id: string
+      meters: Meters
+      /** The service tier that will serve. Default: the standard one. */
+      variant?: string
+      /** The tiers that may serve; the dearest counts. */
+      variants?: readonly string[]
+    }
+) & {
   /** UUIDv7; the client makes one if it is absent. Give your own to repeat a hold safely. */
   id?: string
   /** Seconds until the hold gives itself back, up to 30 days. Default 900. */
@@ -95,6 +105,15 @@ export interface UsageEvent {
   virtual_key_id: string
   config_node_id: string
   meters: Meters
+  /** The service tier that served it. Default: the standard one, `''`. Without a price, it is parked. */
+  variant?: string
+  /**
+   * The provider's own cost, a decimal text in the account's currency, or in another. It is not the
+   * customer's. One that is no amount is left out.
+   */
+  upstream_cost?: string | { amount: string; currency: string }
+  /** The quantities are estimated. */
+  estimated?: boolean
   /** The hold this use draws from. */
   hold_id?: string
   /** Whether it ends its hold. Default true. */
@@ -126,7 +145,7 @@ export interface UsageAnswer {
   /** A duplicate whose content differs from what was charged. */
   mismatch?: true
   /** Labels that can't be kept; the event was charged without them. */
-  left_out?: ('request_id' | 'metadata')[]
+  left_out?: ('request_id' | 'metadata' | 'estimated' | 'upstream_cost')[]
   /** The account has no hold of this `hold_id`: the event was charged without one. */
   hold?: 'unknown'
 }

@@ -6,10 +6,10 @@ import { suite } from 'uvu'
 import * as assert from 'uvu/assert'
 import { type Part, serverSentEvents } from '../../examples/events.ts'
 import { answering as answerOf } from '../../examples/http.ts'
-import { createMeter } from '../../examples/metering.ts'
 import { startExample } from '../../scripts/servers.ts'
 import { until } from '../../scripts/supervise.ts'
 import { KeyledgerError } from '../../src/errors.ts'
+import { createMeters } from '../../src/meters.ts'
 import { database, type Row } from '../support/database.ts'
 import { failure } from '../support/failure.ts'
 import { holdsTrue, units } from '../support/ledger.ts'
@@ -610,7 +610,7 @@ test('a 200 without an answer that was counted all the same is charged as a try 
 })
 
 test('an answer that says nothing, and was counted, is an answer', async () => {
-  const body = { id: 'x', choices: [], usage: { ...usage, completion_tokens: 0 } }
+  const body = { id: 'x', choices: [], usage: { ...usage, completion_tokens: 0, total_tokens: 1000 } }
   const who = await caller(proxy.url, json(body), good)
   assert.equal(await (await who.post(asked)).json(), body)
   await charged(who, [[1000, 0]])
@@ -872,8 +872,6 @@ test('an answer is passed on letter by letter, not as we read it', async () => {
 })
 
 test('a meter never throws, and a part that it could not read counts as said', () => {
-  const { error } = console
-  console.error = () => {}
   for (const answer of [
     { choices: 7 },
     { choices: [null] },
@@ -884,12 +882,11 @@ test('a meter never throws, and a part that it could not read counts as said', (
       },
     },
   ]) {
-    const meter = createMeter(40)
-    meter.add(answer as never)
-    assert.equal([meter.started(), meter.counted(), meter.unread()], [true, false, 'unreadable'])
-    assert.equal(meter.meters(), { input_tokens: 10, output_tokens: 1 })
+    const meter = createMeters('openai-chat', { asked: 10 })
+    meter.add(answer)
+    assert.equal([meter.started(), meter.counted(), meter.unread()], [true, false, true])
+    assert.equal(meter.measured().meters, { input_tokens: '10', output_tokens: '1' })
   }
-  console.error = error
 })
 
 test.run()
