@@ -65,9 +65,8 @@ create unique index price_of_book on data.price (
   hours
 ) nulls not distinct where price_book_id is not null;
 
--- whether there are any: most nodes have none
+-- whether a node has any: most have none
 create index price_with_contexts on data.price (config_node_id) where context_over > 0;
-create index price_with_hours on data.price (config_node_id) where hours is not null;
 
 -- a book's rates are the list's, times this
 create table data.price_book_factor (
@@ -112,9 +111,17 @@ create unique index minimum_of_node on data.minimum_charge (config_node_id, curr
 create unique index minimum_of_book on data.minimum_charge (price_book_id, currency, effective_from)
   where price_book_id is not null;
 
--- kinds of terms that are in use at all: a call asks once, and looks for no others
-create type data.terms_in_use as (
-  books boolean, contexts boolean, hours boolean, minimums boolean, costs boolean);
+-- which kinds of terms were ever written: a call reads it once, and looks for no others
+create table data.terms_in_use (
+  is_the_only_row boolean primary key default true,
+  books boolean not null default false,
+  contexts boolean not null default false,
+  hours boolean not null default false,
+  minimums boolean not null default false,
+  costs boolean not null default false,
+  constraint one_row check (is_the_only_row)
+);
+insert into data.terms_in_use default values;
 
 -- what a provider has billed, per node, day (in UTC) and meter; a later import replaces it
 create table data.provider_bill_line (
@@ -137,6 +144,7 @@ alter table data.price enable row level security;
 alter table data.price_book_factor enable row level security;
 alter table data.price_book_assignment enable row level security;
 alter table data.minimum_charge enable row level security;
+alter table data.terms_in_use enable row level security;
 alter table data.provider_bill_line enable row level security;
 
 comment on table data.price_book is 'Customers'' own prices, and our own costs.';
@@ -144,6 +152,7 @@ comment on table data.price is 'Dated rates per node, book, meter, variant and c
 comment on table data.price_book_factor is 'Dated factors of price books on list prices; append-only.';
 comment on table data.price_book_assignment is 'Which book prices an account''s usage, from when on; append-only.';
 comment on table data.minimum_charge is 'Dated minimum charges of an event, per node or book; append-only.';
+comment on table data.terms_in_use is 'Which kinds of terms of prices were ever written.';
 comment on table data.provider_bill_line is 'Quantities and amounts that providers billed, per node, day and meter.';
 
 reset role;

@@ -57,21 +57,32 @@ as $$
   end
 $$;
 
--- The kinds of terms that are in use: a call asks once, not each event for each kind.
-create or replace function data.terms_in_use()
-returns data.terms_in_use
+-- Notes that a kind of terms is in use. The trigger's argument is the kind. Terms are never deleted.
+create or replace function data.note_terms()
+returns trigger
 language plpgsql
-stable
+security definer
+set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return row(
-    exists (select from data.price_book_assignment),
-    exists (select from data.price p where p.context_over > 0),
-    exists (select from data.price p where p.hours is not null),
-    exists (select from data.minimum_charge),
-    exists (select from data.price_book b where b.kind = 'cost'))::data.terms_in_use;
+  update data.terms_in_use t
+  set books = t.books or tg_argv[0] = 'books', contexts = t.contexts or tg_argv[0] = 'contexts',
+    hours = t.hours or tg_argv[0] = 'hours', minimums = t.minimums or tg_argv[0] = 'minimums',
+    costs = t.costs or tg_argv[0] = 'costs'
+  where not (to_jsonb(t) ->> tg_argv[0])::boolean;
+  return null;
 end
 $$;
+create or replace trigger note_contexts after insert on data.price
+  for each row when (new.context_over > 0) execute function data.note_terms('contexts');
+create or replace trigger note_hours after insert on data.price
+  for each row when (new.hours is not null) execute function data.note_terms('hours');
+create or replace trigger note_books after insert on data.price_book_assignment
+  for each row execute function data.note_terms('books');
+create or replace trigger note_minimums after insert on data.minimum_charge
+  for each row execute function data.note_terms('minimums');
+create or replace trigger note_costs after insert on data.price_book
+  for each row when (new.kind = 'cost') execute function data.note_terms('costs');
 
 -- The book that prices an account's usage at a moment; null for list prices.
 create or replace function data.book_of(

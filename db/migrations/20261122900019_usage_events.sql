@@ -197,7 +197,7 @@ declare
   v_first uuid := data.uuid_floor(taken.floor);
   v_beyond uuid := data.uuid_floor(taken.ceiling);
   v_ahead uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
-  v_in_use data.terms_in_use := data.terms_in_use();
+  v_in_use data.terms_in_use := (select t from data.terms_in_use t);
   v_events data.usage_event[];
 begin
   v_events := array(

@@ -34,7 +34,7 @@ as $$
 declare
   v_oldest uuid := data.uuid_floor(clock_timestamp() - interval '1 hour');
   v_newest uuid := data.uuid_floor(clock_timestamp() + interval '2 minutes');
-  v_in_use data.terms_in_use := data.terms_in_use();
+  v_in_use data.terms_in_use := (select t from data.terms_in_use t);
 begin
   return array(select row(
     r.ord,

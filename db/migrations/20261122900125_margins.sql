@@ -40,7 +40,7 @@ as $$
 declare
   v_first uuid;
   v_beyond uuid;
-  v_in_use data.terms_in_use := data.terms_in_use();
+  v_in_use data.terms_in_use := (select t from data.terms_in_use t);
 begin
   if coalesce(margins."by" not in ('node', 'model', 'account', 'user', 'day'), true) then
     perform data.refuse(422, 'invalid_by', 'by must be node, model, account, user or day', 'choose one of them');
@@ -202,7 +202,7 @@ as $$
 declare
   v_first uuid;
   v_beyond uuid;
-  v_in_use data.terms_in_use := data.terms_in_use();
+  v_in_use data.terms_in_use := (select t from data.terms_in_use t);
 begin
   select data.uuid_floor(min(b.day)::timestamp at time zone 'UTC'),
     data.uuid_floor((max(b.day) + 1)::timestamp at time zone 'UTC')

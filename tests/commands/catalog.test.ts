@@ -187,7 +187,7 @@ test('SQL charges each usage of each model what the catalog charges, at both sid
 
   const charged = await db.sql(
     `select p.cost::text, p.code
-    from data.terms_in_use() u
+    from data.terms_in_use u
     cross join rows from (jsonb_to_recordset($1) as (node uuid, meters jsonb, at timestamptz))
       with ordinality as c (node, meters, at, n)
     cross join lateral data.price_meters(c.node, c.meters, 'USD', c.at, '', null, u) p

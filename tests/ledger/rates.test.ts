@@ -154,7 +154,7 @@ const priced = async (
 ) =>
   costs(
     await db.sql(
-      'select cost::text, code from data.price_meters($1, $2, $3, $4, $5, $6, data.terms_in_use())',
+      'select cost::text, code from data.terms_in_use u cross join lateral data.price_meters($1, $2, $3, $4, $5, $6, u)',
       [node, JSON.stringify(meters), 'USD', at, variant, book],
     ),
   )[0]
