@@ -2,7 +2,8 @@
 import { parseArgs } from 'node:util'
 import type { ModelInfo, Provider } from '@pydantic/genai-prices'
 import pg from 'pg'
-import { type Rate, type RateList, rateLists } from './price-list.ts'
+import { type Change, changesOf, type Known, type Node } from './price-changes.ts'
+import { rateLists } from './price-list.ts'
 import type { Rpc } from './rpc.ts'
 import { pgRpc } from './rpc-pg.ts'
 import { postgrestRpc } from './rpc-postgrest.ts'
@@ -52,8 +53,10 @@ function options(args: string[]): Options | undefined {
   if (values.help) return undefined
   const { provider, node, model, book, factor, from, write = false } = values
   if (factor !== undefined && book === undefined) throw new Error('--factor needs a --book')
-  if (factor !== undefined && !/^\d{1,4}(\.\d{1,6})?$/.test(factor))
-    throw new Error(`--factor must be a number of at most 6 decimals, like 1.2, not ${factor}`)
+  if (factor !== undefined && !(/^\d{1,4}(\.\d{1,6})?$/.test(factor) && Number(factor) <= 1000))
+    throw new Error(`--factor must be a number up to 1000 of at most 6 decimals, like 1.2, not ${factor}`)
+  if (factor !== undefined && (provider ?? node ?? model) !== undefined)
+    throw new Error("--factor is the whole book's: leave out --provider, --node and --model")
   if (factor === undefined && !provider) throw new Error('--provider is missing; see --help')
   if (model !== undefined && node === undefined) throw new Error('--model needs a --node')
   return { provider, node, model, book, factor, from: from === undefined ? undefined : moment(from), write }
@@ -118,13 +121,6 @@ function open(): Server {
   throw new Error('set DATABASE_URL, or POSTGREST_URL and OPERATOR_TOKEN')
 }
 
-interface Node {
-  id: string
-  name: string
-  provider: string | null
-  model: string | null
-}
-
 async function nodesOf(rpc: Rpc, { provider, node }: Options): Promise<Node[]> {
   const select = ['id', 'name', 'provider', 'model']
   const where: Record<string, string> = node === undefined ? { provider: provider! } : { name: node }
@@ -141,12 +137,6 @@ async function nodesOf(rpc: Rpc, { provider, node }: Options): Promise<Node[]> {
   return nodes
 }
 
-interface Known extends Rate {
-  effective_from: string
-  price_book_id: string | null
-  variant: string
-}
-
 async function bookOf(rpc: Rpc, name: string | undefined): Promise<string | null> {
   if (name === undefined) return null
   const [book] = await rpc.rows<{ id: string; currency: string }>('price_books', {
@@ -157,71 +147,6 @@ async function bookOf(rpc: Rpc, name: string | undefined): Promise<string | null
   if (book.currency !== 'USD')
     throw new Error(`price book ${name} is in ${book.currency}; the catalog is in USD`)
   return book.id
-}
-
-// a list's rates, each as one text that tells whether two are the same: a price per unit, in whole steps
-const written = ({ context_over, hours, unit_price, unit_size }: Rate) => {
-  const [whole, fraction = ''] = unit_price.split('.')
-  const steps = BigInt(whole! + fraction.padEnd(10, '0')) * BigInt(3_600_000_000 / unit_size)
-  return `${hours ?? ''} ${context_over} ${steps}`
-}
-const sameRates = (a: Rate[], b: Rate[]) =>
-  a.length === b.length && new Set([...a, ...b].map(written)).size === a.length
-const shown = (rates: Rate[]) =>
-  rates.length
-    ? rates
-        .map(
-          ({ unit_price, unit_size, context_over, hours }) =>
-            `${unit_price}${unit_size === 1_000_000 ? '' : ` per ${unit_size}`}${context_over ? ` above ${context_over}` : ''}${hours ? ' in hours' : ''}`,
-        )
-        .join(', ')
-    : '-'
-
-interface Change {
-  node: Node
-  from: string
-  rates: Rate[]
-}
-
-/** The lists to write: that of `from`, and the later ones at their dates; each without the meters that have it already. */
-function changesOf(node: Node, lists: RateList[], known: Known[], from: string) {
-  const first = lists.findLastIndex(
-    (list) => list.from === undefined || Date.parse(list.from) <= Date.parse(from),
-  )
-  const due = lists.slice(first).map((list, i) => (i ? { ...list, from: list.from! } : { ...list, from }))
-  const changes: Change[] = []
-  const lines: string[][] = []
-  // each meter as it will be before the next list
-  const before = new Map<string, Rate[]>()
-  for (const list of due) {
-    const rates: Rate[] = []
-    for (const meter of new Set(list.rates.map(({ meter }) => meter))) {
-      const wanted = list.rates.filter((rate) => rate.meter === meter)
-      const older = known.filter(
-        (rate) => rate.meter === meter && Date.parse(rate.effective_from) <= Date.parse(list.from),
-      )
-      const newest = older.reduce((last, rate) => Math.max(last, Date.parse(rate.effective_from)), -Infinity)
-      const inForce = older.filter((rate) => Date.parse(rate.effective_from) === newest)
-      const previous = before.get(meter)
-      const old = previous && newest < Date.parse(due[0]!.from) ? previous : inForce
-      const same = sameRates(old, wanted)
-      if (!same && old === inForce && newest === Date.parse(list.from))
-        throw new Error(`${node.name} has another ${meter} price from that very moment; give a later --from`)
-      if (!same) rates.push(...wanted)
-      before.set(meter, wanted)
-      const since = list === due[0] ? '' : ` from ${list.from.slice(0, 10)}`
-      lines.push([
-        node.name,
-        node.model ?? '-',
-        meter,
-        shown(old),
-        shown(wanted),
-        (same ? 'in force' : old.length ? 'changes' : 'new') + since,
-      ])
-    }
-    if (rates.length) changes.push({ node, from: list.from, rates })
-  }
-  return { changes, lines }
 }
 
 function table(lines: string[][]): string {
@@ -273,7 +198,7 @@ async function load({ rpc }: Server, given: Options) {
     }
     const { lists, left } = rateLists(model, provider.id, model.id)
     const known = (
-      await rpc.rows<Known>('prices', {
+      await rpc.rows<Known & { variant: string; price_book_id: string | null }>('prices', {
         select: [
           ...['meter', 'variant', 'context_over', 'hours::text', 'unit_price::text', 'unit_size'],
           ...['effective_from', 'price_book_id'],

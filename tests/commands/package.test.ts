@@ -110,6 +110,10 @@ tried('imports as an ES module, with all that the source exports', () => {
   assert.equal(names.trim().split(',').sort(), Object.keys(exported).sort())
 })
 
+tried('its command runs', () => {
+  assert.match(run('npx', ['keyledger', 'prices', '--help']), /npx keyledger prices --provider NAME/)
+})
+
 tried('its migrations make a database', async () => {
   const name = `${db.name}_packed`
   await once(db.url, `create database ${name}`)
