@@ -39,6 +39,8 @@ create table data.price (
   currency text not null default 'USD',
   effective_from timestamptz not null default now(),
   created_at timestamptz not null default now(),
+  -- a list is written by one transaction, and closed then
+  written_by xid8 not null default pg_current_xact_id(),
   -- `minimum` is how a minimum charge is shown
   constraint meter_is_a_name check (meter ~ '^[a-z][a-z0-9_.]{0,62}$' and meter <> 'minimum'),
   constraint variant_is_a_name check (variant ~ '^([a-z][a-z0-9_.-]{0,62})?$'),
@@ -65,6 +67,7 @@ create unique index price_of_book on data.price (
   hours
 ) nulls not distinct where price_book_id is not null;
 
+create index on data.price (config_node_id, meter);
 -- whether a node has any: most have none
 create index price_with_contexts on data.price (config_node_id) where context_over > 0;
 

@@ -4,7 +4,7 @@
 set local role keyledger_owner;
 
 -- The cost that a provider's answer gave: {amount, currency}, or a decimal in the account's
--- currency. Null if it is unfit.
+-- currency; rounded to 10 decimals. Null if it is unfit.
 create or replace function data.upstream_cost(
   value jsonb,
   account_currency text
@@ -14,11 +14,18 @@ language plpgsql
 stable parallel safe
 as $$
 declare
-  v_amount numeric := data.to_quantity(case when jsonb_typeof(value) = 'object' then value -> 'amount' else value end);
+  v_given jsonb := case when jsonb_typeof(value) = 'object' then value -> 'amount' else value end;
+  v_amount numeric;
   v_currency text := case when jsonb_typeof(value) = 'object'
     then substring(data.text_of(value, 'currency') from '^[A-Z]{3}$') else account_currency end;
 begin
-  return case when v_amount is not null and v_currency is not null
+  -- computed by others in floating point: 0.30000000000000004
+  if jsonb_typeof(v_given) in ('number', 'string') and pg_column_size(v_given) < 100
+    and v_given #>> '{}' ~ '^[0-9]{1,12}([.][0-9]{1,60})?$'
+  then
+    v_amount := round((v_given #>> '{}')::numeric, 10);
+  end if;
+  return case when v_amount < 1e12 and v_currency is not null
     then row(v_amount, v_currency, true)::data.own_cost end;
 end
 $$;

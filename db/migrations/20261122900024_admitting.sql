@@ -19,7 +19,7 @@ as $$
     || case
       when (first_try.virtual_key_id, first_try.config_node_id, first_try.meters)
           is distinct from (hold.virtual_key_id, hold.config_node_id, hold.meters)
-        or (hold.meters is null and first_try.amount is distinct from hold.amount)
+        or first_try.amount is distinct from hold.amount
       then '{"mismatch": true}' else '{}'::jsonb
     end
 $$;

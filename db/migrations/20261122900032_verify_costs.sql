@@ -56,7 +56,7 @@ stable
 as $$
 begin
   return rate.config_node_id = usage.config_node_id
-    and (rate.price_book_id is null or rate.price_book_id = (usage.terms).price_book_id)
+    and (rate.price_book_id is null or rate.price_book_id is not distinct from (usage.terms).price_book_id)
     and rate.variant = coalesce((usage.terms).variant, '') and rate.currency = rate_fits.currency
     and rate.effective_from <= at
     and (rate.hours is null or rate.hours @> data.week_minute(at))
@@ -79,7 +79,9 @@ begin
   cross join lateral (select data.uuid_time(l.id) as at offset 0) t
   cross join lateral (select (l.terms).*) v
   cross join lateral (
-    select data.to_cost(sum(s.steps)) as cost, min(s.meter) filter (where s.price_id is null and s.quantity > 0
+    select data.to_cost(sum(s.steps)) as cost,
+      data.to_cost(sum(s.steps) filter (where s.meter <> 'minimum')) as metered,
+      min(s.meter) filter (where s.price_id is null and s.quantity > 0
       and s.meter <> 'minimum') as unpriced
     from data.usage_steps(l.meters, l.price_ids, v.factor, v.minimum) s
   ) s
@@ -91,6 +93,8 @@ begin
   cross join lateral (
     values
       ('cost_is_not_of_its_rates', s.cost::data.money::text, l.cost::text, s.cost <> l.cost),
+      -- a minimum counts only where the meters cost less
+      ('cost_is_not_of_its_rates', s.metered::data.money::text, l.cost::text, s.metered >= v.minimum),
       ('meter_without_rate', 'a rate', s.unpriced, s.unpriced is not null),
       ('rate_is_not_of_this_event', null, r.id::text, r.id is not null),
       ('factor_is_not_of_its_book', 'a factor of the book', v.factor::text,

@@ -49,6 +49,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_book data.price_book;
+  v_old data.price;
 begin
   if not coalesce(new.meter ~ '^[a-z][a-z0-9_.]{0,62}$' and new.meter <> 'minimum', true) then
     perform data.refuse(422, 'invalid_meter', 'meter ' || left(new.meter, 100), case when new.meter = 'minimum'
@@ -70,12 +71,25 @@ begin
   elsif isempty(new.hours) or not new.hours <@ '{[0,10080)}' then
     perform data.refuse(422, 'invalid_hours', 'hours ' || left(new.hours::text, 200),
       'send minutes of the UTC week from Monday 00:00, within {[0,10080)}; null is always');
-  elsif exists (
-    select from data.price p
-    where p.config_node_id = new.config_node_id and p.price_book_id is not distinct from new.price_book_id
-      and p.meter = new.meter and p.variant = new.variant and p.currency = new.currency
-      and p.effective_from = new.effective_from and p.context_over = new.context_over and p.hours && new.hours
-  ) then
+  end if;
+  -- its context meters stay as they are; and one list has one writer
+  perform from data.config_node n where n.id = new.config_node_id for no key update;
+  if not found then
+    perform data.refuse(404, 'config_node_not_found', 'config node ' || new.config_node_id,
+      'send the id of a row of config_nodes');
+  end if;
+  select * into v_old
+  from data.price p
+  where p.config_node_id = new.config_node_id and p.price_book_id is not distinct from new.price_book_id
+    and p.meter = new.meter and p.variant = new.variant and p.currency = new.currency
+    and p.effective_from = new.effective_from
+    and (p.written_by <> pg_current_xact_id() or p.context_over = new.context_over and p.hours && new.hours)
+  order by p.written_by = pg_current_xact_id()
+  limit 1;
+  if found and v_old.written_by <> pg_current_xact_id() then
+    perform data.refuse(409, 'rates_exist', 'other rates are in force from ' || new.effective_from,
+      'rates are never changed: send a later effective_from');
+  elsif found then
     perform data.refuse(422, 'hours_overlap', format('%s: %s overlaps another rate of its list', new.meter, new.hours),
       'send windows that share no minute');
   end if;
@@ -191,6 +205,7 @@ declare
   v_rates data.price[];
   v_new data.price[];
   v_list record;
+  v_terms text[];
 begin
   v_rates := array(select r from data.read_rates(rates) r);
   -- one writer of a node's rates at a time
@@ -206,34 +221,34 @@ begin
   end if;
   for v_list in
     select r.meter, r.variant, array_agg(r::data.price) as rates,
-      array_agg(row(r.context_over, r.hours, r.unit_price, r.unit_size) order by r.context_over, r.hours) as terms
+      array_agg(row(r.context_over, r.hours, trim_scale(r.unit_price), r.unit_size)::text
+        order by r.context_over, r.hours) as terms
     from unnest(v_rates) r
     group by r.meter, r.variant
   loop
     -- the same call again changes nothing
-    if v_list.terms is distinct from (
-      select array_agg(row(p.context_over, p.hours, p.unit_price, p.unit_size) order by p.context_over, p.hours)
-      from data.price p
-      where p.config_node_id = set_rates.config_node_id and p.price_book_id is not distinct from set_rates.price_book_id
-        and p.meter = v_list.meter and p.variant = v_list.variant and p.currency = set_rates.currency
-        and p.effective_from = set_rates.effective_from
-    ) then
+    select array_agg(row(p.context_over, p.hours, trim_scale(p.unit_price), p.unit_size)::text
+      order by p.context_over, p.hours)
+    into v_terms
+    from data.price p
+    where p.config_node_id = set_rates.config_node_id and p.price_book_id is not distinct from set_rates.price_book_id
+      and p.meter = v_list.meter and p.variant = v_list.variant and p.currency = set_rates.currency
+      and p.effective_from = set_rates.effective_from;
+    if v_terms is null then
       v_new := v_new || v_list.rates;
+    elsif v_terms <> v_list.terms then
+      perform data.refuse(409, 'rates_exist', 'other rates are in force from ' || set_rates.effective_from,
+        'rates are never changed: send a later effective_from');
     end if;
   end loop;
-  begin
-    set constraints data.list_is_whole immediate;
-    insert into data.price (
-      config_node_id, price_book_id, meter, variant, context_over, hours, unit_price, unit_size, currency,
-      effective_from)
-    select set_rates.config_node_id, set_rates.price_book_id, r.meter, r.variant, r.context_over, r.hours,
-      r.unit_price, r.unit_size, set_rates.currency, set_rates.effective_from
-    from unnest(v_new) r;
-    set constraints data.list_is_whole deferred;
-  exception when unique_violation then
-    perform data.refuse(409, 'rates_exist', 'other rates are in force from ' || set_rates.effective_from,
-      'rates are never changed: send a later effective_from');
-  end;
+  insert into data.price (
+    config_node_id, price_book_id, meter, variant, context_over, hours, unit_price, unit_size, currency, effective_from)
+  select set_rates.config_node_id, set_rates.price_book_id, r.meter, r.variant, r.context_over, r.hours,
+    r.unit_price, r.unit_size, set_rates.currency, set_rates.effective_from
+  from unnest(v_new) r;
+  -- a list that is not whole is refused here, not at the end of the transaction
+  set constraints data.list_is_whole immediate;
+  set constraints data.list_is_whole deferred;
   return query
   select p.*
   from api.prices p

@@ -166,7 +166,8 @@ left join lateral (
   order by m.price_book_id is null, m.effective_from desc
   limit 1
 ) i on true
-where not v.sees_all;
+-- a member who is not active sees no more of the tenant that pays
+where not v.sees_all and (v.is_active or a.account_id = v.user_id);
 comment on view api.my_prices is
 'The prices a member pays: of each model mounted on a key that the member sees, as it is charged now.
 A row per rate: `unit_price` per `unit_size` of a meter, for a `variant` (service tier), above

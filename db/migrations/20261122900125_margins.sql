@@ -73,7 +73,7 @@ begin
       sum(coalesce((l.own_cost).amount, c.cost)) as cost
     from data.usage_log l
     join data.account_balance a on a.account_id = l.account_id
-    join data.config_node n on n.id = l.config_node_id
+    left join data.config_node n on n.id = l.config_node_id
     cross join lateral (select data.uuid_time(l.id) as at offset 0) t
     -- a cost book may have come after the event
     left join lateral (
@@ -121,7 +121,8 @@ begin
     order by data.text_of(l.line, 'config_node_id'), l.line ->> 'day', l.line ->> 'meter', l.ord
   loop
     v_new.config_node_id := data.to_uuid(data.text_of(v_line, 'config_node_id'));
-    v_new.day := data.to_moment(data.text_of(v_line, 'day') || 'T00:00:00Z') at time zone 'UTC';
+    v_new.day := data.to_moment(substring(data.text_of(v_line, 'day') from '^[12][0-9]{3}-[0-9]{2}-[0-9]{2}$')
+      || 'T00:00:00Z') at time zone 'UTC';
     v_new.meter := data.text_of(v_line, 'meter');
     v_new.currency := substring(coalesce(v_line ->> 'currency', 'USD') from '^[A-Z]{3}$');
     v_new.quantity := data.to_quantity(v_line -> 'quantity');
@@ -130,7 +131,7 @@ begin
     v_new.imported_at := clock_timestamp();
     v_code := case
       when v_new.config_node_id is null then 'invalid_config_node_id'
-      when v_new.day is null then 'invalid_day'
+      when v_new.day is null or v_new.day < '1970-01-01' then 'invalid_day'
       when v_new.meter is null or v_new.meter !~ '^[a-z][a-z0-9_.]{0,62}$' then 'invalid_meter'
       when v_new.currency is null then 'invalid_currency'
       when v_new.quantity is null then 'invalid_quantity'
@@ -209,6 +210,9 @@ begin
   into v_first, v_beyond
   from data.provider_bill_line b
   where (since is null or b.day >= since) and (before is null or b.day < before);
+  if v_first is not null then
+    perform data.refuse_dropped_usage(v_first);
+  end if;
   return query
   with line as (
     select * from data.provider_bill_line b
@@ -219,7 +223,10 @@ begin
     left join data.price_book k on k.kind = 'cost' and k.currency = l.currency
   ), recorded as (
     select u.config_node_id, b.day, r.meter, b.currency, sum(r.quantity) as quantity,
-      data.to_cost(sum(data.cost_steps(r.quantity, r.unit_price, r.unit_size) * coalesce(r.factor, 1))) as cost
+      -- null where a part of the quantity has no rate
+      case when count(r.price_id) = count(*) then
+        data.to_cost(sum(data.cost_steps(r.quantity, r.unit_price, r.unit_size) * coalesce(r.factor, 1)))
+      end as cost
     from data.usage_log u
     cross join lateral (select data.uuid_time(u.id) as at offset 0) t
     join billed b on b.config_node_id = u.config_node_id and b.day = (t.at at time zone 'UTC')::date
@@ -248,8 +255,9 @@ comment on function api.provider_differences(date, date) is
 Days from `since` on and before `before`; all by default. Answers [{config_node_id, node, day,
 meter, currency, billed_quantity, recorded_quantity, quantity_difference, billed_amount,
 recorded_cost, amount_difference}]; differences are billed - recorded. A meter that was recorded and
-not billed, or billed and not recorded, has 0 on the other side. recorded_cost is by the cost book of
-the bill''s currency, else by list prices; null where neither has a rate.';
+not billed, or billed and not recorded, has 0 on the other side. recorded_cost is by the
+cost book of the bill''s currency, or by list prices if there is no such book; it looks at no
+upstream_cost, and is null where a part of the quantity has no rate. 410 usage_dropped.';
 grant execute on function api.provider_differences(date, date) to keyledger_operator;
 
 reset role;

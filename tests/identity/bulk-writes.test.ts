@@ -40,7 +40,9 @@ const id = randomUUID
 const [{ id: bookId }] = (await db.operator(
   `insert into api.price_books (name) values ('a book') returning id`,
 )) as [Row]
-const newMoment = () => new Date(Date.now() - Math.random() * 1e9).toISOString().replace('Z', '+00:00')
+let moments = 0
+const newMoment = () =>
+  new Date(Date.UTC(2026, 0, 1) + ++moments * 1000).toISOString().replace('.000Z', '+00:00')
 const unequal: Record<string, { rows: () => Row[]; defaults: Row }> = {
   tenants: {
     rows: () => [

@@ -94,7 +94,7 @@ test("the provider's own figure wins, and an unfit one is left out", async () =>
   const answers = await account.record(
     account.event('1', { upstream_cost: '0.1' }),
     account.event('1', { upstream_cost: { amount: '0.2', currency: 'EUR' } }),
-    account.event('1', { upstream_cost: { amount: 0.3, currency: 'USD' } }),
+    account.event('1', { upstream_cost: { amount: 0.1 + 0.2, currency: 'USD' } }),
     account.event('1', { upstream_cost: null }),
     ...unfit.map((upstream_cost) => account.event('1', { upstream_cost })),
   )
@@ -175,6 +175,8 @@ test('a bill is kept once, corrected, and compared per node, day and meter', asy
     await bill(
       7,
       { ...line, day: 'yesterday' },
+      { ...line, day: '0026-11-30' },
+      { ...line, day: '2026-1-5' },
       { ...line, quantity: -1 },
       { ...line, amount: 'x' },
       { ...line, config_node_id: newId() },
@@ -184,6 +186,8 @@ test('a bill is kept once, corrected, and compared per node, day and meter', asy
     ),
     [
       'invalid_line',
+      'invalid_day',
+      'invalid_day',
       'invalid_day',
       'invalid_quantity',
       'invalid_amount',

@@ -212,6 +212,20 @@ test('the same rates again change nothing; others from the same moment are refus
   assert.equal(await setRates(nodeId, [...list].reverse()), first)
   await refused('rates_exist', () => setRates(nodeId, [{ ...list[0], unit_price: '3' }]))
   await refused('rates_exist', () => setRates(nodeId, [{ meter: 'input_tokens', unit_price: '3' }]))
+  // a list is closed: nothing is added to it either, by the function or by the view
+  await refused('rates_exist', () =>
+    setRates(nodeId, [{ meter: 'input_tokens', unit_price: '3', context_over: 99 }]),
+  )
+  await refused('rates_exist', () =>
+    setRates(nodeId, [{ meter: 'input_tokens', unit_price: '3', hours: '{[20,30)}' }]),
+  )
+  await refused('rates_exist', () =>
+    db.operator(
+      `insert into api.prices (config_node_id, meter, unit_price, unit_size, context_over, effective_from)
+      values ($1, 'input_tokens', 3, 1, 99, $2), ($1, 'input_tokens', 3, 1, 98, $2)`,
+      [nodeId, LONG_AGO],
+    ),
+  )
   // nothing of a refused call stays
   await refused('rates_exist', () =>
     setRates(nodeId, [
@@ -289,6 +303,8 @@ test('overlapping windows are refused by a constraint too, for two writers at on
     values ('${nodeId}', 'input_tokens', 1, '${hours}', '${LONG_AGO}')`
   const [first, second] = [await db.session(), await db.session()]
   try {
+    // without the triggers, which let one writer of a node wait for the other
+    for (const session of [first, second]) await session.query('set session_replication_role = replica')
     await first.query(`begin; ${write('{[0,10)}')}`)
     const waiting = second.query(`begin; ${write('{[5,10)}')}`).catch((error: Error) => error)
     // the second has not seen the first one's row: only the constraint can
@@ -446,7 +462,8 @@ test('verify_balances finds a rate, a factor, a book or a minimum that was alter
   ])
   await setRates(account.nodeId, [{ meter: 'output_tokens', unit_price: '5' }], book)
   await setFactor(book, '1.5')
-  await assign(account, book)
+  await account.use('1', { id: idAt(new Date(Date.now() - 1000)) })
+  await assign(account, book, new Date(Date.now() - 500).toISOString())
   await setMinimum({ book }, '4')
   assert.is(await use(account, { input_tokens: 10, output_tokens: 1 }), 35)
   assert.is(await use(account, { input_tokens: 1 }), 4)
@@ -500,6 +517,13 @@ test('verify_balances finds a rate, a factor, a book or a minimum that was alter
   assert.equal(await found(`update data.minimum_charge set minimum = 1 where price_book_id = $1`, [book]), [
     'minimum_is_of_no_book_or_node',
   ])
+  assert.equal(
+    await found(`update data.price set price_book_id = $2 where config_node_id = $1 and meter = 'usd'`, [
+      account.nodeId,
+      book,
+    ]),
+    ['rate_is_not_of_this_event'],
+  )
   // the row itself is under the hash
   for (const change of [
     'factor = 1',
@@ -517,6 +541,24 @@ test('verify_balances finds a rate, a factor, a book or a minimum that was alter
       ).includes('usage_altered'),
       change,
     )
+})
+
+test('verify_balances finds a rate that was raised under a minimum', async () => {
+  const account = await payer(db, { funds: '10' })
+  await setMinimum({ node: account.nodeId }, '3')
+  assert.is(await use(account, { usd: 1 }), 3)
+  const session = await db.session()
+  try {
+    await session.query('begin; set local session_replication_role = replica')
+    await session.query('update data.price set unit_price = 200 where config_node_id = $1', [account.nodeId])
+    const { rows } = await session.query('select problem, expected from api.verify_balances($1)', [
+      account.accountId,
+    ])
+    assert.equal(rows, [{ problem: 'cost_is_not_of_its_rates', expected: '200.0000000000' }])
+  } finally {
+    await session.query('rollback')
+    await session.end()
+  }
 })
 
 test('an event says that its quantities are estimated, and an unfit mark is left out', async () => {
