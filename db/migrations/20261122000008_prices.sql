@@ -67,7 +67,6 @@ create unique index price_of_book on data.price (
   hours
 ) nulls not distinct where price_book_id is not null;
 
-create index on data.price (config_node_id, meter);
 -- whether a node has any: most have none
 create index price_with_contexts on data.price (config_node_id) where context_over > 0;
 

@@ -132,8 +132,9 @@ available, expires_at}], at most 10,000. ids are UUIDv7 made by the caller, of n
 over 2 minutes ahead or 1 hour behind); meters are priced at the id''s time, for the service tier
 `variant`, or for the dearest of `variants`. A repeated id is `duplicate` (`hold_status` says if it is
 still open, `mismatch` that its content or its price differs). `available` is the account''s, free
-credit that expires before the hold included: insufficient_funds may come with more available than was asked. key_budget_exceeded, user_budget_exceeded and
-tenant_budget_exceeded come with the rest of the budget (`remaining`); the holds of one call share
+credit that expires before the hold included: insufficient_funds may come with more available than
+was asked. key_budget_exceeded, user_budget_exceeded and tenant_budget_exceeded come with the rest
+of the budget (`remaining`); the holds of one call share
 it. `busy` (account_busy): another call has the account, and this one has others; nothing was held,
 so send that account''s alone. A call for one account waits half a second for it, then fails with
 SQLSTATE 55P03 (lock_timeout).';

@@ -104,6 +104,14 @@ begin
     perform data.refuse(422, 'invalid_minimum', 'a minimum is an amount of one book or one node',
       'send minimum (0 or more, at most 10 decimals), and either price_book_id or config_node_id');
   end if;
+  if not isfinite(new.effective_from) then
+    perform data.refuse(422, 'invalid_effective_from', 'effective_from must be a moment', 'leave it out for now');
+  elsif v_row ->> 'config_node_id' is not null
+    and not exists (select from data.config_node n where n.id = (v_row ->> 'config_node_id')::uuid)
+  then
+    perform data.refuse(404, 'config_node_not_found', 'config node ' || (v_row ->> 'config_node_id'),
+      'send the id of a row of config_nodes');
+  end if;
   if v_row ->> 'price_book_id' is not null then
     select * into v_book from data.price_book b where b.id = new.price_book_id for share;
     if not found then

@@ -429,6 +429,9 @@ test('bad terms are refused with their codes', async () => {
     await refused('invalid_factor', () => setFactor(book, factor))
   await setFactor(book, '1000')
   await refused('price_book_not_found', () => setFactor(newId(), '1'))
+  await refused('invalid_effective_from', () => setFactor(book, '1', 'infinity'))
+  await refused('invalid_effective_from', () => setMinimum({ book }, '1', '-infinity'))
+  await refused('config_node_not_found', () => setMinimum({ node: newId() }, '1'))
   await refused('invalid_minimum', () => setMinimum({}, '1'))
   await refused('invalid_minimum', () => setMinimum({ book, node: account.nodeId }, '1'))
   await refused('currency_mismatch', async () =>
