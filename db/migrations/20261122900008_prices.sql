@@ -108,16 +108,17 @@ create or replace function data.context_of(
   config_node_id uuid,
   meters jsonb
 )
-returns numeric
+returns table (context numeric)
 language sql
 stable
 as $$
-  select (
-    select coalesce(sum(data.to_quantity(m.value)), 0)
-    from jsonb_each(case when jsonb_typeof(context_of.meters) = 'object' then context_of.meters else '{}' end) m
-    where case when n.context_meters is null then data.is_input_meter(m.key) else m.key = any (n.context_meters) end)
+  select coalesce(sum(data.to_quantity(m.value)), 0)
   from data.config_node n
+  cross join jsonb_each(
+    case when jsonb_typeof(context_of.meters) = 'object' and pg_column_size(context_of.meters) <= 16384
+      then context_of.meters else '{}' end) m
   where n.id = context_of.config_node_id
+    and case when n.context_meters is null then data.is_input_meter(m.key) else m.key = any (n.context_meters) end
 $$;
 
 reset role;

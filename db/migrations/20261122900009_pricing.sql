@@ -34,11 +34,7 @@ as $$
       case when (in_use).contexts and exists (
         select from data.price c where c.config_node_id = rate_meters.config_node_id and c.context_over > 0
       ) then (
-        select coalesce(sum(data.to_quantity(c.value)), 0)
-        from data.config_node n
-        cross join jsonb_each(case when jsonb_typeof(meters) = 'object' then meters else '{}' end) c
-        where n.id = rate_meters.config_node_id
-          and case when n.context_meters is null then data.is_input_meter(c.key) else c.key = any (n.context_meters) end
+        select c.context from data.context_of(rate_meters.config_node_id, rate_meters.meters) c
       ) end as context,
       case when (in_use).hours then data.week_minute(at) end as minute,
       case when rate_meters.price_book_id is not null then (

@@ -20,9 +20,12 @@ declare
     then substring(data.text_of(value, 'currency') from '^[A-Z]{3}$') else account_currency end;
 begin
   -- computed by others in floating point: 0.30000000000000004
-  if jsonb_typeof(v_given) in ('number', 'string') and pg_column_size(v_given) < 100
-    and v_given #>> '{}' ~ '^[0-9]{1,12}([.][0-9]{1,60})?$'
-  then
+  if jsonb_typeof(v_given) = 'number' then
+    -- never as text: that of 1e131071 has 131,072 digits
+    if v_given::numeric >= 0 and v_given::numeric < 1e12 and scale(v_given::numeric) <= 60 then
+      v_amount := round(v_given::numeric, 10);
+    end if;
+  elsif jsonb_typeof(v_given) = 'string' and v_given #>> '{}' ~ '^[0-9]{1,12}([.][0-9]{1,60})?$' then
     v_amount := round((v_given #>> '{}')::numeric, 10);
   end if;
   return case when v_amount < 1e12 and v_currency is not null

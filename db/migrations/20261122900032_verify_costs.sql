@@ -60,7 +60,8 @@ begin
     and rate.variant = coalesce((usage.terms).variant, '') and rate.currency = rate_fits.currency
     and rate.effective_from <= at
     and (rate.hours is null or rate.hours @> data.week_minute(at))
-    and (rate.context_over = 0 or rate.context_over < data.context_of(usage.config_node_id, usage.meters));
+    and (rate.context_over = 0 or rate.context_over < (
+      select c.context from data.context_of(usage.config_node_id, usage.meters) c));
 end
 $$;
 
